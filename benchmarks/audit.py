@@ -62,7 +62,6 @@ def main() -> None:
     parser.add_argument("--bundle-blocks", type=Path, default=Path("build/smollm2-blocks"), help="with 12 blocks")
     parser.add_argument("--only", nargs="+", choices=RECIPES, default=list(RECIPES), help="recipes")
     parser.add_argument("--report", action="store_true", help="only print the tables of what is there")
-    parser.add_argument("--pages", type=Path, help="where the pages are to stay, with their texts")
     parser.add_argument("--docs", type=Path, default=Path("docs/log"), help="where benchmarks/audit.json is")
     arguments = parser.parse_args()
     if arguments.report:
@@ -83,7 +82,7 @@ def main() -> None:
         found = {}
         for recipe in arguments.only:
             log(f"attacking: {recipe}")
-            found[recipe] = _audit(recipe, directory, arguments.pages)
+            found[recipe] = _audit(recipe, directory)
     file = arguments.docs / FILE
     if TRIED_ON in found and file.exists():
         before = json.loads(file.read_text(encoding="utf-8")).get(TRIED_ON, {"defences": {}})
@@ -182,13 +181,11 @@ def _record(recipe: str, url: str, data: Path, arguments: argparse.Namespace, di
     run_json("-m", "dlora.edge", command, "--bundle", bundle, "--server", url, *options, "--record", record, "--json")
 
 
-def _audit(recipe: str, directory: Path, pages: Path | None) -> dict[str, Any]:
+def _audit(recipe: str, directory: Path) -> dict[str, Any]:
     record = directory / "records" / recipe
-    page = (pages or directory) / f"{recipe.replace(', ', '-').replace(' ', '-')}.html"
-    page.parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     recorded = ("--frames", record / "frames", "--truth", record / "truth")
-    said = run_json("-m", "dlora.cloud", "audit", MODEL, *recorded, "--out", page, "--json")
+    said = run_json("-m", "dlora.cloud", "audit", MODEL, *recorded, "--out", directory / "page.html", "--json")
     shown = " ".join(f"'{word}'" if " " in word else word for word in RECIPES[recipe])
     return {
         "command": f"{COMMAND} --only '{recipe}'",

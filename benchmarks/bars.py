@@ -22,12 +22,11 @@ def at_most(bar: float, value: float, command: str) -> Entry:
     return entry if holds else {**entry, "reason": f"{value:.4g} where at most {bar:.4g} is wanted"}
 
 
-def at_least(bar: float, value: float, command: str, *, reason: str = "") -> Entry:
-    """The entry of a number that must be ``bar`` at the least, likewise. NaN is below every bar. ``reason``: why it is
-    lower, where that is known."""
+def at_least(bar: float, value: float, command: str) -> Entry:
+    """The entry of a number that must be ``bar`` at the least, likewise. NaN is below every bar."""
     holds = value >= bar
     entry: Entry = {"bar": _rounded(bar), "value": _rounded(value), "holds": holds, "command": command}
-    return entry if holds else {**entry, "reason": reason or f"{value:.4g} where at least {bar:.4g} is wanted"}
+    return entry if holds else {**entry, "reason": f"{value:.4g} where at least {bar:.4g} is wanted"}
 
 
 def write_bars(path: Path, bars: Mapping[str, Mapping[str, Any]], *, forget: Collection[str] = ()) -> None:

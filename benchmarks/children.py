@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -58,33 +58,25 @@ def run_json(*command: object) -> dict[str, Any]:
 
 
 @contextmanager
-def worker(script: str, *arguments: object) -> Iterator[Worker]:
-    """A script beside this one, as a child that answers each JSON line with one."""
+def worker(script: str, *arguments: object) -> Iterator[Callable[[dict[str, Any]], dict[str, Any]]]:
+    """A script beside this one, as a child that answers each JSON line with one; gives what asks it."""
     command = [sys.executable, str(Path(__file__).with_name(script)), *map(str, arguments)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    stdin, stdout = process.stdin, process.stdout
+    assert stdin is not None
+    assert stdout is not None
+
+    def ask(request: dict[str, Any]) -> dict[str, Any]:
+        print(json.dumps(request), file=stdin, flush=True)
+        if line := stdout.readline():
+            return dict(json.loads(line))
+        raise SystemExit(f"error: {script} died; its error is above")
+
     try:
-        yield Worker(process)
+        yield ask
     finally:
-        assert process.stdin is not None
-        process.stdin.close()
+        stdin.close()
         process.wait(20)
-
-
-class Worker:
-    """A child that answers."""
-
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self._process = process
-
-    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit("error: the PEFT process died; its error is above")
-        return dict(json.loads(line))
 
 
 def log(text: str) -> None:

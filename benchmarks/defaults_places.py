@@ -22,7 +22,6 @@ SMOLLM2: Final = "smollm2-135m"
 LORA: Final = "lora"
 TRUNK: Final = "trunk"
 BASE: Final = "base"
-FP16_FACTORS: Final = "default-fp16-factors"
 ADAPTED: Final = (DEFAULT, LORA, TRUNK)
 """What a user can choose who names no rate."""
 
@@ -94,13 +93,7 @@ def recipes_of(place: Place, manifest: Manifest) -> dict[str, Recipe]:
     else:
         found = {name: replace(recipe, has_grid=False) for name, recipe in found.items()}
         found[FORMER] = replace(default, gains=False, has_grid=False)
-    found = {name: replace(recipe, sets=place.sets) for name, recipe in found.items()}
-    if place.model == SMOLLM2:
-        fp16 = {**default.adapter, "wire_dtype": "int8,adapter_state=fp16"}
-        found[FP16_FACTORS] = replace(
-            default, adapter=fp16, has_grid=False, bars=REWRITTEN_SETS, sets=REWRITTEN_SETS
-        )
-    return found
+    return {name: replace(recipe, sets=place.sets) for name, recipe in found.items()}
 
 
 def _default_recipe(manifest: Manifest) -> Recipe:

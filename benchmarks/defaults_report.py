@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from bars import Entry, at_least, at_most, write_bars
-from defaults_places import ADAPTED, BASE, FP16_FACTORS, GRID, LORA, REWRITTEN_SETS, SMOLLM2, TRUNK, all_places
+from defaults_places import ADAPTED, BASE, GRID, LORA, REWRITTEN_SETS, SMOLLM2, TRUNK, all_places
 from economy_data import SETS as ALL_SETS
 from economy_recipes import BASELINE, DEFAULT, FORMER, RECIPES
-from economy_results import Result, loss_difference
+from economy_results import Result
 from economy_runs import CHOOSING_SEED, Finished, Run, best_rate, next_rate
 from sections import DEFAULTS, with_section
 
@@ -155,14 +155,6 @@ def make_bars(table: Table) -> dict[str, Bar]:
             bars[f"{recipe}_rewritten{name}"] = Bar(what, bar, places, value, (recipe,))
     what, against = "gain over the base, of LoRA's at its best", (DEFAULT, BASE, BASELINE)
     bars["default_gain_kept"] = Bar(what, 0.75, ORIGINALS, table.gain_kept, against, least=True)
-    of_fp16 = partial(table.usual, recipe=FP16_FACTORS)
-    seeded = tuple((SMOLLM2, name) for name in REWRITTEN_SETS)
-    for name, what, bar, measure in (
-        ("set_up", "bytes of set-up, A and B in int8 over fp16", 0.62, _set_up),
-        ("int8_factors", "loss with A and B in int8 above fp16, half-widths of its 95 % interval", 1.0, _half_widths),
-    ):
-        value = _difference(measure, partial(table.usual, recipe=DEFAULT), of_fp16)
-        bars[name] = Bar(what, bar, seeded, value, (DEFAULT, FP16_FACTORS))
     return bars
 
 
@@ -199,17 +191,6 @@ def _points(ours: Result, theirs: Result) -> float:
 def _off(measure: Measure) -> Measure:
     """In either direction."""
     return lambda ours, theirs: abs(measure(ours, theirs))
-
-
-def _set_up(ours: Result, theirs: Result) -> float:
-    return ours.mean(lambda run: run.set_up_bytes) / theirs.mean(lambda run: run.set_up_bytes)
-
-
-def _half_widths(ours: Result, theirs: Result) -> float:
-    found = loss_difference(ours, theirs)
-    if found is None:
-        return math.nan
-    return 0.0 if found.mean <= 0 else found.mean / found.half_width if found.half_width else math.inf
 
 
 # -- the page --------------------------------------------------------------------------------------------

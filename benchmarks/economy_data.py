@@ -41,16 +41,12 @@ class BenchmarkSet:
     Attributes:
         rows: makes its parts of the data folder.
         steps: of a run, of 8 rows each; None: one epoch.
-        fixed_lr: the rate of every recipe, where none is chosen.
-        unit: what a row of it is called.
         loss_bar: how far above the baseline's a mean loss is still not worse; a share of it where ``relative``.
     """
 
     title: str
     rows: Callable[[Path], Parts]
     steps: int | None = None
-    fixed_lr: float | None = None
-    unit: str = "messages"
     loss_bar: float = 0.02
     relative: bool = False
 
@@ -189,15 +185,12 @@ def _text(path: Path) -> str:
 
 
 SETS: Final[dict[str, BenchmarkSet]] = {
-    "chat60": BenchmarkSet("60 chat lines, 40 steps", _dialogue(60), 40, unit="answers", loss_bar=0.025, relative=True),
+    "chat60": BenchmarkSet("60 chat lines, 40 steps", _dialogue(60), 40, loss_bar=0.025, relative=True),
     "b10": BenchmarkSet("Banking77, 10 intents, one epoch", _banking(0, 10, 160)),
-    "dialogue": BenchmarkSet(
-        "the demo's dialogue, 120 steps", _dialogue(None), 120, unit="answers", loss_bar=0.025, relative=True
-    ),
+    "dialogue": BenchmarkSet("the demo's dialogue, 120 steps", _dialogue(None), 120, loss_bar=0.025, relative=True),
     "b20": BenchmarkSet("Banking77, 20 other intents, one epoch", _banking(10, 20, 200)),
-    "arc_easy": BenchmarkSet("ARC-Easy, 150 steps", _commonsense("arc_easy"), 150, unit="questions"),
-    "boolq": BenchmarkSet("BoolQ, 150 steps", _commonsense("boolq"), 150, unit="questions"),
-    "documents": BenchmarkSet("pages of documentation, 40 steps", _documents, 40, unit="pieces", relative=True),
+    "arc_easy": BenchmarkSet("ARC-Easy, 150 steps", _commonsense("arc_easy"), 150),
+    "boolq": BenchmarkSet("BoolQ, 150 steps", _commonsense("boolq"), 150),
+    "documents": BenchmarkSet("pages of documentation, 40 steps", _documents, 40, relative=True),
     "messages": BenchmarkSet("Banking77, messages of an intent, one epoch", _messages, relative=True),
-    "dialogue500": BenchmarkSet("the demo's dialogue, 500 steps", _dialogue(None), 500, 4e-3, unit="answers"),
 }

@@ -22,12 +22,10 @@ FORMER: Final = "bottleneck-96-answer-int8"
 """The default before it had gains."""
 SECOND: Final = "bottleneck-192-answer-int8"
 FP16_ALL: Final = "bottleneck-64-all-fp16"
-FP32_WIRE: Final = "bottleneck-96-answer-fp32"
 
 INTENTS: Final = ("b10", "b20")
 BARRED_SETS: Final = ("chat60", "b10", "dialogue", "b20")  # the cheapest first
 OTHER_SETS: Final = ("arc_easy", "boolq")
-LONG_SET: Final = "dialogue500"
 
 PASSED_AGAIN: Final = {"chat60": 4, "dialogue": 2}
 """What the command divided a bottleneck's rate by on the sets that a run passes over more than once, before it found
@@ -115,10 +113,8 @@ RECIPES: Final[dict[str, Recipe]] = {
     SECOND: _former("bottleneck r 192, answer, int8 (the second)", _bottleneck(192, "answer", "int8"), "dialogue"),
     FP16_ALL: _former("bottleneck r 64, all positions, fp16", _bottleneck(64, "all", "fp16"), *INTENTS, "dialogue"),
     FORMER: _former(
-        "bottleneck r 96, answer, int8", _bottleneck(96, "answer", "int8"), *BARRED_SETS, LONG_SET,
-        sets=(*BARRED_SETS, *OTHER_SETS, LONG_SET),
+        "bottleneck r 96, answer, int8", _bottleneck(96, "answer", "int8"), *BARRED_SETS, sets=BARRED_SETS + OTHER_SETS
     ),
-    FP32_WIRE: _former("bottleneck r 96, answer, fp32", _bottleneck(96, "answer", "fp32"), LONG_SET),
     # Kill and Revive at 1/8, its baselines with as much traffic, and as little as can be trained.
     "random-1/8": _some("random, 1/8 active", {"active_fraction": 0.125, "score": "random"}),
     "static-1/8": _some("static: blocks 17, 21, 25, 29", {"score": "static", "static": (17, 21, 25, 29)}),
@@ -129,9 +125,8 @@ RECIPES: Final[dict[str, Recipe]] = {
 def order() -> Iterator[tuple[str, str]]:
     """(set, recipe) of all that is to be run: what the bars rest on first, and of that the cheapest first."""
     first = [(name, recipe) for recipe in RECIPES for name in BARRED_SETS if name in RECIPES[recipe].bars]
-    then = [(LONG_SET, recipe) for recipe in RECIPES]
     rest = [(name, recipe) for name in (*BARRED_SETS, *OTHER_SETS) for recipe in RECIPES]
-    for name, recipe in dict.fromkeys(first + then + rest):
+    for name, recipe in dict.fromkeys(first + rest):
         if name in RECIPES[recipe].sets:
             yield name, recipe
 

@@ -12,7 +12,7 @@ from typing import Any
 from bars import FILE, write_bars
 from economy_data import SETS
 from economy_plot import Series, plot
-from economy_recipes import BASELINE, GRID, LONG_SET, RECIPES, order
+from economy_recipes import BASELINE, GRID, RECIPES, order
 from economy_results import (
     BARS,
     Difference,
@@ -166,9 +166,6 @@ def _set_lines(find: Find, set_name: str, folder: Path) -> Iterator[str]:
         picture = folder / f"economy-{set_name}.svg"
         picture.write_text(_plot(set_name, drawn), encoding="utf-8")
         yield f"![Held-out loss against bytes: {SETS[set_name].title}](benchmarks/{picture.name})\n"
-    if set_name == LONG_SET:
-        yield from _wire_lines(find, names)
-        return
     yield (
         "| recipe | rate | validation loss | loss | right | loss, difference | right, difference in points | not worse "
         "| bytes a token | fewer | round trips a step | CPU, s | time, s | seeds |\n" + 14 * "|---" + "|"
@@ -214,17 +211,6 @@ def _row(result: Result, baseline: Result | None, rate: Rate) -> str:
 
 def _interval(found: Difference | None, digits: int) -> str:
     return "" if found is None else f"{found.mean:+.{digits}f} [{found.low:+.{digits}f}, {found.high:+.{digits}f}]"
-
-
-def _wire_lines(find: Find, names: Sequence[str]) -> Iterator[str]:
-    yield "| recipe | rate | loss of the last 50 steps | by seed | bytes a token |\n|---|---|---|---|---|"
-    for name in names:
-        result = find(LONG_SET, name, "chosen")
-        if result is not None:
-            losses = [run.train_loss_last or float("nan") for run in result.runs]
-            cells = [f"{result.rate:g}", f"{statistics.mean(losses):.4f}", ", ".join(f"{loss:.4f}" for loss in losses)]
-            yield f"| {RECIPES[name].title} | {' | '.join(cells)} | {result.bytes_per_token:,.0f} |"
-    yield ""
 
 
 def _same_quality_lines(set_name: str, drawn: Sequence[Result]) -> Iterator[str]:

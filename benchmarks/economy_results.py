@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any, Final, Literal
 
 import numpy as np
 from economy_data import SETS
-from economy_recipes import BASELINE, DEFAULT, FORMER, FP16_ALL, FP32_WIRE, INTENTS, LONG_SET, RECIPES, SECOND
+from economy_recipes import BASELINE, DEFAULT, FP16_ALL, INTENTS, RECIPES, SECOND
 from economy_runs import Finished, Plan, Rows, Run, Score
 
 Rate = Literal["chosen", "default"]
@@ -41,7 +40,7 @@ class Result:
 
     @property
     def validation_loss(self) -> float:
-        return self.mean(lambda run: validation_score(run).loss)
+        return self.mean(lambda run: run.validation_loss)
 
     @property
     def accuracy(self) -> float:
@@ -82,7 +81,7 @@ def find_result(finished: Finished, plan: Plan, set_name: str, recipe: str, rate
     None where the rate is not chosen yet, or no run of it ended well.
     """
     of_recipe = plan.recipes[recipe]
-    is_chosen = rate == "chosen" and (of_recipe.has_grid or SETS[set_name].fixed_lr is not None)
+    is_chosen = rate == "chosen" and of_recipe.has_grid
     lr = plan.chosen_lr(finished, set_name, recipe) if is_chosen else of_recipe.usual_lr(set_name)
     if lr is None and is_chosen:
         return None
@@ -95,12 +94,6 @@ def test_score(run: Run) -> Score:
     """Of a run that did not diverge."""
     assert run.test is not None
     return run.test
-
-
-def validation_score(run: Run) -> Score:
-    """Of a run that did not diverge."""
-    assert run.validation is not None
-    return run.validation
 
 
 # -- differences -----------------------------------------------------------------------------------------
@@ -177,7 +170,7 @@ class Bar:
     """A number that has to be reached.
 
     Attributes:
-        sets, recipe, against: what is compared with what, where.
+        sets, recipe: what is compared with the baseline, where.
         measure: gives bar and value, of a pair of each set.
         most: whether the bar is the most that is allowed, and not the least.
         of_what: for people, with its unit.
@@ -188,12 +181,11 @@ class Bar:
     of_what: str
     measure: Callable[[list[Pair]], tuple[float, float]]
     most: bool
-    against: str = BASELINE
 
     def find(self, find: Find, rate: Rate) -> tuple[float, float] | None:
         """Bar and value of what ``find_result`` finds, with chosen rates or without ``--lr``; None where runs are
         missing."""
-        pairs = [_pair(find, rate, set_name, self.recipe, self.against) for set_name in self.sets]
+        pairs = [_pair(find, rate, set_name, self.recipe) for set_name in self.sets]
         there = [pair for pair in pairs if pair is not None]
         return self.measure(there) if len(there) == len(pairs) else None
 
@@ -207,14 +199,13 @@ class Bar:
 
     @property
     def command(self) -> str:
-        both = (self.against, self.recipe) if self.against == BASELINE else (self.recipe, self.against)
-        pairs = [f"{set_name}/{recipe}" for set_name in self.sets for recipe in both]
+        pairs = [f"{set_name}/{recipe}" for set_name in self.sets for recipe in (BASELINE, self.recipe)]
         return f"python benchmarks/economy.py --only {' '.join(pairs)}"
 
 
-def _pair(find: Find, rate: Rate, set_name: str, recipe: str, against: str = BASELINE) -> Pair | None:
-    """A recipe and what it is compared with, with the same seeds; None unless all the recipe's are there in both."""
-    ours, theirs = find(set_name, recipe, rate), find(set_name, against, rate)
+def _pair(find: Find, rate: Rate, set_name: str, recipe: str) -> Pair | None:
+    """A recipe and the baseline, with the same seeds; None unless all the recipe's are there in both."""
+    ours, theirs = find(set_name, recipe, rate), find(set_name, BASELINE, rate)
     if ours is None or theirs is None or not ours.is_complete or not set(theirs.seeds) >= set(ours.seeds):
         return None
     return ours, theirs.of_seeds(ours.seeds)
@@ -270,12 +261,6 @@ def _chat_traffic(pairs: list[Pair]) -> tuple[float, float]:
     return 6.0, 100 - pairs[0][0].fewer_bytes(pairs[0][1])
 
 
-def _wire_loss(pairs: list[Pair]) -> tuple[float, float]:
-    """int8 against fp32 with the same seeds: the training loss of the last 50 steps."""
-    ours, theirs = (each.mean(lambda run: run.train_loss_last or math.inf) for each in pairs[0])
-    return 0.7, 100 * (ours / theirs - 1)
-
-
 TITLE: Final = RECIPES[DEFAULT].title
 BARS: Final[dict[str, Bar]] = {
     **{f"{name}_loss": _loss(name, DEFAULT, 0.02) for name in INTENTS},
@@ -292,11 +277,7 @@ BARS: Final[dict[str, Bar]] = {
     "chat60_traffic": Bar(
         ("chat60",), DEFAULT, f"{TITLE}: bytes a token, % of the baseline's", _chat_traffic, most=True
     ),
-    "int8_loss": Bar(
-        (LONG_SET,), FORMER, "int8 on the wire: mean loss of the last 50 steps above that of fp32, %", _wire_loss,
-        most=True, against=FP32_WIRE,
-    ),
-}  # fmt: skip
+}
 
 
 def measure_bars(finder: Find) -> dict[str, dict[str, Any]]:

@@ -226,9 +226,6 @@ class Plan:
 
     def chosen_lr(self, finished: Finished, set_name: str, recipe_name: str) -> float | None:
         """The rate of a recipe on a set; None where it is not chosen yet, or nothing of the grid converged."""
-        fixed = SETS[set_name].fixed_lr
-        if fixed is not None:
-            return fixed
         tried = self.tried(finished, set_name, recipe_name)
         if not self._chooses(recipe_name) or self._next_rate(tried, set_name, recipe_name) is not None:
             return None
@@ -239,19 +236,17 @@ class Plan:
         return next(self._open(finished, set_name, recipe_name), None)
 
     def _open(self, finished: Finished, set_name: str, recipe_name: str) -> Iterator[Settings]:
-        recipe, is_free = self.recipes[recipe_name], SETS[set_name].fixed_lr is None
+        recipe = self.recipes[recipe_name]
         found = self.settings(set_name, recipe_name, None, CHOOSING_SEED)
         if recipe.usual_lr(set_name) is None and found.digest not in finished:
             yield found
-        if is_free and self._chooses(recipe_name):
+        if self._chooses(recipe_name):
             rate = self._next_rate(self.tried(finished, set_name, recipe_name), set_name, recipe_name)
             if rate is not None:
                 yield self.settings(set_name, recipe_name, rate, CHOOSING_SEED)
         # The rates that are reported: the chosen one, and the one of a user who gives none.
         chosen = self.chosen_lr(finished, set_name, recipe_name)
-        rates: list[float | None] = [] if chosen is None else [chosen]
-        rates += [recipe.usual_lr(set_name)] if is_free else []
-        for lr in dict.fromkeys(rates):
+        for lr in dict.fromkeys([*([] if chosen is None else [chosen]), recipe.usual_lr(set_name)]):
             for seed in (0,) if self._quick else recipe.seeds(set_name):
                 if self.find(finished, set_name, recipe_name, lr, seed) is None:
                     yield self.settings(set_name, recipe_name, lr, seed)

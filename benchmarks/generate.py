@@ -101,7 +101,7 @@ class Place:
                     self._answer(context, self._prompts[0], 4, 0)  # loads what is loaded when first used
                     for ids in self._prompts[: options.prompts]:  # taking turns
                         request = {"adapter": adapter and str(adapter), "ids": ids.tolist(), "tokens": options.tokens}
-                        theirs.append(peft.ask(request))
+                        theirs.append(peft(request))
                         ours.append(self._answer(context, ids, len(theirs[-1]["tokens"]), 0))
                         log(f"{name}: PEFT {_rate_of_peft(theirs[-1]):.1f} tokens/s, ours {_rate(ours[-1]):.1f}")
                 found[name] = {

@@ -45,23 +45,13 @@ BARS: Final = {"fp16": 2e-3, "fp32": 1e-4}
 WIRES: Final = {"fp16": ("fp16", "int8"), "fp32": ("fp32",)}
 
 
-@dataclass(frozen=True)
-class Case:
-    """What is trained; ``bar`` is the one that it counts for."""
-
-    bar: str
-    recipe: Recipe
-
-
 # High rates: so few steps should move the losses far away from the base model's.
 OF_DEFAULT: Final = RECIPES[DEFAULT].adapter
 CASES: Final = {
-    "bottleneck": Case(
-        "peft_bottleneck", Recipe("bottleneck r 96, all positions", {**OF_DEFAULT, "adapt": "all"}, default_lr=1e-2)
-    ),
-    "bottleneck-answer": Case("peft_bottleneck", Recipe("bottleneck r 96, answer", OF_DEFAULT, default_lr=1e-2)),
-    "ffa": Case("peft_ffa", Recipe("ffa r 8 on q, v", {"kind": "ffa"}, default_lr=1e-2)),
-    "activated": Case("peft_activated", Recipe("lora r 8 on q, v, answer", {"adapt": "answer"}, default_lr=5e-3)),
+    "bottleneck": Recipe("bottleneck r 96, all positions", {**OF_DEFAULT, "adapt": "all"}, default_lr=1e-2),
+    "bottleneck-answer": Recipe("bottleneck r 96, answer", OF_DEFAULT, default_lr=1e-2),
+    "ffa": Recipe("ffa r 8 on q, v", {"kind": "ffa"}, default_lr=1e-2),
+    "activated": Recipe("lora r 8 on q, v, answer", {"adapt": "answer"}, default_lr=5e-3),
 }
 
 
@@ -103,7 +93,7 @@ def bars_of(cases: Mapping[str, Sequence[Mapping[str, Any]]], head: str) -> dict
     """The largest difference of all cases that count for a bar; those of an fp32 head are bars of their own."""
     largest: dict[str, float] = {}
     for name, runs in cases.items():
-        bar = CASES[name].bar + ("_fp32" if head == "fp32" else "")
+        bar = f"peft_{name.partition('-')[0]}" + ("_fp32" if head == "fp32" else "")
         largest[bar] = max(largest.get(bar, 0.0), *(run["difference"] for run in runs))
     command = COMMAND if head == "fp16" else f"{COMMAND} --bundle-fp32 build/smollm2-fp32"
     return {bar: at_most(BARS[head], value, command) for bar, value in largest.items()}
@@ -122,10 +112,10 @@ def _measure(bundle: Bundle, url: str, data: Data, work: Path, options: argparse
         base = evaluate(model, data.held_out, options.batch_size).loss
     log(f"{bundle.manifest.head.dtype} head, no adapter: {base:.5f}")
     cases: dict[str, list[dict[str, Any]]] = {}
-    for name, case in CASES.items():
+    for name, recipe in CASES.items():
         cases[name] = []
         for wire in wires:
-            found = _run(bundle, url, data, case.recipe, wire, work / f"{name}-{wire}", options)
+            found = _run(bundle, url, data, recipe, wire, work / f"{name}-{wire}", options)
             losses = f"{found['loss']:.5f}, in PEFT {found['peft_loss']:.5f}"
             log(f"{name}, wire {wire}: {losses}, {found['difference']:.1e} apart")
             cases[name].append(found)

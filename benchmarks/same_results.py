@@ -299,7 +299,8 @@ def stop_on_the_way(commit: Commit, train: tuple[str, ...], metrics: Path) -> No
 def read_result(out: Path, evaluation: dict[str, Any]) -> Result:
     """What is compared. The names of keys and files are here, and nowhere else."""
     config = json.loads((out / "adapter_config.json").read_text())
-    steps, evaluations = _json_lines(out / "metrics.jsonl"), _json_lines(out / "evaluations.jsonl")
+    files = ((out / name).read_text().splitlines() for name in ("metrics.jsonl", "evaluations.jsonl"))
+    steps, evaluations = ([json.loads(line) for line in lines] for lines in files)
     after = {f"after {row['step']} steps": exact(row["loss"]) for row in evaluations}
     values = {
         "adapter_config": {name: exact(config[name]) for name in ("r", "lora_alpha")},
@@ -315,10 +316,6 @@ def _of_steps(rows: list[dict[str, Any]]) -> dict[str, dict[str, str]]:
         "losses": {f"step {row['step']}": exact(row["loss"]) for row in rows},
         "grad_norms": {f"step {row['step']}": exact(row["grad_norm"]) for row in rows},
     }
-
-
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def exact(number: float) -> str:

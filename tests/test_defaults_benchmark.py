@@ -19,7 +19,7 @@ from dlora.protocol.manifest import load_manifest
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from defaults import is_wanted
-from defaults_places import BASE, FACTORS, FP16_FACTORS, GRID, LORA, SMOLLM2, TRUNK, WAYS, all_places, recipes_of
+from defaults_places import BASE, FACTORS, GRID, LORA, SMOLLM2, TRUNK, WAYS, all_places, recipes_of
 from defaults_report import Table, make_bars, write_report
 from economy_recipes import BASELINE, DEFAULT, FORMER, RECIPES
 from economy_runs import Run, Settings
@@ -157,14 +157,6 @@ def test_a_rewritten_model_is_compared_with_the_original() -> None:
     assert bars["default_rewritten_intents"]["reason"].startswith(f"misses: {SMOLLM2}-norms-16/b10 0.005; ")
     assert bars["default_rewritten_points"]["reason"] == "7 of 8 are not run"
     assert bars["lora_rewritten"]["value"] == pytest.approx(1.0)
-
-
-def test_int8_factors_are_compared_with_fp16_ones_seed_by_seed() -> None:
-    both = [(SMOLLM2, name) for name in ("b10", "dialogue")]
-    bars = bars_of(*(runs_of(where, recipe, {None: 0.05}) for where in both for recipe in (DEFAULT, FP16_FACTORS)))
-    assert (bars["set_up"]["value"], bars["set_up"]["holds"]) == (1.0, False)
-    assert (bars["int8_factors"]["value"], bars["int8_factors"]["holds"]) == (0.0, True)
-    assert "missing" not in bars["set_up"]
 
 
 def test_the_section_stands_beside_the_other_ones(tmp_path: Path) -> None:

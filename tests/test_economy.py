@@ -22,7 +22,7 @@ from dlora.protocol.manifest import load_manifest
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from economy_data import SETS
 from economy_plot import Axis, Series, plot
-from economy_recipes import BASELINE, DEFAULT, FORMER, FP16_ALL, GRID, LONG_SET, RECIPES, SECOND, order, train_config
+from economy_recipes import BASELINE, DEFAULT, FORMER, FP16_ALL, GRID, RECIPES, SECOND, order, train_config
 from economy_report import write_report
 from economy_results import BARS, Rate, Result, accuracy_difference, find_result, loss_difference, measure_bars
 from economy_runs import Plan, Rows, Run, RunsFile, Score, Settings, best_rate, next_rate
@@ -144,8 +144,6 @@ def test_a_recipe_chooses_its_rate_and_then_has_every_seed_with_it_and_with_its_
     assert asked[:4] == [(1e-3, 0), (2e-3, 0), (4e-3, 0), (8e-3, 0)]
     assert asked[4:] == [(4e-3, 1), (4e-3, 2), (1e-3, 1), (1e-3, 2)]
     assert PLAN.chosen_lr(found, "b10", BASELINE) == 4e-3
-    # A set with a rate of its own has no grid.
-    assert asked_for(LONG_SET, FORMER)[1] == [(SETS[LONG_SET].fixed_lr, seed) for seed in (0, 1, 2)]
 
 
 def test_a_recipe_without_a_grid_is_the_same_runs_at_both_rates() -> None:
@@ -239,7 +237,6 @@ def test_every_bar_of_the_list_is_there_once_all_is_run_and_its_arithmetic() -> 
     assert list(bars) == list(BARS) == [
         "b10_loss", "b20_loss", "b10_accuracy", "b20_accuracy", "b10_traffic", "b20_traffic", "dialogue_loss",
         "dialogue_traffic", "second_loss", "second_traffic", "fp16_all_traffic", "chat60_loss", "chat60_traffic",
-        "int8_loss",
     ]  # fmt: skip
     for name, entry in bars.items():
         assert set(entry) == {"bar", "value", "holds", "command"} | (set() if entry["holds"] else {"reason"}), name
@@ -254,17 +251,6 @@ def test_every_bar_of_the_list_is_there_once_all_is_run_and_its_arithmetic() -> 
     assert bars["chat60_traffic"]["bar"] == 6.0
     # All rows differ by the same, so that there is no noise.
     assert bars["chat60_loss"] == {**bars["chat60_loss"], "bar": 0.0, "value": 0.01, "holds": False}
-
-
-def test_int8_is_measured_by_the_last_training_losses() -> None:
-    def with_losses(set_name: str, recipe: str, settings: Settings) -> Run:
-        run = made(set_name, recipe, settings)
-        loss = 1.005 if recipe == FORMER else 1.0
-        return msgspec.structs.replace(run, train_loss_last=loss + settings.seed)
-
-    entry = bars_of(all_runs(with_losses))["int8_loss"]
-    assert entry["value"] == pytest.approx(100 * 0.005 / 2)
-    assert entry["holds"]
 
 
 @pytest.mark.parametrize(
