@@ -109,8 +109,8 @@ def _default_recipe(manifest: Manifest) -> Recipe:
         "adapt": "all" if acts_everywhere or defaults.active_from == "start" else "answer",
         "wire_dtype": defaults.wire_dtype,
     }  # fmt: skip
-    rates = {"default_lr": defaults.lr, "weight_decay": defaults.weight_decay}
-    return replace(RECIPES[DEFAULT], has_grid=True, adapter=adapter, **rates)
+    default = replace(RECIPES[DEFAULT], has_grid=True, adapter=adapter)
+    return replace(default, default_lr=defaults.lr, weight_decay=defaults.weight_decay)
 
 
 # -- models that are made ----------------------------------------------------------------------------------

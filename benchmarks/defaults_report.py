@@ -130,9 +130,9 @@ def make_bars(table: Table) -> dict[str, Bar]:
     bars: dict[str, Bar] = {}
     for recipe in ADAPTED:
         share, nats, points = (2.5, 0.01, 1.0) if recipe == DEFAULT else (5.0, 0.015, 1.5)
-        of_usual, best, of_original, over_base = (
-            partial(found, recipe=recipe) for found in (table.usual, table.best, table.original, table.over_base)
-        )
+        finders = (table.usual, table.best, table.original)
+        of_usual, best, of_original = (partial(find, recipe=recipe) for find in finders)
+        over_base = partial(table.over_base, recipe=recipe)
         bars[f"{recipe}_over_base"] = Bar("loss over the base model's", 1.0, ORIGINALS, over_base, (recipe, BASE))
         text, intents = _by_kind(ORIGINALS)
         for name, what, bar, places, measure in (

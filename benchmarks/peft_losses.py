@@ -101,8 +101,8 @@ def bars_of(cases: Mapping[str, Sequence[Mapping[str, Any]]], head: str) -> dict
 
 def _load(bundle: Bundle, work: Path, rows: int) -> Data:
     tokenizer, (train, held_out) = EdgeTokenizer.open(bundle), write_dialogue(work, rows, seed=0)
-    parts = [load_examples(path, tokenizer, max_length=MAX_LENGTH) for path in (train, held_out)]
-    return Data(*parts, held_out)
+    examples, tests = (load_examples(path, tokenizer, max_length=MAX_LENGTH) for path in (train, held_out))
+    return Data(examples, tests, held_out)
 
 
 def _measure(bundle: Bundle, url: str, data: Data, work: Path, options: argparse.Namespace) -> dict[str, Any]:

@@ -122,26 +122,25 @@ def test_where_text_is_said_not_to_be_transmitted_it_is_said_that_this_is_no_sec
                 assert "not secrecy from" in " ".join(paragraph.split()), page
 
 
-@pytest.mark.parametrize(
-    "sentence",
-    [
-        "Activations are unreadable.",
-        "The cloud cannot see your data.",
-        "dlora is privacy-preserving.",
-        "Your labels are protected.",
-        "The server learns nothing of your labels.",
-        "No attack recovers the adapter.",
-        "It can't see your data.",
-        "What crosses is invisible to the server.",
-        "The default does not reveal the text.",
-        "int8 hides the text.",
-        "With the default the adapter is protected by construction. <!-- audit: bottleneck/adapter -->",
-        "The text is private. <!-- audit: trunk/text -->",
-        "The seed is safe by construction. <!-- audit: lora/seed -->",
-        "The text is protected. <!-- audit: no such recipe/text -->",
-        "Noise hides the text. <!-- audit: lora/noise=1 -->",
-    ],
-)
+CLAIMS = """\
+Activations are unreadable.
+The cloud cannot see your data.
+dlora is privacy-preserving.
+Your labels are protected.
+The server learns nothing of your labels.
+No attack recovers the adapter.
+It can't see your data.
+What crosses is invisible to the server.
+The default does not reveal the text.
+int8 hides the text.
+With the default the adapter is protected by construction. <!-- audit: bottleneck/adapter -->
+The text is private. <!-- audit: trunk/text -->
+The seed is safe by construction. <!-- audit: lora/seed -->
+The text is protected. <!-- audit: no such recipe/text -->
+Noise hides the text. <!-- audit: lora/noise=1 -->"""
+
+
+@pytest.mark.parametrize("sentence", CLAIMS.splitlines())
 def test_a_sentence_that_claims_too_much_is_found(sentence: str) -> None:
     assert too_strong(f"Something else.\n\n{sentence}\n\nMore.", AUDIT)
 
@@ -174,25 +173,23 @@ def test_the_audit_is_whole() -> None:
 
 def test_what_the_lab_found_is_found_again() -> None:
     """The verdicts that must not change unnoticed; a change of one is news."""
-
-    def best(recipe: str, secret: str) -> dict[str, Any]:
-        return dict((AUDIT[recipe]["findings"] | AUDIT[recipe]["defences"])[secret]["attacks"][0])
-
-    for recipe in ("lora", "lora, int8", "bottleneck", "ffa"):
-        assert best(recipe, "text")["figure"] == 1
-        assert best(recipe, "labels")["figure"] > 0.99
-        for secret in ("text", "labels", "adapter", "gradients", "prompt lengths", "membership"):
-            assert verdict_of(f"{recipe}/{secret}", AUDIT) == "EXPOSED"
-    for secret in ("labels never fed back", "adapter", "gradients"):
-        assert verdict_of(f"trunk/{secret}", AUDIT) == "BY CONSTRUCTION"
-    assert verdict_of("trunk/labels fed back as text", AUDIT) == "EXPOSED"
-    assert verdict_of("trunk/text", AUDIT) == "EXPOSED"
-    assert verdict_of("lora, --seed 7/seed", AUDIT) == "EXPOSED"
-    assert verdict_of("lora/seed", AUDIT) == "RESISTED"
-    for defence in ("noise=0.3", "noise=1", "first-blocks=1", "first-blocks=2", "first-blocks=4"):
-        assert verdict_of(f"lora/{defence}", AUDIT) == "EXPOSED"
-    for blocks in (1, 2, 4):
-        attacks = {each["attack"]: each for each in AUDIT["lora"]["defences"][f"first-blocks={blocks}"]["attacks"]}
+    of_split = ("lora", "lora, int8", "bottleneck", "ffa")
+    for recipe in of_split:
+        findings = AUDIT[recipe]["findings"]
+        assert findings["text"]["attacks"][0]["figure"] == 1
+        assert findings["labels"]["attacks"][0]["figure"] > 0.99
+    secrets = ("text", "labels", "adapter", "gradients", "prompt lengths", "membership")
+    defences = ("noise=0.3", "noise=1", "first-blocks=1", "first-blocks=2", "first-blocks=4")
+    verdicts = {
+        **{f"{recipe}/{secret}": "EXPOSED" for recipe in of_split for secret in secrets},
+        **{f"trunk/{secret}": "BY CONSTRUCTION" for secret in ("labels never fed back", "adapter", "gradients")},
+        **dict.fromkeys(("trunk/labels fed back as text", "trunk/text", "lora, --seed 7/seed"), "EXPOSED"),
+        "lora/seed": "RESISTED",
+        **{f"lora/{defence}": "EXPOSED" for defence in defences},
+    }
+    assert {name: verdict_of(name, AUDIT) for name in verdicts} == verdicts
+    for name in defences[2:]:
+        attacks = {each["attack"]: each for each in AUDIT["lora"]["defences"][name]["attacks"]}
         assert attacks["sequential matching"]["figure"] == 1
         assert attacks["nearest neighbour"]["figure"] < 0.1
 

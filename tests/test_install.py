@@ -34,17 +34,18 @@ def folder(tmp_path: Path) -> Path:
     return executable(tmp_path / "dlora-edge-dir" / "dlora-edge", STAND_IN).parent
 
 
-def install(*arguments: object, machine: str = "", bits: int = 64, tmp_path: Path | None = None) -> Finished:
-    """Run the script; on ``machine``, if one is named, as ``uname`` and ``getconf`` would say there."""
-    environment = dict(os.environ)
-    if machine:
-        assert tmp_path is not None
-        executable(tmp_path / "fakes" / "uname", f"#!/bin/sh\necho {machine}\n")
-        executable(tmp_path / "fakes" / "getconf", f"#!/bin/sh\necho {bits}\n")
-        environment["PATH"] = f"{tmp_path / 'fakes'}:{environment['PATH']}"
-    command = ["sh", str(PACKAGING / "install.sh"), *map(str, arguments)]
+def script(*arguments: object, at: Path = PACKAGING / "install.sh", path: str = "") -> Finished:
+    environment = {**os.environ, "PATH": f"{path}{os.environ['PATH']}"}
+    command = ["sh", str(at), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
     return Finished(done.returncode, done.stdout, done.stderr)
+
+
+def installed(*arguments: object) -> str:
+    """What the script says when it is done."""
+    done = script(*arguments)
+    assert done.code == 0, done.stderr
+    return done.stdout
 
 
 def one_line(done: Finished, code: int, said: str) -> None:
@@ -56,8 +57,7 @@ def one_line(done: Finished, code: int, said: str) -> None:
 
 def test_install_run_uninstall(binary: Path, tmp_path: Path) -> None:
     root = tmp_path / "root"
-    done = install("--root", root, "--binary", binary)
-    assert done.code == 0, done.stderr
+    installed("--root", root, "--binary", binary)
     program = root / "usr/local/bin/dlora-edge"
     assert subprocess.run([program, "--version"], check=True, capture_output=True).stdout == b"dlora-edge 0.1.0\n"
     unit = (root / "etc/systemd/system/dlora-edge.service").read_text()
@@ -70,21 +70,17 @@ def test_install_run_uninstall(binary: Path, tmp_path: Path) -> None:
     adapter = root / "var/lib/dlora-edge/adapter/adapter_model.safetensors"
     adapter.parent.mkdir()
     adapter.write_bytes(b"weights")
-    assert install("--root", root, "--binary", binary).code == 0  # an update
-    assert settings.read_text() == "DLORA_ARGS=mine\n"
-
-    done = install("--root", root, "--uninstall")
-    assert done.code == 0, done.stderr
-    assert str(root / "var/lib/dlora-edge") in done.stdout
+    installed("--root", root, "--binary", binary)  # an update
+    assert str(root / "var/lib/dlora-edge") in installed("--root", root, "--uninstall")
     left = sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file() or path.is_symlink())
     assert left == ["etc/dlora-edge/train.conf", "var/lib/dlora-edge/adapter/adapter_model.safetensors"]
-    assert adapter.read_bytes() == b"weights"
-    one_line(install("--root", root, "--uninstall"), 1, "is not installed")
+    assert (settings.read_text(), adapter.read_bytes()) == ("DLORA_ARGS=mine\n", b"weights")
+    one_line(script("--root", root, "--uninstall"), 1, "is not installed")
 
 
 def test_folder_installs_and_runs(folder: Path, binary: Path, tmp_path: Path) -> None:
-    root = tmp_path / "root"
-    assert install("--root", root, "--binary", folder, "--prefix", "/opt/dlora", "--user", "trainer").code == 0
+    root, there = tmp_path / "root", ("--root", tmp_path / "root", "--prefix", "/opt/dlora")
+    installed(*there, "--binary", folder, "--user", "trainer")
     program = root / "opt/dlora/bin/dlora-edge"
     assert program.resolve() == root / "opt/dlora/lib/dlora-edge/dlora-edge"
     subprocess.run([program, "--version"], check=True)
@@ -92,10 +88,10 @@ def test_folder_installs_and_runs(folder: Path, binary: Path, tmp_path: Path) ->
     assert "ExecStart=/opt/dlora/bin/dlora-edge train" in unit
     assert "\nUser=trainer\n" in unit
     # The single file in the place of the folder, and away with it.
-    assert install("--root", root, "--binary", binary, "--prefix", "/opt/dlora").code == 0
+    installed(*there, "--binary", binary)
     assert not program.is_symlink()
     assert not (root / "opt/dlora/lib/dlora-edge").exists()
-    assert install("--root", root, "--prefix", "/opt/dlora", "--uninstall").code == 0
+    installed(*there, "--uninstall")
     assert not program.exists()
 
 
@@ -108,20 +104,20 @@ def test_folder_installs_and_runs(folder: Path, binary: Path, tmp_path: Path) ->
     ],
 )
 def test_unsupported_machine_is_refused(machine: str, bits: int, said: str, folder: Path, tmp_path: Path) -> None:
+    """By what ``uname`` and ``getconf`` say there."""
+    for program, answer in (("uname", machine), ("getconf", bits)):
+        executable(tmp_path / "fakes" / program, f"#!/bin/sh\necho {answer}\n")
     root = tmp_path / "root"
-    done = install("--root", root, "--binary", folder, machine=machine, bits=bits, tmp_path=tmp_path)
-    one_line(done, 12, said)
+    one_line(script("--root", root, "--binary", folder, path=f"{tmp_path / 'fakes'}:"), 12, said)
     assert not root.exists()
 
 
 def test_binary_of_another_architecture_is_refused(tmp_path: Path) -> None:
-    other = tmp_path / "dlora-edge"
+    root, other = tmp_path / "root", executable(tmp_path / "dlora-edge", "")
     other.write_bytes(b"\x7fELF\x02\x01\x01" + bytes(9) + b"\x02\x00\xf3\x00" + bytes(100))  # riscv
-    other.chmod(0o755)
-    root = tmp_path / "root"
-    one_line(install("--root", root, "--binary", other), 12, "does not run on this")
+    one_line(script("--root", root, "--binary", other), 12, "does not run on this")
     assert not root.exists()
-    assert install("--root", root, "--binary", other, "--no-verify").code == 0
+    installed("--root", root, "--binary", other, "--no-verify")
 
 
 @pytest.mark.parametrize(
@@ -137,18 +133,15 @@ def test_binary_of_another_architecture_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_options_are_refused(arguments: list[str], code: int, said: str) -> None:
-    one_line(install(*arguments), code, said)
-
-
-def test_help_prints_usage() -> None:
-    assert "--uninstall" in install("--help").stdout
+    one_line(script(*arguments), code, said)
+    assert "--uninstall" in installed("--help")
 
 
 def test_systemd_accepts_the_unit(folder: Path, tmp_path: Path) -> None:
     if shutil.which("systemd-analyze") is None:
         pytest.skip("there is no systemd-analyze")
     root = tmp_path / "root"
-    assert install("--root", root, "--binary", folder).code == 0
+    installed("--root", root, "--binary", folder)
     for target in ("sysinit", "basic", "shutdown", "network-online"):
         (root / f"etc/systemd/system/{target}.target").write_text("[Unit]\nDefaultDependencies=no\n")
     command = ["systemd-analyze", "verify", f"--root={root}", "--man=no", "dlora-edge.service"]
@@ -164,20 +157,16 @@ def test_systemd_accepts_the_unit(folder: Path, tmp_path: Path) -> None:
 def test_a_relative_binary_is_the_one_that_was_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     executable(tmp_path / "elsewhere" / "prog", STAND_IN)
     executable(tmp_path / "here" / "prog", "#!/bin/sh\necho rubbish\n")
-    monkeypatch.setenv("PATH", str(tmp_path / "elsewhere"), prepend=os.pathsep)
     monkeypatch.chdir(tmp_path / "here")
-    one_line(install("--root", tmp_path / "root", "--binary", "prog"), 1, "something else than dlora-edge")
+    done = script("--root", tmp_path / "root", "--binary", "prog", path=f"{tmp_path / 'elsewhere'}:")
+    one_line(done, 1, "something else than dlora-edge")
 
 
 def test_install_of_the_script_alone_keeps_the_unit(tmp_path: Path) -> None:
-    root = tmp_path / "root"
-    binary = executable(tmp_path / "given" / "dlora-edge", STAND_IN)
-    assert install("--root", root, "--binary", binary).code == 0
+    root, binary = tmp_path / "root", executable(tmp_path / "given" / "dlora-edge", STAND_IN)
+    installed("--root", root, "--binary", binary)
     unit = root / "etc/systemd/system/dlora-edge.service"
     before = unit.read_bytes()
     alone = executable(tmp_path / "alone" / "install.sh", (PACKAGING / "install.sh").read_text())
-    done = subprocess.run(
-        ["sh", str(alone), "--root", str(root), "--binary", str(binary)], capture_output=True, text=True, check=False
-    )
-    one_line(Finished(done.returncode, done.stdout, done.stderr), 1, "there is no dlora-edge.service beside")
+    one_line(script("--root", root, "--binary", binary, at=alone), 1, "there is no dlora-edge.service beside")
     assert unit.read_bytes() == before
