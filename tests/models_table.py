@@ -10,7 +10,6 @@ from block_bundles import REFUSED, TRIED_ALWAYS, WITHOUT_DECODE
 from families import FAMILIES, MORE_FAMILIES, REFUSED_FAMILIES, tiny_model
 
 from dlora.cloud.model.base_model import BaseModel
-from dlora.cloud.model.decoding import Decoding
 from dlora.cloud.model.parts import ModelParts
 from dlora.export.selection import can_be_activated, select_targets
 from dlora.export.tracing.entry import CannotBeginOnDevice, find_entry
@@ -94,7 +93,7 @@ def accepted(family: str) -> str:
     without = [name for name in default.trainable if not can_be_activated(base, name)]
     inactive = ", ".join(f"`{name}`" for name in (module_names(base.groups(without)) if without else ()))
     parts = ModelParts.of(base)
-    generates = "whole text" if parts is None or Decoding.of(parts) is None else "cached"
+    generates = "whole text" if parts is None or not parts.most_context() else "cached"
     blocks = f"no: {REFUSED[family]}" if family in REFUSED else _begins(base)
     if family in WITHOUT_DECODE:
         blocks = f"{blocks}, not to generate with"

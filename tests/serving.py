@@ -10,7 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import conversations
 import numpy as np
+import pytest
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import ClientConnection, connect
 
 from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.serving.server import CloudServer, ServerSettings
@@ -24,8 +28,11 @@ from dlora.edge.training.side import ServerSide
 from dlora.edge.training.trainer import Trainer
 from dlora.edge.wire.connecting import ConnectSettings
 from dlora.edge.wire.connection import Connection
+from dlora.protocol import messages as m
 from dlora.protocol.choices import Send
 from dlora.protocol.kill_revive import KillReviveConfig
+from dlora.protocol.session import Session
+from dlora.protocol.states import Side
 
 KEY = bytes(range(32))
 
@@ -56,6 +63,46 @@ def serving(base: BaseModel, **settings: Any) -> Iterator[RunningServer]:
         loop.call_soon_threadsafe(loop.stop)
         thread.join(120)
         loop.close()
+
+
+class RawDevice:
+    """A device that says what it likes; ``session`` lets it be right where it wants to."""
+
+    def __init__(self, socket: ClientConnection) -> None:
+        self.socket = socket
+        self.session = Session(Side.EDGE)
+
+    def say(self, *messages: m.AnyMessage) -> None:
+        for message in messages:
+            self.socket.send(self.session.send(message))
+
+    def hear(self) -> m.AnyMessage:
+        return self.session.receive(self.socket.recv(timeout=120, decode=False))
+
+    def hear_error(self) -> m.Error:
+        """The server's last message, after which it hangs up."""
+        message = self.hear()
+        assert isinstance(message, m.Error)
+        with pytest.raises(ConnectionClosed):
+            self.socket.recv(timeout=120)
+        return message
+
+
+@contextmanager
+def raw_device(url: str) -> Iterator[RawDevice]:
+    with connect(url, compression=None, proxy=None) as socket:
+        yield RawDevice(socket)
+
+
+@contextmanager
+def greeted_device(url: str, token: str = "") -> Iterator[RawDevice]:
+    """A raw device that was let in, with a bearer token or without, and has been told of the server."""
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    with connect(url, compression=None, proxy=None, additional_headers=headers) as socket:
+        device = RawDevice(socket)
+        device.say(conversations.hello())
+        assert isinstance(device.hear(), m.Welcome)
+        yield device
 
 
 def random_dataset(vocabulary: int, examples: int = 12, seed: int = 0, longest: int = 9) -> Dataset:

@@ -10,6 +10,7 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from waiting import StandingClock
 
 from dlora.cloud.admission.access import FAILURES_PER_WINDOW, MAX_ADDRESSES, WINDOW_S, Access, AccessDeniedError, Caller
 from dlora.cloud.admission.tokens import BearerTokenStore
@@ -21,28 +22,18 @@ ADDRESS = "192.0.2.7"
 CERTIFICATE = {"subject": ((("organizationName", "Acme"),), (("commonName", "phone-7"),))}
 
 
-class Clock:
-    """A clock that stands still until it is told."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
+@pytest.fixture
+def clock() -> StandingClock:
+    return StandingClock()
 
 
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def tokens(tmp_path: Path, clock: Clock) -> BearerTokenStore:
+def tokens(tmp_path: Path, clock: StandingClock) -> BearerTokenStore:
     return BearerTokenStore(tmp_path / "tokens.sqlite", clock)
 
 
 @pytest.fixture
-def access(tokens: BearerTokenStore, clock: Clock) -> Access:
+def access(tokens: BearerTokenStore, clock: StandingClock) -> Access:
     return Access(tokens, required=True, clock=clock)
 
 
@@ -79,7 +70,7 @@ class TestAdmission:
         caller = access.admit(f"{scheme} {token}", ADDRESS, None)
         assert caller == Caller("phone", "token", token.split("_")[1])
 
-    def test_each_reason_has_its_code(self, access: Access, tokens: BearerTokenStore, clock: Clock) -> None:
+    def test_each_reason_has_its_code(self, access: Access, tokens: BearerTokenStore, clock: StandingClock) -> None:
         expired, revoked = tokens.create("phone", 10), tokens.create("tablet", None)
         tokens.revoke("tablet")
         clock.now += 10
@@ -148,7 +139,9 @@ class TestAdmission:
 
 
 class TestRecheck:
-    def test_a_session_ends_once_its_token_does(self, access: Access, tokens: BearerTokenStore, clock: Clock) -> None:
+    def test_a_session_ends_once_its_token_does(
+        self, access: Access, tokens: BearerTokenStore, clock: StandingClock
+    ) -> None:
         first = access.admit(f"Bearer {tokens.create('phone', 100)}", ADDRESS, None)
         second = access.admit(f"Bearer {tokens.create('tablet', None)}", ADDRESS, None)
         assert access.recheck([first, second]) == {}
@@ -182,7 +175,7 @@ class TestRecheck:
 
 
 class TestFailures:
-    def test_eleventh_failure_in_a_minute_is_answered_429(self, access: Access, clock: Clock) -> None:
+    def test_eleventh_failure_in_a_minute_is_answered_429(self, access: Access, clock: StandingClock) -> None:
         for _ in range(FAILURES_PER_WINDOW):
             assert denied(access).status == 401
             clock.now += 1

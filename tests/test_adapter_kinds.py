@@ -23,7 +23,7 @@ from torch import Tensor
 from waiting import eventually
 
 from dlora.cloud.admission.quotas import QuotaLimits, SessionQuota
-from dlora.cloud.exchange.kinds import SITE_KINDS, MadeFrom, MadeState, Site
+from dlora.cloud.exchange.kinds import SITE_KINDS
 from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.serving.transport import DeviceGoneError
 from dlora.edge.adapters.kind import Factors, GroupAdapters, LoadGraph, Parameter
@@ -88,12 +88,12 @@ class ServersCore:
     def __init__(self) -> None:
         self.made = 0
 
-    def make_state(self, spec: AdapterSpec, group: GroupSpec, made_from: MadeFrom) -> MadeState:
+    def make_state(self, spec: AdapterSpec, group: GroupSpec, *_: object) -> tuple[list[Tensor], float]:
         self.made += 1
         shapes = kind_of(spec).state_shapes(spec, group)
-        return MadeState([torch.randn(shape) / shape[0] ** 0.5 for shape in shapes])
+        return [torch.randn(shape) / shape[0] ** 0.5 for shape in shapes], 0.0
 
-    def site(self, spec: AdapterSpec, group: GroupSpec, state: Sequence[Tensor]) -> Site:
+    def __call__(self, group: GroupSpec, state: Sequence[Tensor]) -> CoreSite:
         project_on, expand_by = state
         return CoreSite(project_on, expand_by, tuple(target.out_features for target in group.targets))
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from type_configs import tiny_config
 
 from dlora.cloud.model.base_model import BaseModel, find_embedding, find_head, load_base_model
-from dlora.cloud.model.ends import check_cut, cut_error
+from dlora.cloud.model.ends import check_cut
 from dlora.cloud.model.live_bytes import LiveBytes
 from dlora.cloud.model.source import public_name
 from dlora.export.verify import real_hidden_states
@@ -108,7 +108,6 @@ def test_family_with_another_head_is_refused() -> None:
     base = BaseModel.from_model(model, "granite")
     embedding, head = find_embedding(base), find_head(base)
     model.config.logits_scaling = 3.0
-    assert cut_error(base, embedding, head) > 0.1
     with pytest.raises(ExportError, match="granite does more between token ids and logits"):
         check_cut(base, embedding, head)
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dlora.cloud.serving.ticket import controller_of, ticket_of
+from dlora.cloud.serving.ticket import load_ticket, ticket_of
 from dlora.edge.adapters.kind import Parameter
 from dlora.edge.adapters.lora import LoraGroup, LoraModule
 from dlora.edge.training.scores import unit_score
@@ -128,7 +128,8 @@ def test_controller_from_ticket_continues_identically(
     run(first, step)
     ticket = ticket_of(first, KEY)
     assert len(ticket) == size
-    second = controller_of(ticket, KEY, config, groups, seed=seed, total_steps=total, next_step=step)
+    second = Controller(config, groups, seed=seed, total_steps=total)
+    load_ticket(second, ticket, KEY, step)
     assert ticket_of(second, KEY) == ticket
     assert (run(second, total - step) == whole[step:]).all()
 
@@ -137,9 +138,9 @@ GROUPS = make_groups(8)
 CONFIG = KillReviveConfig(score="grad", warmup_steps=5, kill_every=5, revive_every=5, probation=5, active_fraction=0.5)
 
 
-def open_again(ticket: bytes, key: bytes = KEY, **changes: Any) -> Controller:
-    arguments = {"config": CONFIG, "groups": GROUPS, "seed": 1, "total_steps": 60, "next_step": 30} | changes
-    return controller_of(ticket, key, **arguments)
+def open_again(ticket: bytes, key: bytes = KEY, next_step: int = 30, **changes: Any) -> None:
+    controller = Controller(**{"config": CONFIG, "groups": GROUPS, "seed": 1, "total_steps": 60} | changes)
+    load_ticket(controller, ticket, key, next_step)
 
 
 def test_ticket_is_valid_for_its_own_run_only() -> None:

@@ -23,7 +23,7 @@ from tiny import TinyFactory
 from waiting import eventually
 from websockets.sync.client import ClientConnection, connect
 
-from dlora.cloud.admission.quotas import Charge, QuotaLimits, Quotas
+from dlora.cloud.admission.quotas import Charge, QuotaLimits, Quotas, SessionQuota
 from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.serving.server import MOST_TOKENS
 from dlora.cloud.serving.timeouts import SessionTimeouts
@@ -237,15 +237,16 @@ def test_micro_batch_beyond_memory_is_refused_for_good(model: Model, shapes: lis
 def watched_memory(quotas: Quotas) -> Iterator[list[int]]:
     """What all micro-batches together take, each time that one begins."""
     seen: list[int] = []
-    begin = quotas._begin
+    charge = SessionQuota.charge
 
-    def watched(*given: Any) -> Charge:
-        charge = begin(*given)
+    def watched(session: SessionQuota, tokens: int, live_bytes: int) -> Charge:
+        charged = charge(session, tokens, live_bytes)
         seen.append(quotas._running_bytes)
-        return charge
+        return charged
 
-    quotas._begin = watched  # type: ignore[method-assign]
-    yield seen
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SessionQuota, "charge", watched)
+        yield seen
 
 
 def test_devices_share_memory_and_get_the_same_bits_as_alone(model: Model) -> None:

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
 import datetime
 import http
 import socket
 import ssl
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import trustme
 from cryptography.hazmat.primitives import serialization
-from websockets.asyncio.server import Server, ServerConnection
-from websockets.asyncio.server import serve as serve_websocket
+from serving import RunningServer, serving
+from tiny import TinyFactory
 from websockets.exceptions import ConnectionClosed, InvalidMessage, InvalidStatus
-from websockets.http11 import Request, Response
 from websockets.sync.client import connect
 
-from dlora.cloud.admission.access import Access, AccessDeniedError
+from dlora.cloud.admission.access import Access
 from dlora.cloud.admission.tls import check_exposure, server_context
 from dlora.cloud.admission.tokens import BearerTokenStore
+from dlora.cloud.model.base_model import BaseModel
 from dlora.edge.wire.credentials import Credentials, refusal_in, tls_failure
 from dlora.protocol.errors import UsageError
 from dlora.protocol.loopback import is_loopback
@@ -63,65 +59,24 @@ def pki(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@contextmanager
-def serving(context: ssl.SSLContext | None, access: Access) -> Iterator[int]:
-    """A websocket server that greets each caller by name; its port."""
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever, daemon=True)
-    thread.start()
-    names: dict[ServerConnection, str] = {}
-
-    def admit(connection: ServerConnection, request: Request) -> Response | None:
-        authorization = ", ".join(request.headers.get_all("Authorization")) or None
-        certificate = connection.transport.get_extra_info("peercert")
-        try:
-            names[connection] = access.admit(authorization, connection.remote_address[0], certificate).name
-        except AccessDeniedError as error:
-            response = connection.respond(error.status, "")
-            response.body = error.body()
-            del response.headers["Content-Length"], response.headers["Content-Type"]
-            response.headers.update({**error.headers(), "Content-Length": str(len(response.body))})
-            return response
-        return None
-
-    async def greet(connection: ServerConnection) -> None:
-        await connection.send(names[connection])
-        await connection.wait_closed()  # the device closes: it may look at its socket until then
-
-    async def start() -> int:
-        server = await serve_websocket(
-            greet, HOST, 0, ssl=context, process_request=admit, compression=None, open_timeout=60
-        )
-        servers.append(server)
-        return next(iter(server.sockets)).getsockname()[1]
-
-    async def stop() -> None:
-        servers[0].close()
-        await servers[0].wait_closed()
-
-    servers: list[Server] = []
-    try:
-        yield asyncio.run_coroutine_threadsafe(start(), loop).result(120)
-    finally:
-        asyncio.run_coroutine_threadsafe(stop(), loop).result(120)
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join(120)
-        loop.close()
+@pytest.fixture(scope="module")
+def base(tiny: TinyFactory) -> BaseModel:
+    return tiny().base
 
 
-def call(port: int, credentials: Credentials, scheme: str = "wss") -> str:
-    """Connect as a device and return the greeting."""
-    url = f"{scheme}://{HOST}:{port}"
+def call(server: RunningServer, credentials: Credentials, scheme: str = "wss") -> str:
+    """Connect as a device; the name under which it was let in."""
+    url = f"{scheme}://{HOST}:{server.server.port}"
     with connect(
         url, ssl=credentials.ssl_context(url), additional_headers=credentials.headers(url), proxy=None, open_timeout=60
-    ) as connection:
-        return str(connection.recv(timeout=120))
+    ):
+        return list(server.server._callers.values())[-1].name
 
 
-def failure(port: int, credentials: Credentials) -> str:
+def failure(server: RunningServer, credentials: Credentials) -> str:
     """The one line for a connection that fails in TLS."""
     with pytest.raises(ssl.SSLError) as caught:
-        call(port, credentials)
+        call(server, credentials)
     line = str(tls_failure(caught.value, "wss://it"))
     assert "\n" not in line
     return line
@@ -133,13 +88,14 @@ def tokens(tmp_path: Path) -> BearerTokenStore:
 
 
 class TestConnections:
-    def test_trusted_server_and_valid_token_connect(self, pki: Path, tokens: BearerTokenStore) -> None:
+    def test_trusted_server_and_valid_token_connect(self, base: BaseModel, pki: Path, tokens: BearerTokenStore) -> None:
         token = tokens.create("phone", None)
-        with serving(server_context(pki / "server.pem", pki / "server.key"), Access(tokens, required=True)) as port:
-            assert call(port, Credentials(token, ca=pki / "ca.pem")) == "phone"
+        tls = server_context(pki / "server.pem", pki / "server.key")
+        with serving(base, tls=tls, access=Access(tokens, required=True)) as server:
+            assert call(server, Credentials(token, ca=pki / "ca.pem")) == "phone"
             for other, code in ((None, "token_missing"), (token[:15] + "A" * 43, "token_wrong")):
                 with pytest.raises(InvalidStatus) as caught:
-                    call(port, Credentials(other, ca=pki / "ca.pem"))
+                    call(server, Credentials(other, ca=pki / "ca.pem"))
                 response = caught.value.response
                 assert response.status_code == http.HTTPStatus.UNAUTHORIZED
                 assert response.headers["WWW-Authenticate"].startswith("Bearer")
@@ -147,22 +103,21 @@ class TestConnections:
                 assert refusal is not None
                 assert refusal.code == code
 
-    def test_server_sends_no_session_ticket(self, pki: Path) -> None:
+    def test_server_sends_no_session_ticket(self, base: BaseModel, pki: Path) -> None:
         """While one comes, a device's two threads cannot both use its TLS connection."""
-        url, credentials = f"wss://{HOST}", Credentials(None, ca=pki / "ca.pem")
+        tls = Credentials(None, ca=pki / "ca.pem").ssl_context(f"wss://{HOST}")
         context = server_context(pki / "server.pem", pki / "server.key")
         with (
-            serving(context, Access(None, required=False)) as port,
-            connect(f"{url}:{port}", ssl=credentials.ssl_context(url), proxy=None, open_timeout=60) as connection,
+            serving(base, tls=context) as server,
+            connect(f"wss://{HOST}:{server.server.port}", ssl=tls, proxy=None, open_timeout=60) as connection,
         ):
-            connection.recv(timeout=120)
             assert isinstance(connection.socket, ssl.SSLSocket)
             assert connection.socket.version() == "TLSv1.3"
             assert connection.socket.session is not None
             assert not connection.socket.session.has_ticket
 
     @pytest.mark.parametrize(
-        ("server", "ca", "words"),
+        ("served", "ca", "words"),
         [
             ("server", "other-ca.pem", "unable to get local issuer"),
             ("server", None, "unable to get local issuer"),
@@ -170,49 +125,51 @@ class TestConnections:
             ("elsewhere", "ca.pem", "IP address mismatch"),
         ],
     )
-    def test_untrusted_server_is_refused(self, pki: Path, server: str, ca: str | None, words: str) -> None:
-        context = server_context(pki / f"{server}.pem", pki / f"{server}.key")
-        with serving(context, Access(None, required=False)) as port:
+    def test_untrusted_server_is_refused(
+        self, base: BaseModel, pki: Path, served: str, ca: str | None, words: str
+    ) -> None:
+        context = server_context(pki / f"{served}.pem", pki / f"{served}.key")
+        with serving(base, tls=context) as server:
             for insecure in (False, True):
                 credentials = Credentials("never-sent", ca=ca and pki / ca, insecure=insecure)
-                line = failure(port, credentials)
+                line = failure(server, credentials)
                 assert "not to be trusted" in line
                 assert words in line
 
-    def test_client_certificates_are_checked(self, pki: Path) -> None:
+    def test_client_certificates_are_checked(self, base: BaseModel, pki: Path) -> None:
         context = server_context(pki / "server.pem", pki / "server.key", pki / "ca.pem")
-        with serving(context, Access(None, required=True)) as port:
+        with serving(base, tls=context, access=Access(None, required=True)) as server:
             ca = pki / "ca.pem"
             good = Credentials(ca=ca, client_cert=pki / "device.pem", client_key=pki / "device.key")
-            assert call(port, good) == "phone"
-            assert call(port, Credentials(ca=ca, client_cert=pki / "device-both.pem")) == "phone"
+            assert call(server, good) == "phone"
+            assert call(server, Credentials(ca=ca, client_cert=pki / "device-both.pem")) == "phone"
             with pytest.raises(InvalidStatus) as caught:
-                call(port, Credentials(ca=ca))
+                call(server, Credentials(ca=ca))
             refusal = refusal_in(caught.value.response.body)
             assert refusal is not None
             assert refusal.code == "token_missing"
             assert "--client-cert" in refusal.message
             forged = Credentials(ca=ca, client_cert=pki / "stranger.pem", client_key=pki / "stranger.key")
             with pytest.raises(FAILED):
-                call(port, forged)
-            assert call(port, good) == "phone"
+                call(server, forged)
+            assert call(server, good) == "phone"
 
-    def test_unknown_client_certificate_is_named_in_the_error(self, pki: Path) -> None:
+    def test_unknown_client_certificate_is_named_in_the_error(self, base: BaseModel, pki: Path) -> None:
         context = server_context(pki / "server.pem", pki / "server.key", pki / "ca.pem")
         context.maximum_version = ssl.TLSVersion.TLSv1_2
-        with serving(context, Access(None, required=True)) as port:
+        with serving(base, tls=context, access=Access(None, required=True)) as server:
             forged = Credentials(ca=pki / "ca.pem", client_cert=pki / "stranger-both.pem")
-            assert "does it not trust --client-cert?" in failure(port, forged)
+            assert "does it not trust --client-cert?" in failure(server, forged)
 
-    def test_tls_and_plain_mismatch_is_explained(self, pki: Path) -> None:
-        with serving(None, Access(None, required=False)) as port:
-            assert "is it ws://" in failure(port, Credentials(ca=pki / "ca.pem"))
+    def test_tls_and_plain_mismatch_is_explained(self, base: BaseModel, pki: Path) -> None:
+        with serving(base) as server:
+            assert "is it ws://" in failure(server, Credentials(ca=pki / "ca.pem"))
         context = server_context(pki / "server.pem", pki / "server.key")
-        with serving(context, Access(None, required=False)) as port, pytest.raises(FAILED):
-            call(port, Credentials(), scheme="ws")
+        with serving(base, tls=context) as server, pytest.raises(FAILED):
+            call(server, Credentials(), scheme="ws")
 
     @pytest.mark.filterwarnings("ignore:ssl.TLSVersion.TLSv1_1 is deprecated")
-    def test_old_tls_is_refused_by_both(self, pki: Path) -> None:
+    def test_old_tls_is_refused_by_both(self, base: BaseModel, pki: Path) -> None:
         contexts = [
             server_context(pki / "server.pem", pki / "server.key"),
             Credentials(ca=pki / "ca.pem").ssl_context("wss://h"),
@@ -224,8 +181,8 @@ class TestConnections:
         old.minimum_version = ssl.TLSVersion.MINIMUM_SUPPORTED
         old.maximum_version = ssl.TLSVersion.TLSv1_1
         with (
-            serving(contexts[0], Access(None, required=False)) as port,
-            socket.create_connection((HOST, port)) as plain,
+            serving(base, tls=contexts[0]) as server,
+            socket.create_connection((HOST, server.server.port)) as plain,
             pytest.raises(ssl.SSLError),
         ):
             old.wrap_socket(plain, server_hostname=HOST)

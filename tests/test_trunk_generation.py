@@ -225,16 +225,16 @@ def test_a_long_prompt_crosses_and_is_run_in_parts(
 
 
 def test_the_server_keeps_the_past_of_its_own_blocks_alone(model: Tiny, server: RunningServer, adapter: Path) -> None:
-    decoding = server.server.service.decoding
-    assert decoding is not None
+    parts = server.server.service.parts
+    assert parts is not None
     with opening(model, server, adapter):
         (live,) = list(server.server.service.sessions)
-        one_of_three, all_three = decoding.bytes_per_token(1), decoding.bytes_per_token()
+        one_of_three, all_three = parts.cache_bytes_per_token(1), parts.cache_bytes_per_token()
         assert live.cache_bytes == 64 * one_of_three
     assert all_three / 3 < one_of_three < all_three / 2  # in blocks that are left out tokens are counted
-    cache = decoding.new_cache(64, 1)
+    cache = parts.new_cache(end=1, room=64)
     with torch.no_grad():
-        assert decoding.append(torch.zeros(1, 7, model.base.embedding_size), cache, 0).shape == (1, 7, 16)
+        assert parts.run(torch.zeros(1, 7, model.base.embedding_size), end=1, cache=cache).shape == (1, 7, 16)
     assert cache.nbytes == 7 * one_of_three
 
 

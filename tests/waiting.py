@@ -16,6 +16,16 @@ def eventually(holds: Callable[[], bool]) -> None:
         time.sleep(0.003)
 
 
+class StandingClock:
+    """Seconds that pass when a test says so. They start where a server's that has run for months stands."""
+
+    def __init__(self) -> None:
+        self.now = 1e7
+
+    def __call__(self) -> float:
+        return self.now
+
+
 class PassingClock:
     """A clock to give to what waits: it goes on as time does, and ``sleep`` moves it on at once."""
 

@@ -126,7 +126,14 @@ class Access:
         except AccessDeniedError:
             raise
         except RefusedError as error:
-            raise self._denied(error, address) from None
+            failures, retry_after_s = self._failures.count(address)
+            if failures <= FAILURES_PER_WINDOW:
+                raise AccessDeniedError(str(error), error.code, status=401) from None
+            text = f"too many failures from this address, the last one: {error}"
+            raise AccessDeniedError(
+                text, ErrorCode.TOO_MANY_FAILURES, status=429, retry_after_s=retry_after_s,
+                should_log=failures == FAILURES_PER_WINDOW + 1,
+            ) from None  # fmt: skip
 
     def recheck(self, callers: Collection[Caller]) -> dict[Caller, AccessDeniedError]:
         """The callers whose token has expired or was revoked, and what they are told. From any thread.
@@ -164,18 +171,6 @@ class Access:
             raise RefusedError(text, ErrorCode.TOKEN_MISSING)
         return Caller(address, "address")
 
-    def _denied(self, error: RefusedError, address: str) -> AccessDeniedError:
-        failures, retry_after_s = self._failures.count(address)
-        if failures <= FAILURES_PER_WINDOW:
-            return AccessDeniedError(str(error), error.code, status=401)
-        return AccessDeniedError(
-            f"too many failures from this address, the last one: {error}",
-            ErrorCode.TOO_MANY_FAILURES,
-            status=429,
-            retry_after_s=retry_after_s,
-            should_log=failures == FAILURES_PER_WINDOW + 1,
-        )
-
 
 class _Failures:
     """How often each address failed within the last minute; the addresses that failed last are remembered."""
@@ -200,12 +195,8 @@ class _Failures:
 def _tokens_unreadable(error: StorageError) -> AccessDeniedError:
     """No tokens, no way in. The device only learns that it may come again; the log has the path."""
     logger.error("%s", error)
-    return AccessDeniedError(
-        "the server cannot read its tokens; its log has more",
-        ErrorCode.INTERNAL,
-        status=503,
-        retry_after_s=STORAGE_RETRY_S,
-    )
+    text = "the server cannot read its tokens; its log has more"
+    return AccessDeniedError(text, ErrorCode.INTERNAL, status=503, retry_after_s=STORAGE_RETRY_S)
 
 
 def _common_name(certificate: Mapping[str, Any] | None) -> str | None:

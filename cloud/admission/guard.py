@@ -17,7 +17,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 from websockets.asyncio.server import ServerConnection
 from websockets.frames import Frame, Opcode
@@ -26,6 +26,8 @@ from websockets.protocol import Event, State
 from dlora.protocol.connections import source_of
 from dlora.protocol.messages import ErrorCode
 from dlora.protocol.text import one_line
+
+from .quotas import SessionQuota
 
 logger = logging.getLogger("dlora.cloud")
 
@@ -63,13 +65,6 @@ class ConnectionLimits:
     handshake_s: float = 10.0
     close_s: float = 5.0
     origins: tuple[str, ...] = ()
-
-
-class UnreadBytes(Protocol):
-    """What counts the bytes of messages that nobody has taken yet; see ``SessionQuota``."""
-
-    def add(self, nbytes: int) -> bool: ...
-    def remove(self, nbytes: int) -> None: ...
 
 
 class Guard:
@@ -156,10 +151,8 @@ class Guard:
             # Of the source that has most: a flood from one address costs others nothing, however slow their lines.
             sources = Counter(waiting.source for waiting in self._unfinished)
             greediest = max(sources, key=sources.__getitem__)
-            self._abort(
-                next(waiting for waiting in self._unfinished if waiting.source == greediest),
-                "too many connections without a session",
-            )
+            oldest = next(waiting for waiting in self._unfinished if waiting.source == greediest)
+            oldest.abort_for("too many connections without a session")
 
     def count_received(self, connection: GuardedConnection, nbytes: int) -> None:
         if connection in self._unfinished:
@@ -167,7 +160,7 @@ class Guard:
             self._unfinished_bytes += nbytes
             if self._unfinished_bytes > self.limits.unfinished_bytes:
                 greediest = max(self._unfinished, key=lambda waiting: waiting.received_bytes)
-                self._abort(greediest, "too many bytes without a session")
+                greediest.abort_for("too many bytes without a session")
 
     def move_to_opened(self, connection: GuardedConnection) -> None:
         if connection in self._unfinished:
@@ -189,10 +182,6 @@ class Guard:
         self._logged_at[reason] = now
         return self._refused.pop(reason)
 
-    def _abort(self, connection: GuardedConnection, reason: str) -> None:
-        self.log_refusal(reason, connection.source)
-        connection.abort()
-
 
 class GuardedConnection(ServerConnection):
     """A websocket whose peer is not trusted with more than its ``Guard`` allows.
@@ -201,15 +190,16 @@ class GuardedConnection(ServerConnection):
     where what came along with it, within ``PIECE_BYTES``, breaks websocket's own rules.
 
     Attributes:
+        guard: of all connections of the server.
         source: the peer's address; of IPv6 the /64, which is what one customer has.
         received_bytes: before a session was opened.
     """
 
     def __init__(self, guard: Guard, protocol: Any, server: Any, **settings: Any) -> None:
         super().__init__(protocol, server, **settings)
+        self.guard = guard
         self.source = "?"
         self.received_bytes = 0
-        self._guard = guard
         self._tcp: asyncio.Transport | None = None
         self._made = False
         self._early_bytes = bytearray()
@@ -219,26 +209,18 @@ class GuardedConnection(ServerConnection):
         self._window_began = guard.clock()
         self._controls = 0
         self._waiting: deque[int] = deque()  # of each message that nobody has taken yet, the bytes that count
-        self._unread: UnreadBytes | None = None
+        self._unread: SessionQuota | None = None
         self._refused = False
 
     # -- for the server ----------------------------------------------------------------------------------
 
-    def session_opened(self, unread: UnreadBytes) -> None:
+    def session_opened(self, unread: SessionQuota) -> None:
         """A session was opened or resumed: this connection does not count as a stranger's any more.
 
         ``unread`` counts the messages that come from now on, until they are taken.
         """
         self._unread = unread
-        self._guard.move_to_opened(self)
-
-    def log_refusal(self, code: str, peer: str, detail: str) -> None:
-        """Log a refusal in the handshake, within the same bounds as those beneath messages."""
-        self._guard.log_refusal(code, peer, detail)
-
-    def log_bug(self, error: Exception, peer: str) -> None:
-        """Log an error of ours in the handshake, likewise."""
-        self._guard.log_bug(error, peer)
+        self.guard.move_to_opened(self)
 
     def limit_frames(self, nbytes: int) -> None:
         """Take frames of so many bytes from now on. Call it before the message that lets the peer send them."""
@@ -247,9 +229,14 @@ class GuardedConnection(ServerConnection):
 
     def abort(self) -> None:
         """Drop the connection without a word, whatever it is doing."""
-        self._guard.forget(self)
+        self.guard.forget(self)
         if self._tcp is not None:
             self._tcp.abort()
+
+    def abort_for(self, reason: str) -> None:
+        """Likewise, and log why."""
+        self.guard.log_refusal(reason, self.source)
+        self.abort()
 
     async def recv(self, decode: bool | None = None) -> Any:
         """As ``ServerConnection.recv``."""
@@ -268,17 +255,17 @@ class GuardedConnection(ServerConnection):
         self._tcp = cast(asyncio.Transport, transport)
         peer = transport.get_extra_info("peername")
         self.source = source_of(str(peer[0])) if peer else "?"
-        self._guard.admit(self)
-        if self._guard.tls is None:
+        self.guard.admit(self)
+        if self.guard.tls is None:
             self._begin(transport)
         else:
-            self._tls_handshake = self.loop.create_task(self._start_tls(self._tcp, self._guard.tls))
+            self._tls_handshake = self.loop.create_task(self._start_tls(self._tcp, self.guard.tls))
 
     def data_received(self, data: bytes) -> None:
         if not self._made:
             self._early_bytes += data
             return
-        self._guard.count_received(self, len(data))
+        self.guard.count_received(self, len(data))
         # A read may hold 40,000 pings, and websockets tells of frames only when all that it got was parsed.
         for start in range(0, len(data), PIECE_BYTES):
             if self._refused or self.protocol.state is State.CLOSED:  # TLS tells within a piece that the peer has left
@@ -287,7 +274,7 @@ class GuardedConnection(ServerConnection):
         self._check_unread()
         if self.protocol.close_expected() and self._close_timer is None:
             # websockets waits for its peer to close as well, and finds out with the next keepalive ping.
-            self._close_timer = self.loop.call_later(self._guard.limits.close_s, self.abort)
+            self._close_timer = self.loop.call_later(self.guard.limits.close_s, self.abort)
 
     def process_event(self, event: Event) -> None:
         """As ``ServerConnection.process_event``; what is refused closes the connection, and no later frame counts."""
@@ -304,7 +291,7 @@ class GuardedConnection(ServerConnection):
             super().eof_received()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._guard.forget(self)
+        self.guard.forget(self)
         if self._close_timer is not None:
             self._close_timer.cancel()
         if self._made:
@@ -322,12 +309,11 @@ class GuardedConnection(ServerConnection):
     async def _start_tls(self, tcp: asyncio.Transport, context: ssl.SSLContext) -> None:
         try:
             secure = await self.loop.start_tls(
-                tcp, self, context, server_side=True, ssl_handshake_timeout=self._guard.limits.handshake_s
+                tcp, self, context, server_side=True, ssl_handshake_timeout=self.guard.limits.handshake_s
             )
         except OSError as error:  # of which TLS's, timeouts and lost connections are
-            self._guard.log_refusal("no TLS handshake", self.source)
             logger.debug("TLS handshake: %s", error)
-            self.abort()
+            self.abort_for("no TLS handshake")
             return
         if secure is None or secure.is_closing():
             self.abort()
@@ -340,11 +326,11 @@ class GuardedConnection(ServerConnection):
     def _check_frame(self, frame: Frame) -> bool:
         match frame.opcode:
             case Opcode.PING | Opcode.PONG:
-                now = self._guard.clock()
-                if now - self._window_began >= self._guard.limits.control_window_s:
+                now = self.guard.clock()
+                if now - self._window_began >= self.guard.limits.control_window_s:
                     self._window_began, self._controls = now, 0
                 self._controls += 1
-                if self._controls > self._guard.limits.control_frames:
+                if self._controls > self.guard.limits.control_frames:
                     return self._refuse(ErrorCode.FLOOD, "a flood of pings")
             case Opcode.TEXT:
                 return self._refuse(ErrorCode.PROTOCOL, "a text frame")
@@ -355,7 +341,7 @@ class GuardedConnection(ServerConnection):
                 if self._unread is not None and not self._unread.add(counted):
                     return self._refuse(ErrorCode.FLOOD, "more messages than there is memory for")
                 self._waiting.append(counted)
-                if len(self._waiting) > self._guard.limits.waiting_frames:
+                if len(self._waiting) > self.guard.limits.waiting_frames:
                     return self._refuse(ErrorCode.FLOOD, "a flood of messages")
             case _:
                 pass
@@ -366,12 +352,11 @@ class GuardedConnection(ServerConnection):
             self._unread.remove(nbytes)
 
     def _refuse(self, code: ErrorCode, reason: str) -> bool:
-        self._guard.log_refusal(reason, self.source)
+        self.guard.log_refusal(reason, self.source)
         self.protocol.fail(1008, code)
         return False
 
     def _check_unread(self) -> None:
-        most = max(self._guard.limits.unread_frames * self._frame_limit, SMALLEST_UNREAD_BYTES)
+        most = max(self.guard.limits.unread_frames * self._frame_limit, SMALLEST_UNREAD_BYTES)
         if not self.transport.is_closing() and self.transport.get_write_buffer_size() > most:
-            self._guard.log_refusal("answers that nobody reads", self.source)
-            self.abort()
+            self.abort_for("answers that nobody reads")

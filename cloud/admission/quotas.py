@@ -66,16 +66,12 @@ class _Bucket:
         """Seconds until ``amount`` fits; 0 where it does."""
         if self._capacity is None:
             return 0.0
-        return max(0.0, self._used_at(now) + amount - self._capacity) * self._window_s / self._capacity
+        return max(0.0, self.used(now) + amount - self._capacity) * self._window_s / self._capacity
 
     def add(self, amount: float, now: float) -> None:
-        if self._capacity is not None:
-            self._used, self._at = self._used_at(now) + amount, now
+        self._used, self._at = self.used(now) + amount, now
 
-    def is_empty(self, now: float) -> bool:
-        return self._used_at(now) == 0.0
-
-    def _used_at(self, now: float) -> float:
+    def used(self, now: float) -> float:
         if self._capacity is None:
             return 0.0
         return max(0.0, self._used - (now - self._at) * self._capacity / self._window_s)
@@ -91,7 +87,7 @@ class _Caller:
     live_bytes: int = 0
 
     def is_idle(self, now: float) -> bool:
-        return not (self.sessions or self.live_bytes) and self.tokens.is_empty(now) and self.compute.is_empty(now)
+        return not (self.sessions or self.live_bytes or self.tokens.used(now) or self.compute.used(now))
 
 
 class Quotas:
@@ -108,11 +104,7 @@ class Quotas:
     """
 
     def __init__(
-        self,
-        limits: QuotaLimits,
-        clock: Callable[[], float] = time.monotonic,
-        *,
-        total_live_bytes: int | None = None,
+        self, limits: QuotaLimits, clock: Callable[[], float] = time.monotonic, *, total_live_bytes: int | None = None
     ) -> None:
         self.limits = limits
         self.total_live_bytes = total_live_bytes
@@ -121,8 +113,7 @@ class Quotas:
         self._clock = clock
         self._callers: dict[str, _Caller] = {}
         self._sweep_at = _SWEEP_AT
-        self._lock = threading.Lock()
-        self._freed = threading.Condition(self._lock)
+        self._freed = threading.Condition(threading.Lock())  # held while any of these numbers is read or changed
         self._line: deque[object] = deque()  # the micro-batches that wait for memory
         self._stopped = False
 
@@ -138,7 +129,7 @@ class Quotas:
 
     def stop(self) -> None:
         """Let nobody wait for memory any more: the server stops."""
-        with self._lock:
+        with self._freed:
             self._stopped = True
             self._freed.notify_all()
 
@@ -147,149 +138,21 @@ class Quotas:
 
         Raises ``RefusedError`` (``quota_sessions``, retryable) where it has as many open as it may.
         """
-        with self._lock:
-            caller = self._caller(name, self._clock())
-            most = self.limits.sessions
+        with self._freed:
+            caller, most = self._caller(name), self.limits.sessions
             if most is not None and caller.sessions >= most:
                 text = f"the quota is {most} open at a time; close another session, or come again later"
-                raise _refused_for_now(text, ErrorCode.QUOTA_SESSIONS, _RETRY_AFTER_S)
+                raise _refused_for_now(text, ErrorCode.QUOTA_SESSIONS)
             caller.sessions += 1
         return SessionQuota(self, name)
-
-    def _begin(self, session: SessionQuota, tokens: int, live_bytes: int) -> Charge:
-        limits = self.limits
-        if limits.tokens_per_minute is not None and tokens > limits.tokens_per_minute:
-            text = f"{tokens} tokens are more than the quota of a minute, {limits.tokens_per_minute}"
-            raise _refused_for_good(text, ErrorCode.QUOTA_TOKENS)
-        if limits.live_bytes is not None and live_bytes and live_bytes + session.held_bytes > limits.live_bytes:
-            kept = f", beside {_mb(session.held_bytes)} that it keeps for the session" if session.held_bytes else ""
-            text = f"a micro-batch takes {_mb(live_bytes)} of the server{kept}; the quota is {_mb(limits.live_bytes)}"
-            raise _refused_for_good(text, ErrorCode.QUOTA_LIVE_BYTES)
-        total = self.total_live_bytes
-        if total is not None and live_bytes > total:
-            text = f"a micro-batch takes {_mb(live_bytes)} of the server, which has {_mb(total)} for all of them"
-            raise _refused_for_good(text, ErrorCode.LIMIT)
-        with self._lock:
-            self._check(session, tokens, live_bytes)
-            if live_bytes:
-                self._wait_for_memory(session, live_bytes)
-                self._check(session, tokens, live_bytes)  # again: the caller's other sessions did not wait
-            now = self._clock()
-            caller = self._caller(session.name, now)
-            caller.tokens.add(tokens, now)
-            caller.live_bytes += live_bytes
-            session.live_bytes += live_bytes
-            self.live_bytes += live_bytes
-            self._running_bytes += live_bytes
-        return Charge(self, session, live_bytes)
-
-    def _check(self, session: SessionQuota, tokens: int, live_bytes: int) -> None:
-        """Raise ``RefusedError`` where its caller is over a quota now."""
-        now, most = self._clock(), self.limits.live_bytes
-        caller = self._caller(session.name, now)
-        room = most is None or not live_bytes or caller.live_bytes + live_bytes <= most
-        waits_s = {
-            ErrorCode.QUOTA_TOKENS: caller.tokens.wait_s(tokens, now),
-            ErrorCode.QUOTA_COMPUTE: caller.compute.wait_s(0.0, now),
-            ErrorCode.QUOTA_LIVE_BYTES: 0.0 if room else _RETRY_AFTER_S,
-        }
-        code = max(waits_s, key=waits_s.__getitem__)
-        if waits_s[code] > 0.0:
-            raise _refused_for_now(_USED_UP[code], code, waits_s[code] + _ROUNDING_S)
-
-    def _wait_for_memory(self, session: SessionQuota, live_bytes: int) -> None:
-        """Wait, in line, until so much is free. Who waits here runs nothing, so that all that runs comes to its end.
-
-        Raises ``RefusedError`` (``busy``, retryable) where the session, or the server, ends meanwhile.
-        """
-
-        place = object()
-
-        def may_begin() -> bool:
-            # Frames that wait do not stop the line: who stands in it reads none.
-            return self._line[0] is place and (self._fits(live_bytes) or not self._running_bytes)
-
-        self._line.append(place)
-        try:
-            self._freed.wait_for(lambda: may_begin() or self._stopped or not session.is_open)
-        finally:
-            self._line.remove(place)
-            self._freed.notify_all()
-        if self._stopped or not session.is_open:
-            raise _refused_for_now("the session ended while it waited for memory", ErrorCode.BUSY, _RETRY_AFTER_S)
 
     def _fits(self, live_bytes: int) -> bool:
         return self.total_live_bytes is None or self.live_bytes + live_bytes <= self.total_live_bytes
 
-    def _queue(self, session: SessionQuota, nbytes: int) -> bool:
-        with self._lock:
-            caller = self._caller(session.name, self._clock())
-            most = self.limits.live_bytes
-            room = (most is None or caller.live_bytes + nbytes <= most) and self._fits(nbytes)
-            if session.queued_bytes > _SMALL_BYTES and not room:
-                return False
-            session.queued_bytes += nbytes
-            caller.live_bytes += nbytes
-            self.live_bytes += nbytes
-            return True
-
-    def _unqueue(self, session: SessionQuota, nbytes: int) -> None:
-        with self._lock:
-            session.queued_bytes -= nbytes
-            self._free(session, nbytes)
-
-    def _free(self, session: SessionQuota, nbytes: int) -> None:
-        self._caller(session.name, self._clock()).live_bytes -= nbytes
-        self.live_bytes -= nbytes
-        self._freed.notify_all()
-
-    def _hold(self, session: SessionQuota, nbytes: int, what: str, advice: str) -> None:
-        with self._lock:
-            if not session.is_open:  # nobody would free it
-                raise _refused_for_now("the session ended meanwhile", ErrorCode.BUSY, _RETRY_AFTER_S)
-            caller = self._caller(session.name, self._clock())
-            most, total, alone = self.limits.live_bytes, self.total_live_bytes, session.held_bytes + nbytes
-            if most is not None and alone > most:
-                text = f"{what} takes {_mb(alone)} and more of the server, and the quota is {_mb(most)}"
-                raise RefusedError(f"{text}; {advice}", ErrorCode.QUOTA_LIVE_BYTES)
-            if total is not None and alone > total:
-                text = f"{what} takes {_mb(alone)} and more of the server, which has {_mb(total)} for all devices"
-                raise RefusedError(f"{text}; {advice}", ErrorCode.LIMIT)
-            if most is not None and caller.live_bytes + nbytes > most:
-                code = ErrorCode.QUOTA_LIVE_BYTES
-                raise _refused_for_now(_USED_UP[code], code, _RETRY_AFTER_S)
-            if not self._fits(nbytes):
-                raise _refused_for_now(f"there is no memory for {what}", ErrorCode.BUSY, _RETRY_AFTER_S)
-            session.held_bytes += nbytes
-            caller.live_bytes += nbytes
-            self.live_bytes += nbytes
-
-    def _release(self, session: SessionQuota, nbytes: int) -> None:
-        with self._lock:
-            if session.is_open:
-                session.held_bytes -= nbytes
-                self._free(session, nbytes)
-
-    def _end(self, session: SessionQuota, live_bytes: int, compute_s: float) -> None:
-        with self._lock:
-            now = self._clock()
-            caller = self._caller(session.name, now)
-            caller.compute.add(compute_s, now)
-            self._running_bytes -= live_bytes
-            session.live_bytes -= live_bytes
-            self._free(session, live_bytes)
-
-    def _close(self, session: SessionQuota) -> None:
-        with self._lock:
-            if session.is_open:
-                session.is_open = False
-                self._caller(session.name, self._clock()).sessions -= 1
-                self._free(session, session.held_bytes)
-                session.held_bytes = 0
-
-    def _caller(self, name: str, now: float) -> _Caller:
+    def _caller(self, name: str) -> _Caller:
         found = self._callers.get(name)
         if found is None:
+            now = self._clock()
             # Only once they may have doubled, so that it costs each new caller little.
             if len(self._callers) >= self._sweep_at:
                 self._callers = {name: caller for name, caller in self._callers.items() if not caller.is_idle(now)}
@@ -317,6 +180,7 @@ class SessionQuota:
         self.queued_bytes = 0
         self.is_open = True
         self._quotas = quotas
+        self._lock = quotas._freed
 
     def charge(self, tokens: int, live_bytes: int) -> Charge:
         """Charge a micro-batch, or a report of no tokens, before it runs; the charge must be ended.
@@ -325,7 +189,27 @@ class SessionQuota:
         ``quota_compute``, ``limit``) and charges nothing: retryable, with the time when the same will fit, or not
         retryable where it never will.
         """
-        return self._quotas._begin(self, tokens, live_bytes)
+        quotas, limits, total = self._quotas, self._quotas.limits, self._quotas.total_live_bytes
+        if limits.tokens_per_minute is not None and tokens > limits.tokens_per_minute:
+            text = f"{tokens} tokens are more than the quota of a minute, {limits.tokens_per_minute}"
+            raise _refused_for_good(text, ErrorCode.QUOTA_TOKENS)
+        if limits.live_bytes is not None and live_bytes and live_bytes + self.held_bytes > limits.live_bytes:
+            kept = f", beside {_mb(self.held_bytes)} that it keeps for the session" if self.held_bytes else ""
+            text = f"a micro-batch takes {_mb(live_bytes)} of the server{kept}; the quota is {_mb(limits.live_bytes)}"
+            raise _refused_for_good(text, ErrorCode.QUOTA_LIVE_BYTES)
+        if total is not None and live_bytes > total:
+            text = f"a micro-batch takes {_mb(live_bytes)} of the server, which has {_mb(total)} for all of them"
+            raise _refused_for_good(text, ErrorCode.LIMIT)
+        with self._lock:
+            self._check(tokens, live_bytes)
+            if live_bytes:
+                self._wait_for_memory(live_bytes)
+                self._check(tokens, live_bytes)  # again: the caller's other sessions did not wait
+            quotas._caller(self.name).tokens.add(tokens, quotas._clock())
+            self._take(live_bytes)
+            self.live_bytes += live_bytes
+            quotas._running_bytes += live_bytes
+        return Charge(self, live_bytes)
 
     def hold(
         self,
@@ -339,26 +223,56 @@ class SessionQuota:
         Raises ``RefusedError``, and counts nothing: ``quota_live_bytes`` or ``limit`` where it is more than the caller
         may have, or the server has; retryable, ``quota_live_bytes`` or ``busy``, where others take the room now.
         """
-        self._quotas._hold(self, nbytes, what, advice)
+        with self._lock:
+            if not self.is_open:  # nobody would free it
+                raise _refused_for_now("the session ended meanwhile", ErrorCode.BUSY)
+            most, total, alone = self._quotas.limits.live_bytes, self._quotas.total_live_bytes, self.held_bytes + nbytes
+            if most is not None and alone > most:
+                text = f"{what} takes {_mb(alone)} and more of the server, and the quota is {_mb(most)}"
+                raise RefusedError(f"{text}; {advice}", ErrorCode.QUOTA_LIVE_BYTES)
+            if total is not None and alone > total:
+                text = f"{what} takes {_mb(alone)} and more of the server, which has {_mb(total)} for all devices"
+                raise RefusedError(f"{text}; {advice}", ErrorCode.LIMIT)
+            if not self._has_room(nbytes):
+                raise _refused_for_now(_USED_UP[ErrorCode.QUOTA_LIVE_BYTES], ErrorCode.QUOTA_LIVE_BYTES)
+            if not self._quotas._fits(nbytes):
+                raise _refused_for_now(f"there is no memory for {what}", ErrorCode.BUSY)
+            self.held_bytes += nbytes
+            self._take(nbytes)
 
     def release(self, nbytes: int) -> None:
         """Count no more what was held, before the session is closed."""
-        self._quotas._release(self, nbytes)
+        with self._lock:
+            if self.is_open:
+                self.held_bytes -= nbytes
+                self._free(nbytes)
 
     def add(self, nbytes: int) -> bool:
         """Count a frame that came and that nobody has read yet; False where there is no room for it.
 
         One frame of a session always finds room: its conversation is lock-step, so that more is not needed.
         """
-        return self._quotas._queue(self, nbytes)
+        with self._lock:
+            if self.queued_bytes > _SMALL_BYTES and not (self._has_room(nbytes) and self._quotas._fits(nbytes)):
+                return False
+            self.queued_bytes += nbytes
+            self._take(nbytes)
+            return True
 
     def remove(self, nbytes: int) -> None:
         """It was read, or dropped."""
-        self._quotas._unqueue(self, nbytes)
+        with self._lock:
+            self.queued_bytes -= nbytes
+            self._free(nbytes)
 
     def close(self) -> None:
         """The session is gone; a micro-batch that is still under way counts until it ends. Again does nothing."""
-        self._quotas._close(self)
+        with self._lock:
+            if self.is_open:
+                self.is_open = False
+                self._quotas._caller(self.name).sessions -= 1
+                self._free(self.held_bytes)
+                self.held_bytes = 0
 
     def __enter__(self) -> Self:
         return self
@@ -366,18 +280,68 @@ class SessionQuota:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    # -- with the lock -----------------------------------------------------------------------------------
 
+    def _check(self, tokens: int, live_bytes: int) -> None:
+        """Raise ``RefusedError`` where its caller is over a quota now."""
+        caller, now = self._quotas._caller(self.name), self._quotas._clock()
+        waits_s = {
+            ErrorCode.QUOTA_TOKENS: caller.tokens.wait_s(tokens, now),
+            ErrorCode.QUOTA_COMPUTE: caller.compute.wait_s(0.0, now),
+            ErrorCode.QUOTA_LIVE_BYTES: 0.0 if not live_bytes or self._has_room(live_bytes) else _RETRY_AFTER_S,
+        }
+        code = max(waits_s, key=waits_s.__getitem__)
+        if waits_s[code] > 0.0:
+            raise _refused_for_now(_USED_UP[code], code, waits_s[code] + _ROUNDING_S)
+
+    def _wait_for_memory(self, live_bytes: int) -> None:
+        """Wait, in line, until so much is free. Who waits here runs nothing, so that all that runs comes to its end.
+
+        Raises ``RefusedError`` (``busy``, retryable) where the session, or the server, ends meanwhile.
+        """
+        quotas, place = self._quotas, object()
+
+        def may_begin() -> bool:
+            # Frames that wait do not stop the line: who stands in it reads none.
+            return quotas._line[0] is place and (quotas._fits(live_bytes) or not quotas._running_bytes)
+
+        quotas._line.append(place)
+        try:
+            self._lock.wait_for(lambda: may_begin() or quotas._stopped or not self.is_open)
+        finally:
+            quotas._line.remove(place)
+            self._lock.notify_all()
+        if quotas._stopped or not self.is_open:
+            raise _refused_for_now("the session ended while it waited for memory", ErrorCode.BUSY)
+
+    def _has_room(self, nbytes: int) -> bool:
+        most = self._quotas.limits.live_bytes
+        return most is None or self._quotas._caller(self.name).live_bytes + nbytes <= most
+
+    def _take(self, nbytes: int) -> None:
+        self._quotas._caller(self.name).live_bytes += nbytes
+        self._quotas.live_bytes += nbytes
+
+    def _free(self, nbytes: int) -> None:
+        self._take(-nbytes)
+        self._lock.notify_all()
+
+
+@dataclass(frozen=True)
 class Charge:
     """What a micro-batch was charged before it ran."""
 
-    def __init__(self, quotas: Quotas, session: SessionQuota, live_bytes: int) -> None:
-        self._quotas = quotas
-        self._session = session
-        self._live_bytes = live_bytes
+    session: SessionQuota
+    live_bytes: int
 
     def end(self, compute_s: float) -> None:
         """It has ended, however it did: its memory is free, and it computed for ``compute_s`` seconds."""
-        self._quotas._end(self._session, self._live_bytes, compute_s)
+        session, quotas = self.session, self.session._quotas
+        with session._lock:
+            quotas._caller(session.name).compute.add(compute_s, quotas._clock())
+            quotas._running_bytes -= self.live_bytes
+            session.live_bytes -= self.live_bytes
+            session._free(self.live_bytes)
 
 
 _USED_UP: Final = {
@@ -387,8 +351,8 @@ _USED_UP: Final = {
 }
 
 
-def _refused_for_now(text: str, code: ErrorCode, retry_after_s: float) -> RefusedError:
-    return RefusedError(text, code, retryable=True, retry_after_s=retry_after_s)
+def _refused_for_now(text: str, code: ErrorCode, retry_after_s: float | None = None) -> RefusedError:
+    return RefusedError(text, code, retryable=True, retry_after_s=retry_after_s or _RETRY_AFTER_S)
 
 
 def _refused_for_good(text: str, code: ErrorCode) -> RefusedError:

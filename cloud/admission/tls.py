@@ -21,8 +21,11 @@ def server_context(cert: Path, key: Path | None, client_ca: Path | None = None) 
     Raises ``UsageError`` where a file is missing, damaged or belongs to another.
     """
     for option, path in (("--tls-cert", cert), ("--tls-key", key), ("--tls-client-ca", client_ca)):
-        if path is not None:
-            _check_readable(option, path)
+        try:
+            if path is not None:
+                check_readable(path)
+        except OSError as error:
+            raise UsageError(f"{option} {path} cannot be read: {error.strerror}") from None
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     # Devices take up no TLS session again. A ticket would come just as a device's threads begin to read and to write,
@@ -70,10 +73,3 @@ def check_exposure(host: str, *, tls: bool, authenticated: bool, insecure: bool)
             f"--host {host} is not loopback, and anybody could train; create a token first: dlora-cloud token create "
             "--device NAME, or give --tls-client-ca, or add --insecure"
         )
-
-
-def _check_readable(option: str, path: Path) -> None:
-    try:
-        check_readable(path)
-    except OSError as error:
-        raise UsageError(f"{option} {path} cannot be read: {error.strerror}") from None

@@ -29,6 +29,7 @@ LOCK_TIMEOUT_S: Final = 2.0
 _TOKEN: Final = re.compile(r"dlora_([0-9a-f]{8})_([A-Za-z0-9_-]{43})")
 _DEVICE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _PRUNED: Final = 1  # SQLite's user_version of a file that had tokens whose records are deleted
+_RECORD: Final = "id, device, created, expires, revoked"
 _TABLE: Final = """
 CREATE TABLE IF NOT EXISTS tokens (
     id TEXT PRIMARY KEY, device TEXT NOT NULL, sha256 BLOB NOT NULL,
@@ -121,12 +122,13 @@ class BearerTokenStore:
         if parts is None:
             raise _wrong()
         name, secret = parts.groups()
-        found = self._find(name)
+        with self._open() as database:
+            row = database.execute(f"SELECT {_RECORD}, sha256 FROM tokens WHERE id = ?", (name,)).fetchone()
         # An unknown id costs the same hash and comparison, so time does not tell which ids exist.
-        known = found[1] if found else bytes(32)
-        if not hmac.compare_digest(_digest(secret), known) or found is None:
+        known = row[-1] if row else bytes(32)
+        if not hmac.compare_digest(_digest(secret), known) or row is None:
             raise _wrong()
-        return self._check(found[0])
+        return self._check(BearerTokenRecord(*row[:-1]))
 
     def check(self, token_ids: Collection[str]) -> dict[str, RefusedError]:
         """What ``verify`` would raise now, of tokens that verified before, for those that do not any more."""
@@ -144,7 +146,7 @@ class BearerTokenStore:
     def all(self) -> list[BearerTokenRecord]:
         """All tokens whose records are kept, oldest first."""
         with self._open() as database:
-            rows = database.execute("SELECT id, device, created, expires, revoked FROM tokens ORDER BY created, id")
+            rows = database.execute(f"SELECT {_RECORD} FROM tokens ORDER BY created, id")
             return [BearerTokenRecord(*row) for row in rows]
 
     def any(self) -> bool:
@@ -174,13 +176,6 @@ class BearerTokenStore:
             if pruned:
                 database.execute(f"PRAGMA user_version = {_PRUNED}")
             return pruned
-
-    def _find(self, token_id: str) -> tuple[BearerTokenRecord, bytes] | None:
-        with self._open() as database:
-            row = database.execute(
-                "SELECT id, device, created, expires, revoked, sha256 FROM tokens WHERE id = ?", (token_id,)
-            ).fetchone()
-        return (BearerTokenRecord(*row[:-1]), row[-1]) if row else None
 
     def _check(self, record: BearerTokenRecord) -> BearerTokenRecord:
         state = record.state(self._clock())

@@ -55,7 +55,7 @@ def match_labels(last_hidden: Tensor, grads: Tensor, head: HeadEnd) -> MatchedLa
         head: of the base model; ``weight`` (vocabulary, hidden_size) may be of any float dtype.
     """
     device = head.weight.device
-    lengths = _squared_lengths(head.weight)
+    lengths = torch.cat([slab.float().square().sum(1) for slab in _slabs(head.weight)])  # squared, (vocabulary,)
     parts = [
         _shortlist(hidden.float(), grad.float(), head, lengths)
         for hidden, grad in zip(last_hidden.to(device).split(_ROWS), grads.to(device).split(_ROWS), strict=True)
@@ -149,8 +149,3 @@ def _weighted_rows(shares: Tensor, weight: Tensor) -> Tensor:
         total += shares[:, start : start + len(slab)] @ slab.float()
         start += len(slab)
     return total
-
-
-def _squared_lengths(weight: Tensor) -> Tensor:
-    """float32 (vocabulary,)."""
-    return torch.cat([slab.float().square().sum(1) for slab in _slabs(weight)])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dlora.protocol import messages as m
 from dlora.protocol.errors import DataError, RemoteProtocolError
-from dlora.protocol.frames import Decoder, Prefix, read_prefix
+from dlora.protocol.frames import Decoder, read_prefix
 from dlora.protocol.recording import RecordedFrame, Recording
 from dlora.protocol.tensors import WireTensor
 from dlora.protocol.version import PROTOCOL_VERSIONS
@@ -74,12 +74,12 @@ class SeenMicroBatch:
         return None if sent is None else floats(sent)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Observed:
     """A whole recording.
 
     Attributes:
-        welcome: what the server said of itself.
+        welcomes: what the server said of itself, each time.
         micro_batches: in the order in which they began.
         given: what the device handed over of killed units: of each group the last, and how many micro-batches had
             begun.
@@ -87,14 +87,19 @@ class Observed:
         said_up: the kinds of messages that the device sent.
     """
 
-    welcome: m.Welcome
-    openings: list[m.OpenSession]
-    micro_batches: list[SeenMicroBatch]
-    frames: list[SeenFrame]
-    given: dict[int, tuple[m.GroupParameters, int]]
-    states: dict[int, m.AdapterState]
-    scores: list[WireTensor]
-    said_up: frozenset[type[m.Message]]
+    welcomes: list[m.Welcome] = field(default_factory=list)
+    openings: list[m.OpenSession] = field(default_factory=list)
+    micro_batches: list[SeenMicroBatch] = field(default_factory=list)
+    frames: list[SeenFrame] = field(default_factory=list)
+    given: dict[int, tuple[m.GroupParameters, int]] = field(default_factory=dict)
+    states: dict[int, m.AdapterState] = field(default_factory=dict)
+    scores: list[WireTensor] = field(default_factory=list)
+    said_up: set[type[m.Message]] = field(default_factory=set)
+
+    @property
+    def welcome(self) -> m.Welcome:
+        """The last one."""
+        return self.welcomes[-1]
 
     @property
     def opening(self) -> m.OpenSession:
@@ -126,13 +131,17 @@ def joined(tensors: Iterable[WireTensor]) -> Tensor:
 
 def observe(recording: Recording) -> Observed:
     """Read a recording's frames. Raises ``DataError`` for one that is damaged, of another version, or empty."""
-    reader = _Reader()
+    seen, reader = Observed(), _Reader()
     for number, recorded in enumerate(recording.frames, 1):
         try:
-            reader.read(recorded)
+            reader.read(recorded, seen)
         except RemoteProtocolError as error:
             raise DataError(f"frame {number:,} of the recording cannot be read ({error}); record it again") from None
-    return reader.observed()
+    if not seen.welcomes or not seen.micro_batches:
+        raise DataError("the recording has no micro-batch: record a run that trains, evaluates or generates")
+    if len({(type(each.purpose), each.groups, each.adapter.kind, each.adapter.r) for each in seen.openings}) > 1:
+        raise DataError("the recording is of several runs: give the one of a single command")
+    return seen
 
 
 class _Reader:
@@ -140,95 +149,63 @@ class _Reader:
 
     def __init__(self) -> None:
         self._decoder = Decoder()
-        self._welcome: m.Welcome | None = None
-        self._openings: list[m.OpenSession] = []
-        self._micro_batches: list[SeenMicroBatch] = []
         self._under_way: dict[tuple[int, int], SeenMicroBatch] = {}
-        self._frames: list[SeenFrame] = []
-        self._given: dict[int, tuple[m.GroupParameters, int]] = {}
-        self._states: dict[int, m.AdapterState] = {}
-        self._scores: list[WireTensor] = []
-        self._said_up: set[type[m.Message]] = set()
-        self._last = {True: 0, False: 0}
+        self._last = {True: 0, False: 0}  # number of a frame up, and down
 
-    def read(self, recorded: RecordedFrame) -> None:
-        """Raises ``RemoteProtocolError``."""
-        frame = SeenFrame(recorded.time, recorded.up, len(recorded.frame))
-        self._frames.append(frame)
-        message, prefix = self._decoder.decode(recorded.frame), read_prefix(recorded.frame)
-        if self._is_repeat(prefix, recorded.up):
+    def read(self, recorded: RecordedFrame, seen: Observed) -> None:
+        """Add a frame to what was seen. Raises ``RemoteProtocolError``."""
+        frame, up = SeenFrame(recorded.time, recorded.up, len(recorded.frame)), recorded.up
+        seen.frames.append(frame)
+        message, number = self._decoder.decode(recorded.frame), read_prefix(recorded.frame).seq
+        if number and number <= self._last[up]:
             return
-        if recorded.up:
-            self._said_up.add(type(message))
+        self._last[up] = number or self._last[up]
+        if up:
+            seen.said_up.add(type(message))
         match message:
             case m.Welcome():
                 if message.protocol_version not in PROTOCOL_VERSIONS:
                     raise RemoteProtocolError(f"wire version {message.protocol_version} is not spoken here")
-                self._welcome = message
+                seen.welcomes.append(message)
             case m.OpenSession():
-                self._openings.append(message)
+                seen.openings.append(message)
                 self._last = {True: 0, False: 0}
                 self._under_way.clear()
             case m.GroupParameters() if message.tensors:
-                self._given[message.group] = message, len(self._micro_batches)
+                seen.given[message.group] = message, len(seen.micro_batches)
             case m.AdapterState() if message.tensors:
-                self._states[message.group] = message
+                seen.states[message.group] = message
             case m.StepReport():
-                self._scores.append(message.scores)
+                seen.scores.append(message.scores)
             case m.ExchangeMessage():
-                self._exchange(message, frame)
+                self._exchange(message, frame, seen)
             case _:
                 pass
 
-    def observed(self) -> Observed:
-        """Raises ``DataError``."""
-        if self._welcome is None or not self._micro_batches:
-            raise DataError("the recording has no micro-batch: record a run that trains, evaluates or generates")
-        if len({(type(each.purpose), each.groups, each.adapter.kind, each.adapter.r) for each in self._openings}) > 1:
-            raise DataError("the recording is of several runs: give the one of a single command")
-        return Observed(
-            self._welcome,
-            self._openings,
-            self._micro_batches,
-            self._frames,
-            self._given,
-            self._states,
-            self._scores,
-            frozenset(self._said_up),
-        )
-
-    def _is_repeat(self, prefix: Prefix, up: bool) -> bool:
-        if not prefix.seq:
-            return False
-        if prefix.seq <= self._last[up]:
-            return True
-        self._last[up] = prefix.seq
-        return False
-
-    def _exchange(self, message: m.ExchangeMessage, frame: SeenFrame) -> None:
+    def _exchange(self, message: m.ExchangeMessage, frame: SeenFrame, seen: Observed) -> None:
         key = message.step, message.micro_batch
         if isinstance(message, m.Embeddings):
-            if not self._openings:
+            if not seen.openings:
                 raise RemoteProtocolError("a micro-batch before a session is open")
-            seen = self._under_way[key] = SeenMicroBatch(message, self._openings[-1], [])
-            self._micro_batches.append(seen)
+            self._under_way[key] = SeenMicroBatch(message, seen.opening, [])
+            seen.micro_batches.append(self._under_way[key])
         if key not in self._under_way:
             raise RemoteProtocolError("a message of a micro-batch that did not begin")
-        seen = self._under_way[key]
-        seen.frames.append(frame)
+        its = self._under_way[key]
+        its.frames.append(frame)
         match message:
             case m.GroupInput():
-                seen.inputs[message.group] = message.hidden_states
+                its.inputs[message.group] = message.hidden_states
             case m.GroupDelta():
-                seen.deltas[message.group] = message.deltas
+                its.deltas[message.group] = message.deltas
             case m.GroupGrad():
-                seen.grads[message.group] = message.grads
+                its.grads[message.group] = message.grads
             case m.GroupInputGrad():
-                seen.input_grads[message.group] = message.grad_hidden_states
+                its.input_grads[message.group] = message.grad_hidden_states
             case m.LabelledHiddenStates():
-                seen.last_hidden = message.hidden_states
+                its.last_hidden = message.hidden_states
             case m.GradHiddenStates():
-                seen.last_grad = message.grad_hidden_states
+                its.last_grad = message.grad_hidden_states
             case _:
                 pass
 

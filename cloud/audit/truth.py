@@ -52,7 +52,6 @@ class _About(msgspec.Struct, frozen=True):
 class TrueMicroBatch:
     """One micro-batch: ids int64 (tokens,), sequence lengths, label positions and labels int64 (labelled,)."""
 
-    mode: str
     ids: npt.NDArray[np.int64]
     lengths: npt.NDArray[np.int32]
     label_positions: npt.NDArray[np.int32]
@@ -217,18 +216,11 @@ def _read(path: Path, tokenizer: TruthTokenizer | None) -> Truth:
         _check_is_bounded(about)
         names = set(file.keys())
 
-        def tensor(name: str) -> Any:
-            return file.get_tensor(name)
-
+        tensor = file.get_tensor
+        of_micro_batch = ("ids", "lengths", "label_positions", "labels")
         micro_batches = [
-            TrueMicroBatch(
-                mode,
-                tensor(f"micro_batch.{index}.ids"),
-                tensor(f"micro_batch.{index}.lengths"),
-                tensor(f"micro_batch.{index}.label_positions"),
-                tensor(f"micro_batch.{index}.labels"),
-            )
-            for index, mode in enumerate(about.modes)
+            TrueMicroBatch(*(tensor(f"micro_batch.{index}.{name}") for name in of_micro_batch))
+            for index in range(len(about.modes))
         ]
         parameters = [
             Parameters(
@@ -246,15 +238,10 @@ def _read(path: Path, tokenizer: TruthTokenizer | None) -> Truth:
                 raise ValueError(each.snapshot)
             gradients.append(Gradients(parameters[each.snapshot], each.first, each.end, values))
         examples = [
-            TrueExample(
-                _whole(tensor(f"example.{index}.ids")),
-                _whole(tensor(f"example.{index}.label_positions")),
-            )
+            TrueExample(*(_whole(tensor(f"example.{index}.{name}")) for name in ("ids", "label_positions")))
             for index in range(about.examples)
         ]
-    return Truth(
-        about.recording, micro_batches, parameters, gradients, examples, about.seed_was_chosen, tokenizer
-    )
+    return Truth(about.recording, micro_batches, parameters, gradients, examples, about.seed_was_chosen, tokenizer)
 
 
 def _check_is_bounded(about: _About) -> None:

@@ -159,7 +159,8 @@ def serve(
     from dlora.cloud.admission.access import Access
     from dlora.cloud.admission.quotas import QuotaLimits
     from dlora.cloud.model.live_bytes import default_live_limit
-    from dlora.cloud.serving.server import CloudServer, ServerSettings
+    from dlora.cloud.serving.server import CloudServer
+    from dlora.cloud.serving.service import ServerSettings
 
     base = _load(model, dtype, device)
     quota_live_bytes = round(quota_live_mb * 1e6) if quota_live_mb else None
@@ -176,7 +177,12 @@ def serve(
     server = CloudServer(base, settings, ticket_key=key, access=Access(tokens, required=authenticated), tls=tls)
     _log_limits(server, live_limit, max_sessions)
     freeze_gc()
-    asyncio.run(_serve(server, host, port, json_output=json_output))
+
+    def say() -> None:
+        if json_output:
+            print(json.dumps({"url": f"{server.scheme}://{host}:{server.port}", **server.health()}), flush=True)
+
+    asyncio.run(server.serve_until_stopped(host, port, say))
 
 
 def _log_to_stderr() -> None:
@@ -221,12 +227,3 @@ def _log_limits(server: CloudServer, live_limit: int, max_sessions: int) -> None
     )  # fmt: skip
     if server.largest_micro_batch > live_limit:
         logger.warning("memory: the largest micro-batches do not fit; raise --live-mb, or lower --max-tokens")
-
-
-async def _serve(server: CloudServer, host: str, port: int, *, json_output: bool) -> None:
-    serving = asyncio.create_task(server.serve_until_stopped(host, port))
-    while json_output and not server.port and not serving.done():
-        await asyncio.sleep(0.01)
-    if json_output and server.port:
-        print(json.dumps({"url": f"{server.scheme}://{host}:{server.port}", **server.health()}), flush=True)
-    await serving

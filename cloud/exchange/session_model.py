@@ -10,7 +10,6 @@ from torch import Tensor
 
 from dlora.cloud.model.base_model import BaseModel, find_embedding
 from dlora.cloud.model.cache import PartCache
-from dlora.cloud.model.decoding import Decoding
 from dlora.cloud.model.parts import ModelParts
 from dlora.protocol import messages as m
 from dlora.protocol.adapters import AdapterSpec
@@ -19,7 +18,7 @@ from dlora.protocol.groups import GroupSpec
 from dlora.protocol.tensors import WireTensor
 from dlora.protocol.wire_codecs import TensorRole
 
-from .kinds import SITE_KINDS, MadeFrom, Site
+from .kinds import SITE_KINDS, Site
 from .sketch import GroupSketch, sketch_bytes
 from .torch_codecs import from_wire, to_wire
 
@@ -36,7 +35,7 @@ class SessionModel:
             each goes once the group's state is made.
         parameters: what devices would train, of groups that the device has given; as ``Site.compute_outputs`` takes it.
         parts: of the base model, where it can be run so.
-        decoding, cache: of a session with a context length, the context's keys and values.
+        cache: of a session with a context length, the context's keys and values.
     """
 
     base: BaseModel
@@ -46,7 +45,6 @@ class SessionModel:
     sketches: list[GroupSketch | None] = field(default_factory=list)
     parameters: dict[int, Sequence[Tensor]] = field(default_factory=dict)
     parts: ModelParts | None = None
-    decoding: Decoding | None = None
     cache: PartCache | None = None
 
     @property
@@ -81,10 +79,10 @@ class SessionModel:
         """Make anew what the server keeps of the next group; gives it as it crosses."""
         index = len(self.sites)
         sketch = self.sketches[index] if self.sketches else None
-        made_from = MadeFrom(self.base, self.seed + index, sketch)
-        made = SITE_KINDS[self.adapter.kind].make_state(self.adapter, self.groups[index], made_from)
-        tensors = tuple(to_wire(tensor, self.opening.codecs, TensorRole.ADAPTER_STATE) for tensor in made.tensors)
-        return m.AdapterState(group=index, tensors=tensors, gradient_norm=made.gradient_norm)
+        kind, group = SITE_KINDS[self.adapter.kind], self.groups[index]
+        made, gradient_norm = kind.make_state(self.adapter, group, self.base, self.seed + index, sketch)
+        tensors = tuple(to_wire(tensor, self.opening.codecs, TensorRole.ADAPTER_STATE) for tensor in made)
+        return m.AdapterState(group=index, tensors=tensors, gradient_norm=gradient_norm)
 
     def add(self, state: Sequence[WireTensor]) -> None:
         """Make the next group's site, with what the server keeps of it."""
@@ -92,7 +90,7 @@ class SessionModel:
         if self.sketches:
             self.sketches[index] = None
         kind, group = SITE_KINDS[self.adapter.kind], self.groups[index]
-        self.sites.append(kind.site(self.adapter, group, self._kept(index, state)))
+        self.sites.append(kind(group, self._kept(index, state)))
 
     def take_parameters(self, given: m.GroupParameters) -> None:
         """Keep what the device has learnt of a group, to apply it."""

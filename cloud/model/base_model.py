@@ -8,7 +8,7 @@ watching which tensor each of them is given.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Self
@@ -30,19 +30,8 @@ from .loading import load_model, quiet
 from .source import ModelSource, find_source, public_name
 
 __all__ = [
-    "BaseModel",
-    "EmbeddingEnd",
-    "HeadEnd",
-    "ModelSource",
-    "TargetModule",
-    "find_embedding",
-    "find_head",
-    "find_source",
-    "load_base_model",
-    "load_model",
-    "model_code",
-    "quiet",
-    "reach",
+    "BaseModel", "EmbeddingEnd", "HeadEnd", "ModelSource", "TargetModule", "find_embedding", "find_head",
+    "find_source", "load_base_model", "load_model", "model_code", "quiet", "reach",
 ]
 
 TRACE_TOKENS = 4
@@ -202,7 +191,11 @@ class BaseModel:
         Raises ``ExportError`` for a name that is not a target of this model.
         """
         chosen: dict[int, list[TargetModule]] = {}
-        for target in sorted((self._target(name) for name in set(names)), key=lambda target: target.order):
+        names = set(names)
+        for name in names - self.targets.keys():
+            reason = self.refused.get(name, "is not a linear module of a block")
+            raise ExportError(f"{name} cannot be a target module of {self.name}: it {reason}")
+        for target in sorted((self.targets[name] for name in names), key=lambda target: target.order):
             chosen.setdefault(target.input_id, []).append(target)
         return tuple(
             GroupSpec(
@@ -220,18 +213,8 @@ class BaseModel:
         targets = {target.name: replace(target, order=order) for order, target in enumerate(left)}
         return replace(self, targets=targets, refused=self.refused | dict.fromkeys(names, reason), choosing=names)
 
-    def _target(self, name: str) -> TargetModule:
-        target = self.targets.get(name)
-        if target is None:
-            reason = self.refused.get(name, "is not a linear module of a block")
-            raise ExportError(f"{name} cannot be a target module of {self.name}: it {reason}")
-        return target
-
     def last_hidden_state(
-        self,
-        inputs_embeds: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
+        self, inputs_embeds: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
     ) -> Tensor:
         """Run the decoder.
 
@@ -318,22 +301,6 @@ def _given_embeddings(model: PreTrainedModel, name: str) -> Iterator[None]:
         ) from None
 
 
-@contextmanager
-def _recorded(modules: dict[str, nn.Module]) -> Iterator[list[tuple[str, Tensor, Any]]]:
-    """Collect (name, input, output) of every call. Inputs are kept, so that no two of them share an ``id``."""
-    calls: list[tuple[str, Tensor, Any]] = []
-
-    def record(name: str) -> Any:
-        return lambda _module, args, kwargs, output: calls.append((name, args[0] if args else kwargs["input"], output))
-
-    handles = [module.register_forward_hook(record(name), with_kwargs=True) for name, module in modules.items()]
-    try:
-        yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def _trace(
     model: PreTrainedModel, decoder: nn.Module, block_list: list[tuple[str, nn.Module]], width: int
 ) -> tuple[dict[str, TargetModule], dict[str, str]]:
@@ -343,7 +310,15 @@ def _trace(
         for name, module in root.named_modules()
         if isinstance(module, nn.Linear | Conv1D)
     }
-    with torch.no_grad(), _recorded({name: module for name, (_, module) in linears.items()}) as calls:
+    # Name, input and output of every call. Inputs are kept, so that no two of them share an ``id``.
+    calls: list[tuple[str, Tensor, Any]] = []
+
+    def record(name: str) -> Any:
+        return lambda _module, args, kwargs, output: calls.append((name, args[0] if args else kwargs["input"], output))
+
+    with torch.no_grad(), ExitStack() as hooks:
+        for name, (_, module) in linears.items():
+            hooks.enter_context(module.register_forward_hook(record(name), with_kwargs=True))
         embeds = torch.ones(1, TRACE_TOKENS, width, dtype=model.dtype, device=model.device)
         decoder(inputs_embeds=embeds, use_cache=False)
     times = dict.fromkeys(linears, 0)
@@ -378,12 +353,9 @@ def _trace(
             refused[name] = "gives more than its product (as routers of a mixture may)"
             continue
         input_id = input_ids.setdefault((block, id(tensor)), len(input_ids))
+        # (batch, length, width), of which (batch * length, width) is a view.
+        is_of_sequences = tensor.ndim == 3 and tensor.stride(0) == tensor.shape[1] * tensor.stride(1)
         targets[name] = TargetModule(
-            name, block, len(targets), input_id, in_features, out_features, _is_of_sequences(tensor), module
+            name, block, len(targets), input_id, in_features, out_features, is_of_sequences, module
         )
     return targets, refused
-
-
-def _is_of_sequences(tensor: Tensor) -> bool:
-    """Whether it is (batch, length, width), and a view of it (batch * length, width)."""
-    return tensor.ndim == 3 and tensor.stride(0) == tensor.shape[1] * tensor.stride(1)

@@ -87,10 +87,11 @@ def find_head(base: BaseModel) -> HeadEnd:
     )
 
 
-def cut_error(base: BaseModel, embedding: EmbeddingEnd, head: HeadEnd) -> float:
+def check_cut(base: BaseModel, embedding: EmbeddingEnd, head: HeadEnd) -> float:
     """Largest difference of the cut model's logits from the whole model's, relative to the largest logit.
 
-    Two sequences are run, one of them padded.
+    Two sequences are run, one of them padded. Raises ``ExportError`` where it is above what ``CUT_TOLERANCES`` allows
+    for the base's dtype.
     """
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(base.vocabulary_size, (2, _CHECK_LENGTH), generator=generator).to(base.device)
@@ -99,12 +100,7 @@ def cut_error(base: BaseModel, embedding: EmbeddingEnd, head: HeadEnd) -> float:
     with torch.no_grad():
         whole = base.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
         cut = head(base.last_hidden_state(embedding(ids).to(base.dtype), mask))[mask.bool()]
-    return float((cut - whole).abs().max() / whole.abs().max().clamp_min(1e-30))
-
-
-def check_cut(base: BaseModel, embedding: EmbeddingEnd, head: HeadEnd) -> float:
-    """``cut_error``; raises ``ExportError`` where it is above what ``CUT_TOLERANCES`` allows for the base's dtype."""
-    error = cut_error(base, embedding, head)
+    error = float((cut - whole).abs().max() / whole.abs().max().clamp_min(1e-30))
     if not error <= CUT_TOLERANCES.get(base.dtype, HALF_PRECISION_TOLERANCE):
         raise ExportError(
             f"{base.name}: {base.architecture} does more between token ids and logits than dlora knows of "

@@ -7,6 +7,7 @@ of tokens that a mixture sends to each expert.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -47,18 +48,15 @@ def trace_gradients(base: BaseModel) -> Gradients:
     def keep(name: str) -> Any:
         return lambda _module, _args, output: outputs.update({name: output})
 
-    handles = [target.module.register_forward_hook(keep(target.name)) for target in base.targets.values()]
-    try:
-        with torch.enable_grad():
-            given = base.token_embedding(ids).detach().requires_grad_()
-            # A family may change in place what it is given, which autograd forbids of a leaf.
-            hidden = base.last_hidden_state(given.clone())
-            total = (hidden[0, :_EARLIER].float() * weights).sum()
-            asked = {name: output for name, output in outputs.items() if output.requires_grad}
-            grad, *others = torch.autograd.grad(total, [given, *asked.values()], allow_unused=True)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, torch.enable_grad():
+        for name, target in base.targets.items():
+            hooks.enter_context(target.module.register_forward_hook(keep(name)))
+        given = base.token_embedding(ids).detach().requires_grad_()
+        # A family may change in place what it is given, which autograd forbids of a leaf.
+        hidden = base.last_hidden_state(given.clone())
+        total = (hidden[0, :_EARLIER].float() * weights).sum()
+        asked = {name: output for name, output in outputs.items() if output.requires_grad}
+        grad, *others = torch.autograd.grad(total, [given, *asked.values()], allow_unused=True)
     found = {name for name, other in zip(asked, others, strict=True) if other is not None}
     assert grad is not None
     sizes = grad[0].float().abs().amax(-1)

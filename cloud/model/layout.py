@@ -43,8 +43,9 @@ def lay_out(tokens: Tensor, lengths: Tensor, *, may_pack: bool, max_tokens: int)
     if int(lengths.min()) == longest:
         return Layout(tokens.view(len(lengths), longest, -1), None, None, None)
     if may_pack:
-        fits = len(lengths) * longest <= max_tokens
-        if not fits or _packed_cost(lengths, tokens.shape[-1]) < _padded_cost(lengths, tokens.shape[-1]):
+        padded_tokens, packed_tokens, width = len(lengths) * longest, len(tokens), tokens.shape[-1]
+        is_cheaper = _cost(packed_tokens, packed_tokens, width) < _cost(padded_tokens, longest, width)
+        if padded_tokens > max_tokens or is_cheaper:
             return _pack(tokens, lengths)
     return _pad(tokens, lengths)
 
@@ -89,16 +90,6 @@ def _pad(tokens: Tensor, lengths: Tensor) -> Layout:
     padded = tokens.new_zeros(len(lengths) * longest, tokens.shape[-1])
     padded.index_copy_(0, rows, tokens)
     return Layout(padded.view(len(lengths), longest, -1), mask.long().to(tokens.device), None, rows)
-
-
-def _padded_cost(lengths: Tensor, width: int) -> float:
-    longest = int(lengths.max())
-    return _cost(len(lengths) * longest, longest, width)
-
-
-def _packed_cost(lengths: Tensor, width: int) -> float:
-    tokens = int(lengths.sum())
-    return _cost(tokens, tokens, width)
 
 
 def _cost(tokens: int, span: int, width: int) -> float:

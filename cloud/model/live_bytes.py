@@ -11,7 +11,7 @@ The graph begins at the lowest trained group, so bytes are kept by the target mo
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, zip_longest
 from typing import Any, Final, Self
@@ -241,15 +241,11 @@ def _order_of_calls(base: BaseModel) -> Iterator[_Calls]:
     def call(order: int) -> None:
         calls.count = order + 1
 
-    handles = [
-        target.module.register_forward_pre_hook(lambda *_, order=target.order: call(order))
-        for target in base.targets.values()
-    ]
-    try:
+    with ExitStack() as hooks:
+        for target in base.targets.values():
+            hook = target.module.register_forward_pre_hook(lambda *_, order=target.order: call(order))
+            hooks.enter_context(hook)
         yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

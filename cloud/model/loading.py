@@ -41,7 +41,14 @@ def load_model(source: ModelSource, dtype: torch.dtype = torch.float32) -> PreTr
         except DloraError:
             raise
         except Exception as error:  # a family's own code may raise anything
-            raise _cannot_load(source, error) from None
+            reason = first_line(error)
+            text = (
+                f"cannot be loaded as a causal language model with transformers {transformers.__version__}: {reason}"
+                if Path(source.location).exists()
+                else "is not a local path and cannot be downloaded from the Hugging Face hub: "
+                f"check the name and the network ({reason})"
+            )
+            raise ExportError(f"{source.name} {text}") from None
 
 
 @contextmanager
@@ -79,16 +86,3 @@ def quiet() -> Iterator[None]:
         hub_logging.set_verbosity(hub_verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
-
-
-def _cannot_load(source: ModelSource, error: Exception) -> ExportError:
-    reason = first_line(error)
-    if Path(source.location).exists():
-        return ExportError(
-            f"{source.name} cannot be loaded as a causal language model with transformers "
-            f"{transformers.__version__}: {reason}"
-        )
-    return ExportError(
-        f"{source.name} is not a local path and cannot be downloaded from the Hugging Face hub: "
-        f"check the name and the network ({reason})"
-    )

@@ -19,8 +19,9 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Final, NoReturn, Protocol
+from typing import Any, Final, NoReturn
 
 import torch
 from torch import Tensor
@@ -32,6 +33,8 @@ from .base_model import TRACE_TOKENS, BaseModel, model_code
 from .cache import PartCache
 
 _Forward = Callable[..., Any]
+_RunBlock = Callable[[int, Callable[[], Any]], Any]
+"""What a wrapped block asks, with its number and its own forward, the arguments given."""
 
 # Rounding only. The same operations on the same shapes are mostly equal to the bit, those of experts not everywhere.
 _TOLERANCE: Final = {torch.float32: 1e-4, torch.float64: 1e-4}
@@ -123,7 +126,7 @@ class ModelParts:
             # Masks and positions are made from their shape; no block sees their values.
             embeds = hidden_states.new_zeros(*hidden_states.shape[:-1], self.base.embedding_size)
         try:
-            with self._within(part):
+            with self._within(part.run_block):
                 output = self.base.decoder(inputs_embeds=embeds, attention_mask=attention_mask, **arguments)
         except BaseException:
             if cache is not None:
@@ -133,6 +136,20 @@ class ModelParts:
             cache.length += hidden_states.shape[1]
         last: Tensor = output.last_hidden_state if end is None else part.hidden_states
         return last
+
+    def most_context(self, most_bytes: int | None = None, computing_bytes: int = 0) -> int:
+        """The most tokens of a context in all blocks; 0 where the family's past is not kept as keys and values.
+
+        Args:
+            most_bytes: of one context, with what computing takes for each of its tokens, ``computing_bytes``; None: no
+                limit.
+        """
+        try:
+            bytes_per_token = self.cache_bytes_per_token()
+        except ExportError:
+            return 0
+        longest = self.base.max_sequence_length
+        return longest if most_bytes is None else min(longest, most_bytes // (bytes_per_token + computing_bytes))
 
     def new_cache(self, *, begin: int = 0, end: int | None = None, room: int = 0) -> PartCache:
         """An empty cache for ``run`` with these blocks; ``room`` as ``PartCache`` takes it.
@@ -227,30 +244,39 @@ class ModelParts:
     def _wrap(self, index: int, original: _Forward) -> _Forward:
         @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            running: _Running | None = getattr(self._running, "part", None)
-            if running is None:
+            run_block: _RunBlock | None = getattr(self._running, "run_block", None)
+            if run_block is None:
                 return original(*args, **kwargs)
-            return running.run_block(index, functools.partial(original, *args, **kwargs))
+            return run_block(index, functools.partial(original, *args, **kwargs))
 
         return forward
 
     @contextmanager
-    def _within(self, part: _Running) -> Iterator[None]:
-        self._running.part = part
+    def _within(self, run_block: _RunBlock) -> Iterator[None]:
+        self._running.run_block = run_block
         try:
             yield
         finally:
-            self._running.part = None
+            self._running.run_block = None
 
     def _try_blocks(self) -> None:
-        base, recorder = self.base, _Recorder()
+        base = self.base
         embeds = _random_embeds(base, TRACE_TOKENS)
-        with torch.no_grad(), model_code(base.name, base.architecture), self._within(recorder):
+        outputs: list[tuple[int, Any, Any]] = []
+
+        def record(index: int, run: Callable[[], Any]) -> Any:
+            output = run()
+            first = _first(output)
+            # A copy: a later block may change it in place.
+            outputs.append((index, output, first.clone() if isinstance(first, Tensor) else first))
+            return output
+
+        with torch.no_grad(), model_code(base.name, base.architecture), self._within(record):
             last = base.last_hidden_state(embeds.clone())
-        if [index for index, *_ in recorder.outputs] != list(range(base.blocks)):
+        if [index for index, *_ in outputs] != list(range(base.blocks)):
             self._refuse("its blocks do not run one after the other, each of them once")
         hidden = [embeds]
-        for index, output, first in recorder.outputs:
+        for index, output, first in outputs:
             if not isinstance(first, Tensor):
                 self._refuse(f"block {index} returns a {type(output).__name__}, not hidden states")
             self._returned.append(len(output) - 1 if isinstance(output, tuple | list) else None)
@@ -277,60 +303,35 @@ class ModelParts:
         raise ExportError(f"{self.base.name} ({self.base.architecture}) cannot be run in parts: {reason}")
 
 
-class _Running(Protocol):
-    """What a wrapped block asks; ``run`` is the block's own forward, its arguments given."""
-
-    def run_block(self, index: int, run: Callable[[], Any]) -> Any: ...
-
-
-class _Recorder:
-    """Keeps what each block returns, and a copy of the hidden states in it, which a later one may change in place."""
-
-    def __init__(self) -> None:
-        self.outputs: list[tuple[int, Any, Any]] = []
-
-    def run_block(self, index: int, run: Callable[[], Any]) -> Any:
-        output = run()
-        first = _first(output)
-        self.outputs.append((index, output, first.clone() if isinstance(first, Tensor) else first))
-        return output
-
-
+@dataclass
 class _Part:
     """One forward pass of the blocks ``begin`` to ``end - 1``.
 
     Attributes:
         hidden_states: before the first of them what they are given, after the last what they give.
+        returned: as ``ModelParts`` keeps it.
     """
 
-    def __init__(
-        self, begin: int, end: int, hidden_states: Tensor, returned: list[int | None], cache: PartCache | None
-    ) -> None:
-        self.hidden_states = hidden_states
-        self._begin = begin
-        self._end = end
-        self._returned = returned
-        self._cache = cache
+    begin: int
+    end: int
+    hidden_states: Tensor
+    returned: list[int | None]
+    cache: PartCache | None
 
     def run_block(self, index: int, run: Callable[[], Any]) -> Any:
-        if self._begin <= index < self._end:
+        if self.begin <= index < self.end:
             output = run()
-            if index == self._end - 1:
+            if index == self.end - 1:
                 self.hidden_states = _first(output)
             return output
-        if self._cache is not None:
-            self._count_tokens(index, self._cache)
-        beside = self._returned[index]
+        if self.cache is not None:
+            # Decoders ask some block of theirs how many tokens the cache holds, to make masks and positions: the block
+            # that is left out has as many keys as the others have, of one value each.
+            batch, length, _ = self.hidden_states.shape
+            counted = self.hidden_states.new_zeros(batch, 1, length, 1)
+            self.cache.decoder_cache.update(counted, counted, index)
+        beside = self.returned[index]
         return self.hidden_states if beside is None else (self.hidden_states, *(None,) * beside)
-
-    def _count_tokens(self, index: int, cache: PartCache) -> None:
-        """Let the block that is left out have as many keys as the others have, of one value each.
-
-        Decoders ask some block of theirs how many tokens the cache holds, to make masks and positions.
-        """
-        batch, length, _ = self.hidden_states.shape
-        counted = self.hidden_states.new_zeros(batch, 1, length, 1)
-        cache.decoder_cache.update(counted, counted, index)
 
 
 def _first(output: Any) -> Any:

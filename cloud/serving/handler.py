@@ -32,7 +32,7 @@ from .service import Service
 from .session_device import DeviceGaveUpError
 from .session_loop import SessionLoop, shutting_down
 from .sessions import ServerSession
-from .ticket import controller_of, ticket_bytes
+from .ticket import load_ticket, ticket_bytes
 from .transport import DeviceGoneError, SessionTransport, as_refusal, close_with_error
 
 logger = logging.getLogger("dlora.cloud")
@@ -61,12 +61,12 @@ async def handle_connection(connection: GuardedConnection, caller: Caller, servi
     except ConnectionClosed:
         logger.debug("%s left in the handshake", caller.name)
     except Exception as error:
-        connection.log_bug(error, caller.name)
+        connection.guard.log_bug(error, caller.name)
         await close_with_error(connection, as_internal_error(error))
 
 
 async def _refuse(connection: GuardedConnection, caller: Caller, refusal: RefusedError) -> None:
-    connection.log_refusal(refusal.code, caller.name, str(refusal))
+    connection.guard.log_refusal(refusal.code, caller.name, str(refusal))
     await close_with_error(connection, refusal)
 
 
@@ -117,7 +117,7 @@ class _Handshake:
         if version is None:
             text = f"this server speaks wire versions {list(PROTOCOL_VERSIONS)}, the device {hello.protocol_versions}"
             raise RefusedError(text, m.ErrorCode.VERSION)
-        base, max_tokens, decoding = self._service.base, self._service.max_tokens, self._service.decoding
+        base, max_tokens = self._service.base, self._service.max_tokens
         return m.Welcome(
             protocol_version=version,
             software=f"dlora-cloud {SOFTWARE_VERSION}",
@@ -128,8 +128,8 @@ class _Handshake:
             max_sequence_length=min(base.max_sequence_length, max_tokens),
             max_tokens=max_tokens,
             packs=self._service.may_pack,
-            window=self._service.window,
-            max_context_length=decoding.max_context_length if decoding is not None else 0,
+            window=self._service.settings.window,
+            max_context_length=self._service.max_context_length,
         )
 
     def _resume(self, request: m.ResumeSession) -> ServerSession | None:
@@ -156,9 +156,9 @@ class _Handshake:
                 asyncio.get_running_loop(),
                 self._connection,
                 name=f"{name} of {caller.name}",
-                park_s=service.timeouts.park_s,
+                park_s=service.settings.timeouts.park_s,
                 closing_tasks=service.closing_tasks,
-                clock=service.clock,
+                clock=service.settings.clock,
             )
             live = ServerSession(name, caller, device_id, session, transport, quota)
             loop = SessionLoop(service, live, controller, service.deadlines.of(caller, device_id))
@@ -291,20 +291,7 @@ def check_opening(opening: m.OpenSession, session: Session, service: Service) ->
         purpose.kill_revive.check(len(session.units.groups))
     except UsageError as error:
         raise RefusedError(str(error), m.ErrorCode.LIMIT) from None
-    if purpose.ticket is not None:
-        return controller_of(
-            purpose.ticket,
-            service.ticket_key,
-            purpose.kill_revive,
-            opening.groups,
-            seed=purpose.seed,
-            total_steps=purpose.total_steps,
-            next_step=purpose.next_step,
-            adapter=opening.adapter,
-        )
-    if purpose.next_step:
-        raise RefusedError("a run that goes on needs its ticket", m.ErrorCode.TICKET)
-    return Controller(
+    controller = Controller(
         purpose.kill_revive,
         opening.groups,
         seed=purpose.seed,
@@ -312,3 +299,8 @@ def check_opening(opening: m.OpenSession, session: Session, service: Service) ->
         adapter=opening.adapter,
         learnt=purpose.learnt,
     )
+    if purpose.ticket is not None:
+        load_ticket(controller, purpose.ticket, service.ticket_key, purpose.next_step)
+    elif purpose.next_step:
+        raise RefusedError("a run that goes on needs its ticket", m.ErrorCode.TICKET)
+    return controller

@@ -135,9 +135,11 @@ class ServerMicroBatch:
         model, layout = self._model, self.layout
         with torch.set_grad_enabled(self._mode not in m.WITHOUT_GRADIENTS), running_targets(runner):
             if self._mode == "decode":
-                assert model.decoding is not None  # the session's rules
-                assert model.cache is not None
-                hidden = model.decoding.append(layout.inputs_embeds, model.cache, self._position)
+                cache = model.cache
+                assert model.parts is not None  # the session's rules
+                assert cache is not None
+                cache.crop(self._position)
+                hidden = model.parts.run(layout.inputs_embeds, end=cache.end, cache=cache)
             else:
                 hidden = model.base.last_hidden_state(layout.inputs_embeds, layout.attention_mask, layout.position_ids)
             return hidden.reshape(-1, hidden.shape[-1]).index_select(0, self._labelled.to(hidden.device))

@@ -8,11 +8,10 @@ import http
 import json
 import logging
 import ssl
-import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from types import MappingProxyType
 from typing import cast
 from weakref import WeakKeyDictionary
@@ -23,11 +22,9 @@ from websockets.http11 import Request, Response
 
 from dlora.cloud.admission.access import Access, AccessDeniedError, Caller
 from dlora.cloud.admission.guard import ConnectionLimits, Guard, GuardedConnection
-from dlora.cloud.admission.quotas import QuotaLimits, Quotas
-from dlora.cloud.exchange.gate import ComputeGate
+from dlora.cloud.admission.quotas import Quotas
 from dlora.cloud.exchange.target_modules import wrap_target_modules
 from dlora.cloud.model.base_model import BaseModel
-from dlora.cloud.model.decoding import Decoding
 from dlora.cloud.model.layout import can_pack
 from dlora.cloud.model.live_bytes import LiveBytes
 from dlora.cloud.model.memory import collect_garbage
@@ -37,10 +34,10 @@ from dlora.protocol.version import PROTOCOL_VERSIONS, SOFTWARE_VERSION
 
 from .handler import handle_connection, opening_limit
 from .listening import cannot_listen
-from .service import Service
+from .service import ServerSettings, Service
 from .session_loop import shutting_down
 from .sessions import Sessions
-from .timeouts import DeviceDeadlines, SessionTimeouts
+from .timeouts import DeviceDeadlines
 
 logger = logging.getLogger("dlora.cloud")
 
@@ -52,34 +49,6 @@ RELEASE_EVERY_S = 5.0
 END_PARKED_EVERY_S = 1.0
 DRAIN_CHECK_S = 0.05
 LEAST_TOKENS, MOST_TOKENS = 256, 8192
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServerSettings:
-    """How much a server takes on, and how long it waits.
-
-    Attributes:
-        max_sessions: devices that may train at a time; more are told to come again.
-        max_tokens: most tokens of one micro-batch; None: what ``live_limit`` allows.
-        threads: torch threads of a computing session.
-        live_limit: memory of all running micro-batches together, in bytes; None: no limit. Half of it is then the quota
-            of a device that ``quotas`` leaves out.
-        limits: of strangers' connections; None: as many as suit ``max_sessions``.
-        drain_s: how long running steps may take to finish once the server is asked to stop.
-        window: the most micro-batches that a session may have under way at a time.
-        clock: seconds that never go back.
-    """
-
-    max_sessions: int
-    max_tokens: int | None
-    threads: int
-    quotas: QuotaLimits = field(default_factory=QuotaLimits)
-    timeouts: SessionTimeouts = field(default_factory=SessionTimeouts)
-    limits: ConnectionLimits | None = None
-    live_limit: int | None = None
-    drain_s: float = 30.0
-    window: int = 1
-    clock: Callable[[], float] = time.monotonic
 
 
 class CloudServer:
@@ -112,56 +81,38 @@ class CloudServer:
         self._admitting = asyncio.Lock()
         # Weak: a request that names no websocket is let in here, and refused by websockets after.
         self._callers: WeakKeyDictionary[ServerConnection, Caller] = WeakKeyDictionary()
-        self._threads = ThreadPoolExecutor(settings.max_sessions, thread_name_prefix="session")
-        self._openings = ThreadPoolExecutor(1, thread_name_prefix="opening")
-        self._drain_s = settings.drain_s
         self._server: Server | None = None
         self._housekeeping: list[asyncio.Task[None]] = []
         self._started = time.monotonic()
-        self.service, self.largest_micro_batch = self._make_service(base, settings, ticket_key)
-
-    def _make_service(self, base: BaseModel, settings: ServerSettings, ticket_key: bytes) -> tuple[Service, int]:
-        """What all sessions share, and the bytes of the largest micro-batch."""
         live_bytes, may_pack, quotas = LiveBytes.measure(base), can_pack(base), settings.quotas
         max_tokens, live_limit = settings.max_tokens, settings.live_limit
         # Sequences end to end are one row, whatever each of them may have.
         longest = (max_tokens or MOST_TOKENS) if may_pack else base.max_sequence_length
         if max_tokens is None:
             max_tokens = default_max_tokens(live_bytes, longest, live_limit)
-        largest = live_bytes.largest(max_tokens, longest)
+        self.largest_micro_batch = live_bytes.largest(max_tokens, longest)
         if live_limit is not None and quotas.live_bytes is None:
             # Whoever stalls in the middle of a step must not hold up all others.
-            quotas = replace(quotas, live_bytes=min(live_limit, max(live_limit // 2, largest)))
+            quotas = replace(quotas, live_bytes=min(live_limit, max(live_limit // 2, self.largest_micro_batch)))
         parts = ModelParts.of(base)
-        service = Service(
+        # At most half of what a device may have, so that there is room to compute.
+        context_bytes = None if quotas.live_bytes is None else quotas.live_bytes // 2
+        self.service = Service(
             base=base,
-            gate=ComputeGate(),
-            threads=settings.threads,
+            settings=settings,
             may_pack=may_pack,
-            window=settings.window,
             live_bytes=live_bytes,
             parts=parts,
-            # At most half of what a device may have, so that there is room to compute.
-            decoding=None
-            if parts is None
-            else Decoding.of(
-                parts,
-                None if quotas.live_bytes is None else quotas.live_bytes // 2,
-                live_bytes.context_token_bytes,
-            ),
+            max_context_length=parts.most_context(context_bytes, live_bytes.context_token_bytes) if parts else 0,
             max_tokens=max_tokens,
             opening_bytes=max(opening_limit(base), self.guard.limits.first_frame_bytes),
             ticket_key=ticket_key,
             sessions=Sessions(settings.max_sessions, settings.clock),
             quotas=Quotas(quotas, total_live_bytes=live_limit, clock=settings.clock),
-            timeouts=settings.timeouts,
             deadlines=DeviceDeadlines(settings.timeouts),
-            pool=self._threads,
-            openings=self._openings,
-            draining=threading.Event(),
-            clock=settings.clock,
+            pool=ThreadPoolExecutor(settings.max_sessions, thread_name_prefix="session"),
+            openings=ThreadPoolExecutor(1, thread_name_prefix="opening"),
         )
-        return service, largest
 
     async def start(self, host: str, port: int) -> None:
         """Listen. Raises ``ConnectionFailedError`` where that address cannot be had."""
@@ -183,7 +134,7 @@ class CloudServer:
             for each in (self._recheck_access, self._release_memory, self._end_parked)
         ]
 
-    async def serve_until_stopped(self, host: str, port: int) -> None:
+    async def serve_until_stopped(self, host: str, port: int, on_listening: Callable[[], None]) -> None:
         """Listen until SIGINT, SIGTERM or SIGHUP, then close every session and return."""
         stopped = asyncio.Event()
         loop = asyncio.get_running_loop()
@@ -199,10 +150,11 @@ class CloudServer:
             "listening on %s://%s:%d, health at http%s://%s:%d/healthz", self.scheme, host, self.port,
             self.scheme.removeprefix("ws"), host, self.port,
         )  # fmt: skip
+        on_listening()
         await stopped.wait()
         logger.info(
-            "stopping: %d sessions may finish their step, for at most %.0f s", len(self.service.sessions),
-            self._drain_s,
+            "stopping: %d sessions may finish their step, for at most %.0f s",
+            len(self.service.sessions), self.service.settings.drain_s,
         )  # fmt: skip
         await self.stop()
 
@@ -215,13 +167,13 @@ class CloudServer:
         if self._server is not None:
             self._server.close()
             await self._server.wait_closed()
-        for threads in (self._threads, self._openings):
+        for threads in (self.service.pool, self.service.openings):
             await asyncio.to_thread(threads.shutdown, wait=True, cancel_futures=True)
 
     async def _drain(self) -> None:
         sessions = self.service.sessions
         self.service.draining.set()
-        until = time.monotonic() + self._drain_s
+        until = time.monotonic() + self.service.settings.drain_s
         while len(sessions) and time.monotonic() < until:
             for live in sessions:
                 if live.session.is_between_steps or live.transport.parked_at is not None:
@@ -306,7 +258,7 @@ class CloudServer:
             "parked_sessions": sessions.parked,
             "max_sessions": sessions.limit,
             "max_tokens": self.service.max_tokens,
-            "max_context_length": 0 if (found := self.service.decoding) is None else found.max_context_length,
+            "max_context_length": self.service.max_context_length,
             "live_mb": round(self.service.quotas.live_bytes / 1e6, 1),
             "live_mb_limit": None if (limit := self.service.quotas.total_live_bytes) is None else round(limit / 1e6, 1),
             "uptime_s": round(time.monotonic() - self._started, 1),

@@ -1,17 +1,17 @@
-"""What every session of a server shares."""
+"""What a server is told, and what all of its sessions share."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Executor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from dlora.cloud.admission.quotas import Quotas
+from dlora.cloud.admission.guard import ConnectionLimits
+from dlora.cloud.admission.quotas import QuotaLimits, Quotas
 from dlora.cloud.exchange.gate import ComputeGate
 from dlora.cloud.model.base_model import BaseModel
-from dlora.cloud.model.decoding import Decoding
 from dlora.cloud.model.live_bytes import LiveBytes
 from dlora.cloud.model.parts import ModelParts
 
@@ -20,41 +20,63 @@ from .tasks import Tasks
 from .timeouts import DeviceDeadlines, SessionTimeouts
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings:
+    """How much a server takes on, and how long it waits.
+
+    Attributes:
+        max_sessions: devices that may train at a time; more are told to come again.
+        max_tokens: most tokens of one micro-batch; None: what ``live_limit`` allows.
+        threads: torch threads of a computing session.
+        live_limit: memory of all running micro-batches together, in bytes; None: no limit. Half of it is then the quota
+            of a device that ``quotas`` leaves out.
+        limits: of strangers' connections; None: as many as suit ``max_sessions``.
+        drain_s: how long running steps may take to finish once the server is asked to stop.
+        window: the most micro-batches that a session may have under way at a time.
+        clock: seconds that never go back, which everything that a session waits for is measured with.
+    """
+
+    max_sessions: int
+    max_tokens: int | None
+    threads: int
+    quotas: QuotaLimits = field(default_factory=QuotaLimits)
+    timeouts: SessionTimeouts = field(default_factory=SessionTimeouts)
+    limits: ConnectionLimits | None = None
+    live_limit: int | None = None
+    drain_s: float = 30.0
+    window: int = 1
+    clock: Callable[[], float] = time.monotonic
+
+
+@dataclass(frozen=True, kw_only=True)
 class Service:
     """What every session of a server shares.
 
     Attributes:
-        threads: torch threads of a computing micro-batch.
         may_pack: whether the base model runs sequences end to end.
-        window: the most micro-batches that a session may have under way at a time.
         parts: the base model in parts; None where it cannot be run so.
-        decoding: what keeps contexts; None where the base model cannot.
+        max_context_length: the most tokens of a context, in all blocks; 0 where the base model keeps none.
         opening_bytes: the largest frame before a session is open.
         openings: one thread that decodes and checks what may be large, off the event loop and one after the other.
-        clock: seconds that never go back, which everything that a session waits for is measured with.
         draining: set once the server stops: running steps are finished, nothing new is begun.
         running: the sessions' threads; closing_tasks: to devices that are told to go, until they have heard it.
     """
 
     base: BaseModel
-    gate: ComputeGate
-    threads: int
+    settings: ServerSettings
     may_pack: bool
-    window: int
     live_bytes: LiveBytes
     parts: ModelParts | None
-    decoding: Decoding | None
+    max_context_length: int
     max_tokens: int
     opening_bytes: int
     ticket_key: bytes
     sessions: Sessions
     quotas: Quotas
-    timeouts: SessionTimeouts
     deadlines: DeviceDeadlines
-    pool: Executor
-    openings: Executor
-    draining: threading.Event
-    clock: Callable[[], float] = time.monotonic
+    pool: ThreadPoolExecutor
+    openings: ThreadPoolExecutor
+    gate: ComputeGate = field(default_factory=ComputeGate)
+    draining: threading.Event = field(default_factory=threading.Event)
     running: Tasks = field(default_factory=Tasks)
     closing_tasks: Tasks = field(default_factory=Tasks)

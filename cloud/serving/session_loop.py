@@ -60,9 +60,9 @@ class SessionLoop:
         self._transport = live.transport
         self._quota = live.quota
         self._controller = controller
-        self._clock = service.clock
+        self._clock = service.settings.clock
         self._deadlines = deadlines
-        self._device = SessionDevice(live.session, live.transport, service.clock)
+        self._device = SessionDevice(live.session, live.transport, service.settings.clock)
         seed = opening.purpose.seed if isinstance(opening.purpose, m.Train) else 0
         self._model = SessionModel(service.base, opening, seed, parts=service.parts)
         self._window = opening.window
@@ -86,13 +86,13 @@ class SessionLoop:
 
     def run(self) -> None:
         """Answer until the device closes the session."""
-        torch.set_num_threads(self._service.threads)  # OpenMP keeps this per thread, and this thread is new
+        torch.set_num_threads(self._service.settings.threads)  # OpenMP keeps this per thread, and this thread is new
         try:
             if self._window == 1:  # in this very thread
                 while self._answer_next(None):
                     pass
                 return
-            threads = (self._service.threads,)
+            threads = (self._service.settings.threads,)
             with ThreadPoolExecutor(self._window, "micro-batch", torch.set_num_threads, threads) as pool:
                 while self._answer_next(pool):
                     pass
@@ -102,7 +102,7 @@ class SessionLoop:
 
     def _answer_next(self, pool: ThreadPoolExecutor | None) -> bool:
         """Whether there may be more. Not a loop: what came would be kept for as long as the next takes to come."""
-        idle_s, now = self._service.timeouts.idle_s, self._clock()
+        idle_s, now = self._service.settings.timeouts.idle_s, self._clock()
         self._live.idle_since = now
         message = self._device.receive(None, idle_s, now + idle_s)
         self._live.idle_since = None
@@ -136,9 +136,9 @@ class SessionLoop:
     def _make_cache(self, context_length: int, blocks: int | None) -> None:
         """Make room for a context's keys and values in the first ``blocks`` blocks, None: in all; idle ones, of this
         caller or of all, give way."""
-        decoding, sessions = self._service.decoding, self._service.sessions
-        assert decoding is not None  # the session's rules
-        nbytes = decoding.bytes_per_token(blocks) * context_length
+        parts, sessions = self._service.parts, self._service.sessions
+        assert parts is not None  # the session's rules
+        nbytes = parts.cache_bytes_per_token(blocks) * context_length
         while True:
             try:
                 self._quota.hold(nbytes, "the context", "ask for a shorter one")
@@ -148,7 +148,7 @@ class SessionLoop:
                 if not refusal.retryable or not sessions.end_idle(self._live.caller if of_caller else None):
                     raise
         self._live.cache_bytes = nbytes
-        self._model.decoding, self._model.cache = decoding, decoding.new_cache(context_length, blocks)
+        self._model.cache = parts.new_cache(end=blocks, room=context_length)
 
     def _add_site(self, state: m.AdapterState) -> None:
         self._hold(state.group)
@@ -266,7 +266,7 @@ class SessionLoop:
                 if self._wait_for_other_micro_batches() or self._end_idle_context(refusal):
                     continue
                 wait_s = min(refusal.retry_after_s or 0.0, m.MAX_RETRY_AFTER_S)
-                give_up_at = min(give_up_at, now + wait_s + self._service.timeouts.idle_s)
+                give_up_at = min(give_up_at, now + wait_s + self._service.settings.timeouts.idle_s)
                 transport.disconnect(refusal)
                 self._live.idle_since = now  # it computes nothing: else two of a device could wait for each other
                 transport.wait_for_device()

@@ -95,24 +95,16 @@ class Sessions:
 
         Raises ``RefusedError`` (``busy``) where there is none to be ended.
         """
-        if len(self) < self.limit:
+        if len(self) < self.limit or self._evict_longest(self._parked(), "another device needed the room"):
             return
-        parked = self._parked()
-        if not parked:
-            if self.end_idle():
-                return
+        if not self.end_idle():
             text = f"the server is full ({self.limit} sessions)"
             raise RefusedError(text, m.ErrorCode.BUSY, retryable=True, retry_after_s=BUSY_RETRY_S)
-        longest = min(parked, key=lambda live: live.transport.parked_at or 0.0)
-        self._evict(longest, "another device needed the room")
 
     def make_memory_free(self) -> None:
         """End the session that was parked longest of those that hold memory; where there is none, as ``end_idle``."""
         holding = [live for live in self._parked() if live.quota.live_bytes or live.quota.held_bytes]
-        if holding:
-            longest = min(holding, key=lambda live: live.transport.parked_at or 0.0)
-            self._evict(longest, "others needed the memory")
-        else:
+        if not self._evict_longest(holding, "others needed the memory"):
             self.end_idle()
 
     def end_idle(self, caller: Caller | None = None) -> bool:
@@ -159,6 +151,12 @@ class Sessions:
 
     def _parked(self) -> list[ServerSession]:
         return [live for live in self if live.transport.parked_at is not None]
+
+    def _evict_longest(self, parked: list[ServerSession], reason: str) -> bool:
+        """End the one that was parked longest; False where there is none."""
+        if parked:
+            self._evict(min(parked, key=lambda live: live.transport.parked_at or 0.0), reason)
+        return bool(parked)
 
     def _evict(self, live: ServerSession, reason: str) -> None:
         self.remove(live)

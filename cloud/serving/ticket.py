@@ -15,14 +15,10 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Sequence
 from typing import Final
 
-from dlora.protocol.adapters import AdapterSpec
 from dlora.protocol.controller import Controller, state_bytes
 from dlora.protocol.errors import RefusedError
-from dlora.protocol.groups import GroupSpec
-from dlora.protocol.kill_revive import KillReviveConfig
 
 MAGIC: Final = b"DLKR\x01"
 DIGEST_BYTES: Final = 32
@@ -31,35 +27,24 @@ OVERHEAD_BYTES: Final = len(MAGIC) + 2 * DIGEST_BYTES
 
 def ticket_of(controller: Controller, key: bytes) -> bytes:
     """The controller's whole state, signed with ``key``; its size depends on the number of units alone."""
-    return sign_ticket(controller.state(), controller.digest, key)
+    body = MAGIC + controller.digest + controller.state()
+    return body + _mac(body, key)
 
 
-def controller_of(
-    ticket: bytes,
-    key: bytes,
-    config: KillReviveConfig,
-    groups: Sequence[GroupSpec],
-    *,
-    seed: int,
-    total_steps: int,
-    next_step: int,
-    adapter: AdapterSpec | None = None,
-) -> Controller:
-    """The controller that ``ticket`` is of, to go on at ``next_step``.
+def load_ticket(controller: Controller, ticket: bytes, key: bytes, next_step: int) -> None:
+    """Let a ``controller`` that was just made go on at ``next_step``, from the state that ``ticket`` holds.
 
     Raises ``RefusedError`` with code ``ticket`` if it is forged, damaged, of a run with other settings, groups,
     seed or length, or does not stand at ``next_step``.
     """
-    controller = Controller(config, groups, seed=seed, total_steps=total_steps, adapter=adapter)
     try:
-        controller.load_state(verify_ticket(ticket, controller.digest, key))
+        controller.load_state(_verify(bytes(ticket), controller.digest, key))
     except ValueError:
         raise RefusedError("the ticket has the wrong length", code="ticket") from None
     if controller.next_step != next_step:
         raise RefusedError(
             f"the ticket stands at step {controller.next_step}, the session at step {next_step}", code="ticket"
         )
-    return controller
 
 
 def ticket_bytes(units: int) -> int:
@@ -67,18 +52,8 @@ def ticket_bytes(units: int) -> int:
     return OVERHEAD_BYTES + state_bytes(units)
 
 
-def sign_ticket(state: bytes, digest: bytes, key: bytes) -> bytes:
-    """Sign ``state``, bound to ``digest`` (SHA-256, 32 bytes): ``len(state) + OVERHEAD_BYTES`` bytes."""
-    body = MAGIC + digest + state
-    return body + _mac(body, key)
-
-
-def verify_ticket(ticket: bytes, digest: bytes, key: bytes) -> bytes:
-    """The state that ``sign_ticket`` got.
-
-    Raises ``RefusedError`` with code ``ticket`` if it is not ours, was changed, or is bound to another digest.
-    """
-    ticket = bytes(ticket)
+def _verify(ticket: bytes, digest: bytes, key: bytes) -> bytes:
+    """The state in a ticket that is ours, unchanged, and bound to ``digest``; else raises ``RefusedError``."""
     if len(ticket) < OVERHEAD_BYTES or not ticket.startswith(MAGIC):
         raise RefusedError("this is not a ticket of this version; start the run afresh", code="ticket")
     body, mac = ticket[:-DIGEST_BYTES], ticket[-DIGEST_BYTES:]

@@ -1,4 +1,4 @@
-"""Every abuse of the server that we know, one function each, and what must stop it.
+"""Every abuse of the server that we know, and what must stop it.
 
 ``ABUSES`` are over at once: each gives an ``Outcome``, such as ``close 1009`` or ``error non_finite``. ``IDLE_ATTACKS``
 hold on: each is a context in which connections sit on the server. README.md has them as tables.
@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import conversations
@@ -76,26 +77,28 @@ class HostileDevice:
         self.client = client
         self.session = Session(Side.EDGE)
         self.name = ""
-        self._target = target
+        self.target = target
 
     def greet(self) -> None:
         self.say(m.Hello(protocol_versions=list(PROTOCOL_VERSIONS), software="hostile"))
         assert isinstance(self.hear(), m.Welcome)
 
-    def opening(self, **changes: Any) -> m.OpenSession:
+    @property
+    def welcome(self) -> m.Welcome:
         assert self.session.welcome is not None
+        return self.session.welcome
+
+    def opening(self, **changes: Any) -> m.OpenSession:
         settings: dict[str, Any] = {
-            "base_fingerprint": self.session.welcome.base_fingerprint,
-            "groups": self._target.groups,
+            "base_fingerprint": self.welcome.base_fingerprint,
+            "groups": self.target.groups,
             "kill_revive": KillReviveConfig(active_fraction=1.0),
             "seed": 0,
         }
         return conversations.open_session(**{**settings, **changes})
 
     def embeddings(self, tokens: int = TOKENS, value: float = 1.0, **changes: Any) -> m.Embeddings:
-        assert self.session.welcome is not None
-        width = self.session.welcome.embedding_size
-        return conversations.embeddings_of([tokens], width, value, **changes)
+        return conversations.embeddings_of([tokens], self.welcome.embedding_size, value, **changes)
 
     def say(self, message: m.AnyMessage) -> None:
         """By the rules. Raises ``LocalProtocolError``, so that no abuse is a mistake."""
@@ -137,227 +140,139 @@ def raw_frame(header: bytes, tensors: bytes = b"", *, seq: int = 0, header_lengt
     return write_checksum(bytearray(prefix + header + bytes(padding) + tensors))
 
 
+def packed_frame(header: object, tensors: bytes = b"", *, seq: int = 0) -> bytes:
+    return frame(BINARY, raw_frame(msgspec.msgpack.encode(header), tensors, seq=seq))
+
+
 # -- over at once ----------------------------------------------------------------------------------------
 
-ABUSES: dict[str, tuple[Callable[[Target], Outcome], tuple[Outcome, ...]]] = {}
+HELLO = encode(m.Hello(protocol_versions=list(PROTOCOL_VERSIONS), software="x"))
+
+INSTEAD_OF_HTTP: dict[str, tuple[bytes, tuple[Outcome, ...]]] = {
+    "browser_origin": (request(Origin="https://evil.example"), ("http 403",)),
+    "huge_headers": (request(X=1_000_000 * "x"), ("http 400", "http 431", DROPPED)),
+    "no_http": (b"\x00\x01\x02 this is no HTTP\r\n\r\n" * 9, ("http 400", DROPPED)),
+    "tls_hello_to_a_plain_port": (HALF_A_TLS_HELLO + b"\n", ("http 400", DROPPED)),
+}
+
+BEFORE_HELLO: dict[str, tuple[bytes, tuple[Outcome, ...]]] = {
+    "text_frame": (frame(TEXT, b"hello"), ("close 1008 protocol",)),
+    "empty_fragments": (frame(BINARY, fin=0) + frame(CONT, fin=0) * 10_000, ("close 1008 protocol",)),
+    "unmasked_frame": (frame(BINARY, b"x", masked=0), ("close 1002",)),
+    "ping_flood": (frame(PING, bytes(125)) * 1000, ("close 1008 flood",)),
+    "pong_flood": (frame(PONG) * 1000, ("close 1008 flood",)),
+    "message_flood": (frame(BINARY) * 10_000, ("close 1008 flood", "error damaged", "error protocol", DROPPED)),
+    "oversized_frame": (frame(BINARY, length=(64 << 10) + 1), ("close 1009",)),
+    "garbage": (frame(BINARY, b"garbage" * 99), ("error damaged",)),
+    "deep_nesting": (frame(BINARY, raw_frame(b"\x91" * 60_000 + b"\xc0")), ("error protocol",)),
+    "deep_nesting_in_a_field": (
+        frame(BINARY, raw_frame(b"\x82\xa4type\xa5hello\xa8software" + b"\x91" * 60_000 + b"\xc0")),
+        ("error protocol",),
+    ),
+    "header_that_claims_too_much": (frame(BINARY, raw_frame(b"", header_length=(1 << 32) - 1)), ("error limit",)),
+    "unknown_field": (
+        packed_frame({"type": "hello", "protocol_versions": [1], "software": "x", "admin": True}), ("error protocol",)
+    ),
+    "hundred_hellos": (frame(BINARY, HELLO) * 100, ("error protocol", "close 1008 flood")),
+    "no_version_of_ours": (
+        frame(BINARY, encode(m.Hello(protocol_versions=[999], software="x"))), ("error version",)
+    ),
+    "version_that_was_never_released": (
+        frame(BINARY, encode(m.Hello(protocol_versions=[1], software="x"))), ("error version",)
+    ),
+    "session_before_hello": (frame(BINARY, encode(m.CloseSession())), ("error protocol",)),
+}
+
+AFTER_HELLO: dict[str, tuple[Callable[[HostileDevice], bytes], Outcome]] = {
+    "oversized_frame_after_hello": (lambda _: frame(BINARY, length=1 << 20), "close 1009"),
+    # 3.6 MB of target modules, each of them in order by itself.
+    "huge_open_session": (
+        lambda device: opening(device, groups=(GroupSpec(0, 1, MANY_TARGETS),)), "close 1009"
+    ),
+    "other_base_model": (lambda device: opening(device, base_fingerprint="0" * 64), "error base_model_mismatch"),
+    "groups_twice": (lambda device: opening(device, groups=device.target.groups * 2), "error unknown_target"),
+    "run_without_groups": (lambda device: opening(device, groups=()), "error limit"),
+    "forged_line_in_the_log": (
+        lambda device: opening(device, groups=(GroupSpec(0, 1, (TargetSpec(FORGED_LINE, 1),)),)), "error unknown_target"
+    ),
+    "forged_ticket": (lambda device: opening(device, next_step=3, ticket=bytes(300)), "error ticket"),
+}
+MANY_TARGETS = tuple(TargetSpec(f"model.layers.{number}.self_attn.q_proj", 1) for number in range(64_000))
+FORGED_LINE = "x\n12:00:00 session 00000000: closed\x1b[2J"
+
+IN_A_SESSION: dict[str, tuple[Callable[[HostileDevice], bytes], Outcome]] = {
+    "ping_flood_in_a_session": (lambda _: frame(PING) * 1000, "close 1008 flood"),
+    "oversized_frame_in_a_session": (lambda _: frame(BINARY, length=GIB), "close 1009"),
+    "claimed_shape_too_large": (lambda _: packed_frame(CLAIMED_SHAPE, bytes(64), seq=1), "error protocol"),
+    "too_many_tokens": (lambda device: beginning(device, device.welcome.max_tokens + 1), "error limit"),
+    "wrong_width": (lambda device: beginning(device, hidden_states=ONE_WIDE), "error protocol"),
+    "nan": (lambda device: beginning(device, value=np.nan), "error non_finite"),
+    "wrong_step": (lambda device: beginning(device, step=7), "error protocol"),
+    "gap_in_the_numbers": (lambda device: beginning(device, seq=2), "error protocol"),
+    "acknowledgement_of_the_future": (lambda device: beginning(device, ack=9), "error protocol"),
+}
+ONE_WIDE = encode_floats(np.ones((TOKENS, 1), np.float32), "fp32")
+CLAIMED_SHAPE = {
+    "type": "embeddings", "step": 0, "micro_batch": 0, "mode": "train",
+    "hidden_states": ["fp32", [2**31 - 1, 2**31 - 1], 0],
+    "sequence_lengths": ["int32", [1], 0], "label_positions": ["int32", [1], 0],
+}  # fmt: skip
 
 
-def stopped_by(*expected: Outcome) -> Callable[[Callable[[Target], Outcome]], Callable[[Target], Outcome]]:
-    """Register an abuse. With more than one outcome, which one it is depends on what the server has read by then."""
-
-    def register(run: Callable[[Target], Outcome]) -> Callable[[Target], Outcome]:
-        ABUSES[run.__name__] = (run, expected)
-        return run
-
-    return register
+def opening(device: HostileDevice, **changes: Any) -> bytes:
+    return frame(BINARY, encode(device.opening(**changes)))
 
 
-def http(client: HostileClient) -> Outcome:
-    with suppress(ConnectionError):
+def beginning(device: HostileDevice, tokens: int = TOKENS, *, seq: int = 1, ack: int = 0, **changes: Any) -> bytes:
+    return frame(BINARY, encode(device.embeddings(tokens, **changes), seq=seq, ack=ack))
+
+
+def instead_of_http(data: bytes, target: Target) -> Outcome:
+    with target.socket() as client, suppress(ConnectionError):
+        with suppress(ConnectionError):
+            client.send(data)
         status = client.status()
         return f"http {status}" if status else DROPPED
     return DROPPED
 
 
-@stopped_by("http 403")
-def browser_origin(target: Target) -> Outcome:
-    with target.socket() as client:
-        return f"http {client.upgrade(Origin='https://evil.example')}"
-
-
-@stopped_by("http 400", "http 431", DROPPED)
-def huge_headers(target: Target) -> Outcome:
-    with target.socket() as client:
+def before_hello(data: bytes, target: Target) -> Outcome:
+    with target.websocket() as client:
         with suppress(ConnectionError):
-            client.send(request(X=1_000_000 * "x"))
-        return http(client)
-
-
-@stopped_by("http 400", DROPPED)
-def no_http(target: Target) -> Outcome:
-    with target.socket() as client:
-        client.send(b"\x00\x01\x02 this is no HTTP\r\n\r\n" * 9)
-        return http(client)
-
-
-@stopped_by("http 400", DROPPED)
-def tls_hello_to_a_plain_port(target: Target) -> Outcome:
-    with target.socket() as client:
-        client.send(HALF_A_TLS_HELLO + b"\n")
-        return http(client)
-
-
-@stopped_by("close 1008 protocol")
-def text_frame(target: Target) -> Outcome:
-    with target.websocket() as client:
-        client.frame(TEXT, b"hello")
+            client.send(data)
         return outcome(client)
 
 
-@stopped_by("close 1008 protocol")
-def empty_fragments(target: Target) -> Outcome:
-    with target.websocket() as client:
-        client.send(frame(BINARY, fin=0) + frame(CONT, fin=0) * 10_000)
-        return outcome(client)
-
-
-@stopped_by("close 1002")
-def unmasked_frame(target: Target) -> Outcome:
-    with target.websocket() as client:
-        client.frame(BINARY, b"x", masked=0)
-        return outcome(client)
-
-
-@stopped_by("close 1008 flood")
-def ping_flood(target: Target) -> Outcome:
-    with target.websocket() as client:
-        client.send(frame(PING, bytes(125)) * 1000)
-        return outcome(client)
-
-
-@stopped_by("close 1008 flood")
-def pong_flood(target: Target) -> Outcome:
-    with target.websocket() as client:
-        client.send(frame(PONG) * 1000)
-        return outcome(client)
-
-
-@stopped_by("close 1008 flood")
-def ping_flood_in_a_session(target: Target) -> Outcome:
-    with target.opened() as device:
-        device.client.send(frame(PING) * 1000)
-        return device.outcome()
-
-
-@stopped_by("close 1008 flood", "error damaged", "error protocol", DROPPED)
-def message_flood(target: Target) -> Outcome:
-    with target.websocket() as client:
-        client.send(frame(BINARY) * 10_000)
-        return outcome(client)
-
-
-@stopped_by("close 1009")
-def oversized_frame(target: Target) -> Outcome:
-    with target.websocket() as client:
-        client.send(frame(BINARY, length=(64 << 10) + 1))
-        return outcome(client)
-
-
-@stopped_by("close 1009")
-def oversized_frame_after_hello(target: Target) -> Outcome:
-    with target.greeted() as device:
-        device.client.send(frame(BINARY, length=1 << 20))
-        return device.outcome()
-
-
-@stopped_by("close 1009")
-def huge_open_session(target: Target) -> Outcome:
-    """3.6 MB of target modules, each of them in order by itself."""
-    many = tuple(TargetSpec(f"model.layers.{number}.self_attn.q_proj", 1) for number in range(64_000))
+def after_hello(data: Callable[[HostileDevice], bytes], target: Target) -> Outcome:
     with target.greeted() as device:
         with suppress(ConnectionError):
-            device.client.frame(BINARY, encode(device.opening(groups=(GroupSpec(0, 1, many),))))
+            device.client.send(data(device))
         return device.outcome()
 
 
-@stopped_by("close 1009")
-def oversized_frame_in_a_session(target: Target) -> Outcome:
+def in_a_session(data: Callable[[HostileDevice], bytes], target: Target) -> Outcome:
     with target.opened() as device:
-        device.client.send(frame(BINARY, length=GIB))
+        device.client.send(data(device))
         return device.outcome()
 
 
-@stopped_by("error damaged")
-def garbage(target: Target) -> Outcome:
-    with target.websocket() as client:
-        client.frame(BINARY, b"garbage" * 99)
-        return outcome(client)
+ABUSES: dict[str, tuple[Callable[[Target], Outcome], tuple[Outcome, ...]]] = {
+    **{name: (partial(instead_of_http, data), expected) for name, (data, expected) in INSTEAD_OF_HTTP.items()},
+    **{name: (partial(before_hello, data), expected) for name, (data, expected) in BEFORE_HELLO.items()},
+    **{name: (partial(after_hello, data), (expected,)) for name, (data, expected) in AFTER_HELLO.items()},
+    **{name: (partial(in_a_session, data), (expected,)) for name, (data, expected) in IN_A_SESSION.items()},
+}
+"""With more than one outcome, which one it is depends on what the server has read by then."""
 
 
-@stopped_by("error protocol")
-def deep_nesting(target: Target) -> Outcome:
-    with target.websocket() as client:
-        client.frame(BINARY, raw_frame(b"\x91" * 60_000 + b"\xc0"))
-        return outcome(client)
+def stopped_by(expected: Outcome) -> Callable[[Callable[[Target], Outcome]], Callable[[Target], Outcome]]:
+    """Register an abuse that is more than one thing sent."""
 
+    def register(run: Callable[[Target], Outcome]) -> Callable[[Target], Outcome]:
+        ABUSES[run.__name__] = (run, (expected,))
+        return run
 
-@stopped_by("error protocol")
-def deep_nesting_in_a_field(target: Target) -> Outcome:
-    header = msgspec.msgpack.encode({"type": "hello"})
-    header = b"\x82" + header[1:] + b"\xa8software" + b"\x91" * 60_000 + b"\xc0"
-    with target.websocket() as client:
-        client.frame(BINARY, raw_frame(header))
-        return outcome(client)
-
-
-@stopped_by("error limit")
-def header_that_claims_too_much(target: Target) -> Outcome:
-    with target.websocket() as client:
-        client.frame(BINARY, raw_frame(b"", header_length=(1 << 32) - 1))
-        return outcome(client)
-
-
-@stopped_by("error protocol")
-def unknown_field(target: Target) -> Outcome:
-    hello = {"type": "hello", "protocol_versions": [1], "software": "x", "admin": True}
-    with target.websocket() as client:
-        client.frame(BINARY, raw_frame(msgspec.msgpack.encode(hello)))
-        return outcome(client)
-
-
-@stopped_by("error protocol", "close 1008 flood")
-def hundred_hellos(target: Target) -> Outcome:
-    hello = frame(BINARY, encode(m.Hello(protocol_versions=list(PROTOCOL_VERSIONS), software="x")))
-    with target.websocket() as client:
-        for _ in range(100):
-            with suppress(ConnectionError):
-                client.send(hello)
-        return outcome(client)
-
-
-@stopped_by("error version")
-def no_version_of_ours(target: Target) -> Outcome:
-    with target.websocket() as client:
-        client.frame(BINARY, encode(m.Hello(protocol_versions=[999], software="x")))
-        return outcome(client)
-
-
-@stopped_by("error version")
-def version_that_was_never_released(target: Target) -> Outcome:
-    with target.websocket() as client:
-        client.frame(BINARY, encode(m.Hello(protocol_versions=[1], software="x")))
-        return outcome(client)
-
-
-@stopped_by("error base_model_mismatch")
-def other_base_model(target: Target) -> Outcome:
-    with target.greeted() as device:
-        return device.say_anyway(device.opening(base_fingerprint="0" * 64))
-
-
-@stopped_by("error unknown_target")
-def groups_twice(target: Target) -> Outcome:
-    with target.greeted() as device:
-        return device.say_anyway(device.opening(groups=(*target.groups, *target.groups)))
-
-
-@stopped_by("error limit")
-def run_without_groups(target: Target) -> Outcome:
-    with target.greeted() as device:
-        return device.say_anyway(device.opening(groups=()))
-
-
-@stopped_by("error unknown_target")
-def forged_line_in_the_log(target: Target) -> Outcome:
-    with target.greeted() as device:
-        forged = TargetSpec("x\n12:00:00 session 00000000: closed\x1b[2J", 1)
-        return device.say_anyway(device.opening(groups=(GroupSpec(0, 1, (forged,)),)))
-
-
-@stopped_by("error ticket")
-def forged_ticket(target: Target) -> Outcome:
-    with target.greeted() as device:
-        return device.say_anyway(device.opening(next_step=3, ticket=bytes(300)))
+    return register
 
 
 @stopped_by(GONE)
@@ -365,58 +280,6 @@ def session_of_another(target: Target) -> Outcome:
     with target.opened() as victim, target.greeted() as device:
         device.say(m.ResumeSession(session=victim.name, token=bytes(m.RESUME_TOKEN_BYTES), received=0))
         return GONE if isinstance(device.hear(), m.SessionGone) else "resumed"
-
-
-@stopped_by("error protocol")
-def session_before_hello(target: Target) -> Outcome:
-    with target.websocket() as client:
-        client.frame(BINARY, encode(m.CloseSession()))
-        return outcome(client)
-
-
-# -- in a session ----------------------------------------------------------------------------------------
-
-
-@stopped_by("error protocol")
-def claimed_shape_too_large(target: Target) -> Outcome:
-    header = {
-        "type": "embeddings",
-        "step": 0,
-        "micro_batch": 0,
-        "mode": "train",
-        "hidden_states": ["fp32", [2**31 - 1, 2**31 - 1], 0],
-        "sequence_lengths": ["int32", [1], 0],
-        "label_positions": ["int32", [1], 0],
-    }
-    with target.opened() as device:
-        device.client.frame(BINARY, raw_frame(msgspec.msgpack.encode(header), bytes(64), seq=1))
-        return device.outcome()
-
-
-@stopped_by("error limit")
-def too_many_tokens(target: Target) -> Outcome:
-    with target.opened() as device:
-        assert device.session.welcome is not None
-        return device.say_anyway(device.embeddings(device.session.welcome.max_tokens + 1), seq=1)
-
-
-@stopped_by("error protocol")
-def wrong_width(target: Target) -> Outcome:
-    with target.opened() as device:
-        narrow = encode_floats(np.ones((TOKENS, 1), np.float32), "fp32")
-        return device.say_anyway(device.embeddings(hidden_states=narrow), seq=1)
-
-
-@stopped_by("error non_finite")
-def nan(target: Target) -> Outcome:
-    with target.opened() as device:
-        return device.say_anyway(device.embeddings(value=np.nan), seq=1)
-
-
-@stopped_by("error protocol")
-def wrong_step(target: Target) -> Outcome:
-    with target.opened() as device:
-        return device.say_anyway(device.embeddings(step=7), seq=1)
 
 
 @stopped_by("error protocol")
@@ -453,18 +316,6 @@ def replay(target: Target) -> Outcome:
 
 
 @stopped_by("error protocol")
-def gap_in_the_numbers(target: Target) -> Outcome:
-    with target.opened() as device:
-        return device.say_anyway(device.embeddings(), seq=2)
-
-
-@stopped_by("error protocol")
-def acknowledgement_of_the_future(target: Target) -> Outcome:
-    with target.opened() as device:
-        return device.say_anyway(device.embeddings(), seq=1, ack=9)
-
-
-@stopped_by("error protocol")
 def never_acknowledges(target: Target) -> Outcome:
     with target.greeted() as device:
         device.say(device.opening(total_steps=99))
@@ -481,48 +332,15 @@ def never_acknowledges(target: Target) -> Outcome:
 # -- holding on ------------------------------------------------------------------------------------------
 
 IdleAttack = Callable[[Target, ExitStack], tuple[HostileClient, bytes]]
-IDLE_ATTACKS: dict[str, IdleAttack] = {}
-"""Each makes one connection that stays, and says what it goes on sending, a byte now and then."""
+"""Makes one connection that stays, and says what it goes on sending, a byte now and then."""
 
 
-def idle_attack(make: IdleAttack) -> IdleAttack:
-    IDLE_ATTACKS[make.__name__] = make
-    return make
-
-
-@idle_attack
-def idle_socket(target: Target, held: ExitStack) -> tuple[HostileClient, bytes]:
-    return held.enter_context(target.socket()), b""
-
-
-@idle_attack
-def idle_websocket(target: Target, held: ExitStack) -> tuple[HostileClient, bytes]:
-    return held.enter_context(target.websocket()), b""
-
-
-@idle_attack
-def idle_after_hello(target: Target, held: ExitStack) -> tuple[HostileClient, bytes]:
-    return held.enter_context(target.greeted()).client, b""
-
-
-@idle_attack
 def half_a_tls_hello(target: Target, held: ExitStack) -> tuple[HostileClient, bytes]:
     client = held.enter_context(target.socket())
     client.send(HALF_A_TLS_HELLO)
     return client, b""
 
 
-@idle_attack
-def slow_http(target: Target, held: ExitStack) -> tuple[HostileClient, bytes]:
-    return held.enter_context(target.socket()), request(X="x" * 4000)
-
-
-@idle_attack
-def slow_frame(target: Target, held: ExitStack) -> tuple[HostileClient, bytes]:
-    return held.enter_context(target.websocket()), frame(BINARY, bytes(60_000))
-
-
-@idle_attack
 def most_of_a_frame(target: Target, held: ExitStack) -> tuple[HostileClient, bytes]:
     """As much of the server's memory as a stranger gets: 64 KiB are allowed, and never end."""
     client = held.enter_context(target.greeted()).client
@@ -530,21 +348,17 @@ def most_of_a_frame(target: Target, held: ExitStack) -> tuple[HostileClient, byt
     return client, b""
 
 
-IDLE_ATTACKS_IN_A_SESSION: dict[str, IdleAttack] = {}
-"""The same with a session each, of which a server has only so many."""
+IDLE_ATTACKS: dict[str, IdleAttack] = {
+    "idle_socket": lambda target, held: (held.enter_context(target.socket()), b""),
+    "idle_websocket": lambda target, held: (held.enter_context(target.websocket()), b""),
+    "idle_after_hello": lambda target, held: (held.enter_context(target.greeted()).client, b""),
+    "half_a_tls_hello": half_a_tls_hello,
+    "slow_http": lambda target, held: (held.enter_context(target.socket()), request(X="x" * 4000)),
+    "slow_frame": lambda target, held: (held.enter_context(target.websocket()), frame(BINARY, bytes(60_000))),
+    "most_of_a_frame": most_of_a_frame,
+}
 
 
-def idle_attack_in_a_session(make: IdleAttack) -> IdleAttack:
-    IDLE_ATTACKS_IN_A_SESSION[make.__name__] = make
-    return make
-
-
-@idle_attack_in_a_session
-def silent_in_a_session(target: Target, held: ExitStack) -> tuple[HostileClient, bytes]:
-    return held.enter_context(target.opened()).client, b""
-
-
-@idle_attack_in_a_session
 def silent_in_a_step(target: Target, held: ExitStack) -> tuple[HostileClient, bytes]:
     device = held.enter_context(target.opened())
     device.say(device.embeddings())
@@ -552,13 +366,11 @@ def silent_in_a_step(target: Target, held: ExitStack) -> tuple[HostileClient, by
     return device.client, b""
 
 
-@idle_attack_in_a_session
 def slow_in_a_step(target: Target, held: ExitStack) -> tuple[HostileClient, bytes]:
     device = held.enter_context(target.opened())
     return device.client, frame(BINARY, device.session.send(device.embeddings(30)))
 
 
-@idle_attack_in_a_session
 def repeats_itself_in_a_session(target: Target, held: ExitStack) -> tuple[HostileClient, bytes]:
     device = held.enter_context(target.opened())
     scores = WireTensor("fp32", np.ones(len(target.groups), np.float32))
@@ -568,7 +380,6 @@ def repeats_itself_in_a_session(target: Target, held: ExitStack) -> tuple[Hostil
     return device.client, frame(BINARY, report)
 
 
-@idle_attack_in_a_session
 def repeats_itself_in_a_step(target: Target, held: ExitStack) -> tuple[HostileClient, bytes]:
     device = held.enter_context(target.opened())
     begun = device.session.send(device.embeddings())
@@ -577,12 +388,22 @@ def repeats_itself_in_a_step(target: Target, held: ExitStack) -> tuple[HostileCl
     return device.client, frame(BINARY, begun)
 
 
-@idle_attack_in_a_session
 def reads_nothing(target: Target, held: ExitStack) -> tuple[HostileClient, bytes]:
     device = held.enter_context(target.opened(receive_buffer=4096))
-    assert device.session.welcome is not None
-    device.say(device.embeddings(min(1000, device.session.welcome.max_sequence_length)))
+    device.say(device.embeddings(min(1000, device.welcome.max_sequence_length)))
     return device.client, b""
+
+
+IDLE_ATTACKS_IN_A_SESSION: dict[str, IdleAttack] = {
+    "silent_in_a_session": lambda target, held: (held.enter_context(target.opened()).client, b""),
+    **{
+        attack.__name__: attack
+        for attack in (
+            silent_in_a_step, slow_in_a_step, repeats_itself_in_a_session, repeats_itself_in_a_step, reads_nothing
+        )
+    },
+}
+"""The same with a session each, of which a server has only so many."""
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from hostile import (
     hostile_websocket,
     request,
 )
-from waiting import eventually
+from waiting import StandingClock, eventually
 from websockets.asyncio.server import ServerConnection, serve
 
 from dlora.cloud.admission.guard import PIECE_BYTES, ConnectionLimits, Guard, GuardedConnection
@@ -39,16 +39,6 @@ KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 FLOOD = Ending("close", 1008, "flood")
 PROTOCOL = Ending("close", 1008, "protocol")
 DROPPED = ("eof", "reset")
-
-
-class Clock:
-    """Time that passes when a test says so."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 class Room:
@@ -109,7 +99,7 @@ def echoing(
     tls: ssl.SSLContext | None = None, clock: Callable[[], float] | None = None, **limits: Any
 ) -> Iterator[EchoServer]:
     """An echo server in a thread of its own."""
-    guard = Guard(ConnectionLimits(**{"sessions": 2, **limits}), tls=tls, clock=clock or Clock())
+    guard = Guard(ConnectionLimits(**{"sessions": 2, **limits}), tls=tls, clock=clock or StandingClock())
     server = EchoServer(guard)
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
@@ -285,7 +275,7 @@ def test_broken_websocket_frames_are_refused(echo: EchoServer, broken: bytes) ->
 
 @pytest.mark.parametrize("opcode", [PING, PONG])
 def test_ping_flood_is_refused(opcode: int) -> None:
-    clock = Clock()
+    clock = StandingClock()
     with echoing(clock=clock) as server, hostile_websocket(server.url) as client:
         for _ in range(3):
             client.send(frame(opcode) * 60)
@@ -538,7 +528,7 @@ def test_log_has_reasons_and_no_content(echo: EchoServer, caplog: pytest.LogCapt
 
 
 def test_a_flood_does_not_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
-    clock = Clock()
+    clock = StandingClock()
     guard = Guard(ConnectionLimits(sessions=1), clock=clock)
     with caplog.at_level(logging.WARNING, "dlora.cloud"):
         for _ in range(2):

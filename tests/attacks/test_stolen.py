@@ -13,10 +13,9 @@ import conversations
 import pytest
 from families import VOCABULARY
 from msgspec import structs
-from serving import KEY, RunningServer, config, final_weights, random_dataset, serving, training
+from serving import KEY, RunningServer, config, final_weights, greeted_device, random_dataset, serving, training
 from tiny import Tiny, TinyFactory
 from waiting import eventually
-from websockets.sync.client import ClientConnection, connect
 
 from dlora.cloud.admission.access import FAILURES_PER_WINDOW, Access, AccessDeniedError
 from dlora.cloud.admission.quotas import QuotaLimits, Quotas
@@ -27,8 +26,6 @@ from dlora.edge.wire.connecting import ConnectSettings, Retry
 from dlora.edge.wire.credentials import Credentials
 from dlora.protocol import messages as m
 from dlora.protocol.errors import RefusedError
-from dlora.protocol.session import Session
-from dlora.protocol.states import Side
 
 STEPS = 4
 RUN = config(total_steps=STEPS, kill_revive={"active_fraction": 0.5, "warmup_steps": 0})
@@ -58,33 +55,9 @@ def checks_often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cloud_server, "RECHECK_EVERY_S", 0.01)
 
 
-class Thief:
-    """A device that says what it likes, by the rules of the wire."""
-
-    def __init__(self, socket: ClientConnection) -> None:
-        self.socket = socket
-        self.session = Session(Side.EDGE)
-
-    def say(self, message: m.AnyMessage) -> None:
-        self.socket.send(self.session.send(message))
-
-    def hear(self) -> m.AnyMessage:
-        return self.session.receive(self.socket.recv(timeout=120, decode=False))
-
-
-@contextmanager
-def thief(url: str, token: str) -> Iterator[Thief]:
-    headers = {"Authorization": f"Bearer {token}"}
-    with connect(url, compression=None, proxy=None, additional_headers=headers) as socket:
-        device = Thief(socket)
-        device.say(conversations.hello())
-        assert isinstance(device.hear(), m.Welcome)
-        yield device
-
-
 def answer(url: str, token: str, opening: m.OpenSession) -> m.AnyMessage:
     """What a server says to an opening."""
-    with thief(url, token) as device:
+    with greeted_device(url, token) as device:
         device.say(opening)
         return device.hear()
 
@@ -129,7 +102,7 @@ def test_a_stolen_ticket_gives_nothing_but_the_runs_own_states(model: Tiny, toke
         assert opened is not None
         assert ticket is not None
         opening = with_purpose(opened, ticket=ticket, next_step=2, learnt=())
-        with thief(one.url, other) as first, thief(replica.url, other) as second:
+        with greeted_device(one.url, other) as first, greeted_device(replica.url, other) as second:
             for each in (first, second):
                 each.say(opening)
             found = [each.hear() for each in (first, second)]
@@ -220,13 +193,13 @@ def test_a_revoked_token_neither_resumes_nor_stays_parked(
 def test_a_connection_from_before_the_revocation_gets_no_lasting_session(model: Tiny, tokens: BearerTokenStore) -> None:
     """Let in, and silent until the token was revoked."""
     phone = tokens.create("phone", None)
-    with serving(model.base, access=Access(tokens, required=True)) as server, thief(server.url, phone) as waiting:
+    with serving(model.base, access=Access(tokens, required=True)) as server, greeted_device(server.url, phone) as it:
         tokens.revoke("phone")
-        waiting.say(conversations.open_session(base_fingerprint=model.base.fingerprint, groups=model.base.groups(
+        it.say(conversations.open_session(base_fingerprint=model.base.fingerprint, groups=model.base.groups(
             ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]
         )))  # fmt: skip
-        assert isinstance(waiting.hear(), m.SessionOpened)
-        said = waiting.hear()
+        assert isinstance(it.hear(), m.SessionOpened)
+        said = it.hear()
         assert isinstance(said, m.Error)
         assert said.code == m.ErrorCode.TOKEN_REVOKED
 
