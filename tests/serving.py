@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -13,6 +11,7 @@ from typing import Any
 import conversations
 import numpy as np
 import pytest
+from waiting import loop_in_thread
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
@@ -51,18 +50,13 @@ def serving(base: BaseModel, **settings: Any) -> Iterator[RunningServer]:
     door = {name: settings.pop(name) for name in ("ticket_key", "access", "tls") if name in settings}
     common = {"max_sessions": 8, "max_tokens": 4096, "threads": 1, "drain_s": 0.2}
     server = CloudServer(base, ServerSettings(**{**common, **settings}), **{"ticket_key": KEY, **door})
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever, daemon=True)
-    thread.start()
-    try:
-        asyncio.run_coroutine_threadsafe(server.start("127.0.0.1", 0), loop).result(120)
-        yield RunningServer(f"ws://127.0.0.1:{server.port}", server)
-    finally:
-        # After a failure too: a session's thread that waits for its device would keep the test run from ending.
-        asyncio.run_coroutine_threadsafe(server.stop(), loop).result(120)
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join(120)
-        loop.close()
+    with loop_in_thread() as run:
+        try:
+            run(server.start("127.0.0.1", 0))
+            yield RunningServer(f"ws://127.0.0.1:{server.port}", server)
+        finally:
+            # After a failure too: a session's thread that waits for its device would keep the test run from ending.
+            run(server.stop())
 
 
 class RawDevice:

@@ -151,8 +151,7 @@ class TestRecheck:
         clock.now += 100
         ended = access.recheck([first, second])
         assert {caller: error.code for caller, error in ended.items()} == {
-            first: ErrorCode.TOKEN_EXPIRED,
-            second: ErrorCode.TOKEN_REVOKED,
+            first: ErrorCode.TOKEN_EXPIRED, second: ErrorCode.TOKEN_REVOKED
         }
 
     def test_deleted_token_is_denied_at_recheck(self, access: Access, tokens: BearerTokenStore, tmp_path: Path) -> None:
@@ -223,11 +222,7 @@ class TestAnswer:
         assert wrong.headers()["WWW-Authenticate"] == 'Bearer realm="dlora", error="invalid_token"'
         assert "Retry-After" not in wrong.headers()
         assert msgspec.json.decode(wrong.body()) == {
-            "type": "error",
-            "code": "token_wrong",
-            "message": str(wrong),
-            "retryable": False,
-            "retry_after_s": None,
+            "type": "error", "code": "token_wrong", "message": str(wrong), "retryable": False, "retry_after_s": None
         }
         assert wrong.body().count(b"\n") == 1
 

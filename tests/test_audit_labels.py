@@ -10,7 +10,7 @@ import torch
 from families import tiny_model
 from torch import Tensor, nn
 
-from dlora.cloud.audit.label_matching import MatchedLabels, match_labels
+from dlora.cloud.audit.label_matching import match_labels
 from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.model.ends import HeadEnd, find_head
 from dlora.protocol.choices import WireDtype
@@ -31,11 +31,11 @@ class Planted:
     labels: Tensor
     grads: Tensor
 
-    def match(self, grads: Tensor | None = None) -> MatchedLabels:
+    def match(self, grads: Tensor | None = None) -> Tensor:
         return match_labels(self.hidden, self.grads if grads is None else grads, self.head)
 
-    def accuracy(self, found: MatchedLabels) -> float:
-        return float((found.labels == self.labels).double().mean())
+    def accuracy(self, found: Tensor) -> float:
+        return float((found == self.labels).double().mean())
 
 
 def across(values: Tensor, dtype: WireDtype) -> Tensor:
@@ -65,9 +65,7 @@ def test_labels_are_read_off_gradients(family: str, dtype: WireDtype) -> None:
     planted = plant(family, dtype)
     found = planted.match()
     assert planted.accuracy(found) >= (0.99 if dtype == "int8" else 1.0)
-    assert found.labels.dtype == torch.int64
-    assert found.scale == pytest.approx(SCALE, rel=1e-2 if dtype == "int8" else 1e-3)
-    assert float(found.residuals.median()) < {"fp32": 1e-4, "fp16": 2e-3, "int8": 3e-2}[dtype]
+    assert found.dtype == torch.int64
 
 
 def test_the_heads_differ_as_they_should() -> None:
@@ -105,33 +103,22 @@ def test_labels_of_many_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_labels_of_one_row_and_of_none() -> None:
     planted = plant("llama")
     one = match_labels(planted.hidden[1:2], planted.grads[1:2], planted.head)
-    assert one.labels.tolist() == planted.labels[1:2].tolist()
-    none = match_labels(planted.hidden[:0], planted.grads[:0], planted.head)
-    assert (none.labels.shape, none.residuals.shape, none.scale) == ((0,), (0,), 0.0)
+    assert one.tolist() == planted.labels[1:2].tolist()
+    assert match_labels(planted.hidden[:0], planted.grads[:0], planted.head).shape == (0,)
 
 
 def test_rows_of_zeros_are_a_guess() -> None:
     planted = plant("llama")
-    found = planted.match(torch.zeros_like(planted.grads))
-    assert found.scale == 0.0
-    assert found.residuals.tolist() == [1.0] * ROWS
+    assert planted.accuracy(planted.match(torch.zeros_like(planted.grads))) < 0.6
 
 
+@pytest.mark.parametrize(("of_grads", "of_noise", "most"), [(0, 1, 0.15), (1, 10, 0.25)])
 @pytest.mark.parametrize("family", HEADS)
-def test_no_labels_in_random_rows(family: str) -> None:
+def test_no_labels_in_random_rows_and_under_ten_times_the_noise(
+    family: str, of_grads: int, of_noise: int, most: float
+) -> None:
     planted = plant(family)
     noise = torch.randn(planted.grads.shape, generator=torch.Generator().manual_seed(2))
-    grads = noise * planted.grads.norm(dim=1, keepdim=True) / noise.norm(dim=1, keepdim=True)
-    found = planted.match(grads)
-    assert planted.accuracy(found) < 0.15
-    assert float(found.residuals.median()) > 0.5
-
-
-@pytest.mark.parametrize("family", HEADS)
-def test_no_labels_under_ten_times_the_noise(family: str) -> None:
-    planted = plant(family)
-    noise = torch.randn(planted.grads.shape, generator=torch.Generator().manual_seed(2))
-    grads = planted.grads + 10 * noise * planted.grads.norm(dim=1, keepdim=True) / noise.norm(dim=1, keepdim=True)
-    found = planted.match(grads)
-    assert planted.accuracy(found) < 0.25
-    assert float(found.residuals.median()) > 0.5
+    noise *= planted.grads.norm(dim=1, keepdim=True) / noise.norm(dim=1, keepdim=True)
+    found = planted.match(of_grads * planted.grads + of_noise * noise)
+    assert planted.accuracy(found) < most

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, MORE_FAMILIES, REFUSED_FAMILIES, random_model, save_tiny, tiny_model
+from families import FAMILIES, REFUSED_FAMILIES, random_model, save_tiny, tiny_model
 from processes import run_cloud
 from tiny import TinyFactory
 from transformers import PreTrainedModel
@@ -135,13 +135,6 @@ def test_experts_of_a_mixture_are_refused_by_name() -> None:
         base.groups(["model.layers.0.mlp.experts"])
 
 
-@pytest.mark.parametrize("family", MORE_FAMILIES)
-def test_more_families_are_accepted(tiny: TinyFactory, family: str) -> None:
-    """With what they do at their two ends, which ``from_model`` checks."""
-    base = tiny(family).base
-    assert {target.block for target in base.targets.values()} == {0, 1}
-
-
 @pytest.mark.parametrize("family", REFUSED_FAMILIES)
 def test_a_family_that_cannot_be_cut_is_refused_before_anything_is_served(family: str) -> None:
     """``dlora-cloud serve`` loads through the same door as ``dlora-export``."""
@@ -264,12 +257,9 @@ def test_a_model_without_targets_is_refused() -> None:
         BaseModel.from_model(model, "mine")
 
 
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [("./nowhere", "does not exist"), ("/no/such/model", "does not exist"), ("missing.gguf", "does not exist")],
-)
-def test_missing_path_is_an_error(name: str, text: str) -> None:
-    with pytest.raises(UsageError, match=text):
+@pytest.mark.parametrize("name", ["./nowhere", "/no/such/model", "missing.gguf"])
+def test_missing_path_is_an_error(name: str) -> None:
+    with pytest.raises(UsageError, match="does not exist"):
         load_base_model(name)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -48,8 +48,13 @@ class ZeroDeltas:
         raise AssertionError("no backward pass here")
 
 
-def lora_sites(groups: Sequence[GroupSpec]) -> list[Site]:
-    return [Site(group, ()) for group in groups]
+def exchange_of(
+    base: BaseModel, device: ZeroDeltas, trained: Collection[int] = (), rows: Tensor | None = None
+) -> MicroBatchExchange:
+    """Of a micro-batch in which all of the device's groups are live."""
+    groups = device.groups
+    sites, live = [Site(group, ()) for group in groups], range(len(groups))
+    return MicroBatchExchange(device, base, groups, sites, live=live, trained=trained, given={}, rows=rows)
 
 
 @pytest.fixture(autouse=True)
@@ -81,16 +86,7 @@ def bytes_saved(base: BaseModel, groups: Sequence[GroupSpec], layout: Layout, tr
         saved.append(tensor.untyped_storage())
         return tensor.detach()
 
-    exchange = MicroBatchExchange(
-        ZeroDeltas(groups),
-        base,
-        groups,
-        lora_sites(groups),
-        live=set(range(len(groups))),
-        trained=trained,
-        given={},
-        rows=layout.rows,
-    )
+    exchange = exchange_of(base, ZeroDeltas(groups), trained, layout.rows)
     with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor), running_targets(exchange):
         hidden = base.last_hidden_state(layout.inputs_embeds, layout.attention_mask, layout.position_ids)
         assert hidden.requires_grad
@@ -121,19 +117,9 @@ def test_evaluation_estimate_is_near_the_peak_of_its_forward_pass(family: str) -
     for name, lengths in LENGTHS.items():
         layout = layout_of(base, lengths)
         assert live_bytes.graph(layout, None) == 0
-        exchange = MicroBatchExchange(
-            ZeroDeltas(groups),
-            base,
-            groups,
-            lora_sites(groups),
-            live=range(len(groups)),
-            trained=(),
-            given={},
-            rows=layout.rows,
-        )
         with (
             torch.no_grad(),
-            running_targets(exchange),
+            running_targets(exchange_of(base, ZeroDeltas(groups), rows=layout.rows)),
             _order_of_calls(base) as order,
             _TensorByteCounter(base, order) as alive,
         ):

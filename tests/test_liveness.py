@@ -71,7 +71,7 @@ def test_a_device_that_computes_answers_pings(
         step.start()
         assert busy.begun.wait(WAIT_S)
         (live,) = server.server.service.sessions
-        connection = live.transport.connection
+        connection = live.transport._connection
         assert connection is not None
 
         async def ping_and_wait() -> float:

@@ -18,10 +18,10 @@ import pytest
 from families import VOCABULARY
 from hypothesis import given
 from hypothesis import strategies as st
-from serving import config, final_weights, random_dataset, randomize, serving, training
+from serving import config, final_weights, greeted_device, random_dataset, randomize, serving, training
 from tiny import TinyFactory
 from waiting import eventually
-from websockets.sync.client import ClientConnection, connect
+from websockets.sync.client import ClientConnection
 
 from dlora.cloud.admission.quotas import Charge, QuotaLimits, Quotas, SessionQuota
 from dlora.cloud.model.base_model import BaseModel
@@ -34,7 +34,6 @@ from dlora.protocol.counting import counted_tokens, cut_to_fit
 from dlora.protocol.errors import RefusedError
 from dlora.protocol.frames import Decoder, encode
 from dlora.protocol.kill_revive import KillReviveConfig
-from dlora.protocol.version import PROTOCOL_VERSIONS
 
 LONGEST = 16
 MAX_TOKENS = 20
@@ -159,18 +158,16 @@ BOMB = [LONGEST] + [1] * (MAX_TOKENS - LONGEST)  # MAX_TOKENS tokens; with paddi
 
 @contextmanager
 def opened(url: str, base: BaseModel) -> Iterator[ClientConnection]:
-    """A session without adapters, over a websocket that knows no rules of ours."""
+    """The websocket of a session without adapters, which knows no rules of ours."""
     kill_revive = KillReviveConfig(score="static", active_fraction=0.0)
     targets = [name for name in base.targets if name.endswith(("q_proj", "v_proj"))]
     opening = conversations.open_session(
         base_fingerprint=base.fingerprint, groups=base.groups(targets), kill_revive=kill_revive, total_steps=1
     )
-    with connect(url, compression=None, proxy=None) as websocket:
-        websocket.send(encode(m.Hello(protocol_versions=list(PROTOCOL_VERSIONS), software="a stranger")))
-        websocket.recv()
-        websocket.send(encode(opening))
-        websocket.recv()
-        yield websocket
+    with greeted_device(url) as device:
+        device.say(opening)
+        device.hear()
+        yield device.socket
 
 
 def evaluation(base: BaseModel, lengths: list[int], mode: Any = "evaluate") -> m.Embeddings:
@@ -312,9 +309,7 @@ def test_parked_session_in_a_step_frees_its_memory_for_others(model: Model) -> N
         largest = max(seen)
     with (
         serving(
-            model.base,
-            live_limit=largest + largest // 2,
-            quotas=NO_QUOTA_OF_MEMORY,
+            model.base, live_limit=largest + largest // 2, quotas=NO_QUOTA_OF_MEMORY,
             timeouts=SessionTimeouts(park_s=3600.0),
         ) as server,
         training(model.bundle, server.url, run, dataset, away) as stalls,
@@ -340,9 +335,7 @@ def test_parked_session_in_a_step_frees_its_memory_for_others(model: Model) -> N
         assert stalls.steps_rerun == 1
         assert waits.steps_rerun == 0
         ones, others = final_weights(stalls), final_weights(waits)
-    assert {name: value.tobytes() for name, value in ones.items()} == {
-        name: value.tobytes() for name, value in others.items()
-    }
+    assert all(value.tobytes() == others[name].tobytes() for name, value in ones.items())
 
 
 def test_device_that_leaves_while_waiting_for_memory_frees_its_place(model: Model) -> None:

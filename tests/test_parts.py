@@ -11,11 +11,10 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, MORE_FAMILIES, tiny_model
-from test_live_bytes import ZeroDeltas, lora_sites
+from test_live_bytes import ZeroDeltas, exchange_of
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from dlora.cloud.exchange.exchange import MicroBatchExchange
 from dlora.cloud.exchange.target_modules import running_targets, wrap_target_modules
 from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.model.layout import Layout, can_pack, lay_out
@@ -129,17 +128,6 @@ def test_wrapped_blocks_change_no_bit_of_the_whole(parts: ModelParts) -> None:
 
 def tokens_one_by_one(append: Callable[[Tensor], Tensor], embeds: Tensor) -> Tensor:
     return torch.cat([append(embeds[:, at : at + 1]) for at in range(embeds.shape[1])], 1)
-
-
-@torch.no_grad()
-def test_cache_gives_the_last_token_as_the_whole_does(parts: ModelParts) -> None:
-    base = parts.base
-    embeds = embeds_of(base)
-    wanted = base.last_hidden_state(embeds)
-    cache = parts.new_cache()
-    assert_near(parts.run(embeds[:, :-1], cache=cache), wanted[:, :-1], 1e-5)
-    assert_near(parts.run(embeds[:, -1:], cache=cache), wanted[:, -1:], 1e-5)
-    assert cache.length == LENGTH
 
 
 @torch.no_grad()
@@ -352,16 +340,6 @@ def test_half_precision_runs_in_parts() -> None:
     parts.check_cache()
 
 
-@torch.no_grad()
-def test_target_modules_may_be_wrapped_as_well() -> None:
-    base = deeper("llama")
-    embeds = embeds_of(base)
-    wanted = base.last_hidden_state(embeds)
-    wrap_target_modules(base)
-    parts = ModelParts(base)
-    assert torch.equal(parts.run(parts.run(embeds, end=2), begin=2), wanted)
-
-
 class LocalLora(ZeroDeltas):
     """A device in this process, one fixed LoRA a target module."""
 
@@ -393,23 +371,18 @@ def test_parts_exchange_their_group_states(family: str) -> None:
 
     def run(*cuts: tuple[int, int | None]) -> Tensor:
         hidden = embeds
-        with running_targets(exchange_of(base, groups)):
+        with running_targets(exchange_of(base, LocalLora(groups))):
             for begin, end in cuts:
                 hidden = parts.run(hidden, begin=begin, end=end)
         return hidden
 
-    with running_targets(exchange_of(base, groups)):
+    with running_targets(exchange_of(base, LocalLora(groups))):
         whole = base.last_hidden_state(embeds)
     assert not torch.equal(whole, base.last_hidden_state(embeds))  # the adapters do something
     assert torch.equal(run((0, None)), whole)
     assert torch.equal(run((0, 1), (1, None)), whole)
     cache, rows = parts.new_cache(), []
     for first, end in ((0, LENGTH - 2), (LENGTH - 2, LENGTH - 1), (LENGTH - 1, LENGTH)):
-        with running_targets(exchange_of(base, groups)):
+        with running_targets(exchange_of(base, LocalLora(groups))):
             rows.append(parts.run(embeds[:, first:end], cache=cache))
     assert_near(torch.cat(rows, dim=1), whole, 1e-5)
-
-
-def exchange_of(base: BaseModel, groups: Sequence[GroupSpec]) -> MicroBatchExchange:
-    device, live = LocalLora(groups), set(range(len(groups)))
-    return MicroBatchExchange(device, base, groups, lora_sites(groups), live=live, trained=(), given={}, rows=None)

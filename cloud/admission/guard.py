@@ -51,7 +51,6 @@ class ConnectionLimits:
         unread_frames: answers that a device has not read yet, in largest frames.
         handshake_s: time for TLS, and again for the websocket's handshake.
         close_s: time for a peer that is told to go.
-        origins: pages that may connect; devices are no browsers and name none.
     """
 
     sessions: int
@@ -64,7 +63,6 @@ class ConnectionLimits:
     unread_frames: int = 4
     handshake_s: float = 10.0
     close_s: float = 5.0
-    origins: tuple[str, ...] = ()
 
 
 class Guard:
@@ -107,7 +105,7 @@ class Guard:
         limits = self.limits
         return {
             "create_connection": partial(GuardedConnection, self),
-            "origins": [*limits.origins, None],  # None: no Origin header at all
+            "origins": [None],  # no Origin header at all: devices are no browsers
             "compression": None,  # hidden states do not compress, and a compression bomb could exhaust memory
             "max_size": limits.first_frame_bytes,
             "max_queue": 4,

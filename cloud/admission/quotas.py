@@ -118,11 +118,6 @@ class Quotas:
         self._stopped = False
 
     @property
-    def callers(self) -> int:
-        """How many are remembered."""
-        return len(self._callers)
-
-    @property
     def has_waiting(self) -> bool:
         """Whether a micro-batch waits for memory."""
         return bool(self._line)

@@ -10,7 +10,6 @@ and all but v and ``scale`` is known here. The scale is one over the labelled to
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -24,27 +23,11 @@ _CANDIDATES: Final = 32  # labels a row that are looked at closely
 _MAX_ROUNDS: Final = 20
 
 
-@dataclass(frozen=True)
-class MatchedLabels:
-    """The likeliest label of each row.
+def match_labels(last_hidden: Tensor, grads: Tensor, head: HeadEnd) -> Tensor:
+    """The likeliest label of each row, int64 (rows,), on the CPU.
 
-    Attributes:
-        labels: int64 (rows,).
-        scale: what all gradients are multiplied with; one over it is the number of labelled tokens of the step.
-        residuals: float64 (rows,), the part of a row's gradient that its label does not explain, relative to its
-            norm (or that of what the label would give, if that is larger): near 0 where the label is sure, up to the
-            rounding of the wire; about 1 where it is a guess, as for a row of zeros, and where the model was almost
-            certain, so that rounding is most of the gradient. A guess leans to the token that the model finds
-            likeliest, so labels mean something only above that token's own accuracy.
-    """
-
-    labels: Tensor
-    scale: float
-    residuals: Tensor
-
-
-def match_labels(last_hidden: Tensor, grads: Tensor, head: HeadEnd) -> MatchedLabels:
-    """Find the label of each row, and the scale.
+    Where it is a guess, as for a row of zeros, it leans to the token that the model finds likeliest: labels mean
+    something only above that token's own accuracy.
 
     First by direction alone, for which no scale is needed. Then, in turn: the scale, by least squares over all rows;
     and by back-substitution for each row the label whose gradient is nearest with that scale, norm and all.
@@ -72,11 +55,7 @@ def match_labels(last_hidden: Tensor, grads: Tensor, head: HeadEnd) -> MatchedLa
         scale = _fit_scale(along, squares, chosen)
         if torch.equal(chosen, before):
             break
-    chosen_along, chosen_squares = _pick(along, chosen), _pick(squares, chosen)
-    errors = grad_squares - 2 * scale * chosen_along + scale**2 * chosen_squares
-    sizes = torch.maximum(grad_squares, scale**2 * chosen_squares)
-    residuals = torch.where(sizes > _TINY, errors.clamp_min(0) / sizes.clamp_min(_TINY), 1.0).sqrt()
-    return MatchedLabels(_pick(labels, chosen).cpu(), scale, residuals.cpu())
+    return _pick(labels, chosen).cpu()
 
 
 _TINY: Final = 1e-300

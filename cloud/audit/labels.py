@@ -41,8 +41,7 @@ def _matched(seen: Observed, truth: Truth, base: BaseModel) -> list[Attack]:
         hidden = torch.cat([floats(each.last_hidden) for each, _ in step if each.last_hidden is not None])
         grads = torch.cat([floats(each.last_grad) for each, _ in step if each.last_grad is not None])
         wanted = torch.cat([torch.from_numpy(true.labels) for _, true in step])
-        matched = match_labels(hidden.to(base.device), grads.to(base.device), head)
-        right += int((matched.labels.cpu() == wanted).sum())
+        right += int((match_labels(hidden, grads, head) == wanted).sum())
         likeliest += int((_likeliest(hidden, base) == wanted).sum())
         found.append(wanted)
         texts |= {text.tobytes() for _, true in step for text in true.texts()}

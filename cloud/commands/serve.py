@@ -8,6 +8,7 @@ import logging
 import ssl
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -32,10 +33,11 @@ if TYPE_CHECKING:  # torch is loaded when a server starts
 
 logger = logging.getLogger("dlora.cloud")
 
-DOOR = "Who may come in"
-QUOTAS = "Quotas of a device"
-LIMITS = "Limits of the whole server"
-TIMEOUTS = "Timeouts"
+# Options under a heading of their own.
+door = partial(typer.Option, rich_help_panel="Who may come in")
+quota = partial(typer.Option, rich_help_panel="Quotas of a device")
+limit = partial(typer.Option, rich_help_panel="Limits of the whole server")
+timeout = partial(typer.Option, rich_help_panel="Timeouts")
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -55,81 +57,47 @@ def serve(
             envvar="DLORA_CLOUD_STATE",
         ),
     ] = None,
-    tls_cert: Annotated[
-        Path | None, typer.Option(help="Certificate chain (PEM): speak TLS.", rich_help_panel=DOOR)
-    ] = None,
-    tls_key: Annotated[
-        Path | None, typer.Option(help="Its key, where that is another file.", rich_help_panel=DOOR)
-    ] = None,
+    tls_cert: Annotated[Path | None, door(help="Certificate chain (PEM): speak TLS.")] = None,
+    tls_key: Annotated[Path | None, door(help="Its key, where that is another file.")] = None,
     tls_client_ca: Annotated[
-        Path | None,
-        typer.Option(help="Let devices in whose certificate this authority signed (PEM).", rich_help_panel=DOOR),
+        Path | None, door(help="Let devices in whose certificate this authority signed (PEM).")
     ] = None,
     insecure: Annotated[
-        bool,
-        typer.Option("--insecure", help="Listen on a network without TLS, or let everybody in.", rich_help_panel=DOOR),
+        bool, door("--insecure", help="Listen on a network without TLS, or let everybody in.")
     ] = False,
-    quota_sessions: Annotated[
-        int | None, typer.Option(help="Sessions of one device at a time.", metavar="N", min=1, rich_help_panel=QUOTAS)
-    ] = None,
+    quota_sessions: Annotated[int | None, quota(help="Sessions of one device at a time.", metavar="N", min=1)] = None,
     quota_tokens_per_minute: Annotated[
-        int | None, typer.Option(help="Tokens of one device in a minute.", metavar="N", min=1, rich_help_panel=QUOTAS)
+        int | None, quota(help="Tokens of one device in a minute.", metavar="N", min=1)
     ] = None,
     quota_live_mb: Annotated[
-        float | None,
-        typer.Option(
-            help="Memory of one device's running micro-batches, MB.", metavar="MB", min=0.001, rich_help_panel=QUOTAS
-        ),
+        float | None, quota(help="Memory of one device's running micro-batches, MB.", metavar="MB", min=0.001)
     ] = None,
     quota_compute_s: Annotated[
-        float | None,
-        typer.Option(
-            help="Seconds of computing for one device in an hour.", metavar="S", min=0.001, rich_help_panel=QUOTAS
-        ),
+        float | None, quota(help="Seconds of computing for one device in an hour.", metavar="S", min=0.001)
     ] = None,
-    max_sessions: Annotated[
-        int, typer.Option(help="Sessions open at a time, parked ones included.", min=1, rich_help_panel=LIMITS)
-    ] = 16,
+    max_sessions: Annotated[int, limit(help="Sessions open at a time, parked ones included.", min=1)] = 16,
     live_mb: Annotated[
         float | None,
-        typer.Option(
+        limit(
             help="Memory of all running micro-batches together, MB; more of them wait their turn. By default half of "
             "what the model leaves of the machine's.",
             min=0.001,
-            rich_help_panel=LIMITS,
         ),
     ] = None,
     max_tokens: Annotated[
         int | None,
-        typer.Option(
-            help="Most tokens of one micro-batch. By default what takes half of --live-mb, 8192 at most.",
-            min=1,
-            rich_help_panel=LIMITS,
-        ),
+        limit(help="Most tokens of one micro-batch. By default what takes half of --live-mb, 8192 at most.", min=1),
     ] = None,
-    park_s: Annotated[
-        float,
-        typer.Option(help="Seconds that a session is kept whose device is away.", min=0, rich_help_panel=TIMEOUTS),
-    ] = 120.0,
+    park_s: Annotated[float, timeout(help="Seconds that a session is kept whose device is away.", min=0)] = 120.0,
     exchange_timeout_s: Annotated[
-        float,
-        typer.Option(
-            help="Least seconds for one answer of a device; slow ones get more.", min=0.1, rich_help_panel=TIMEOUTS
-        ),
+        float, timeout(help="Least seconds for one answer of a device; slow ones get more.", min=0.1)
     ] = 120.0,
     step_timeout_s: Annotated[
-        float,
-        typer.Option(help="Least seconds for all answers of a micro-batch.", min=0.1, rich_help_panel=TIMEOUTS),
+        float, timeout(help="Least seconds for all answers of a micro-batch.", min=0.1)
     ] = 900.0,
-    idle_timeout_s: Annotated[
-        float,
-        typer.Option(help="Seconds that a session may do nothing.", min=0.1, rich_help_panel=TIMEOUTS),
-    ] = 3600.0,
+    idle_timeout_s: Annotated[float, timeout(help="Seconds that a session may do nothing.", min=0.1)] = 3600.0,
     drain_s: Annotated[
-        float,
-        typer.Option(
-            help="Seconds that running steps may take when the server stops.", min=0, rich_help_panel=TIMEOUTS
-        ),
+        float, timeout(help="Seconds that running steps may take when the server stops.", min=0)
     ] = 30.0,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object once it listens.")] = False,
 ) -> None:

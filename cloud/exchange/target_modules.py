@@ -10,6 +10,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -76,12 +77,12 @@ def running_targets(runner: GroupRunner) -> Iterator[None]:
         runner.forget()
 
 
+@dataclass(frozen=True)
 class _Wrapped:
     """A target module's ``forward`` that exchanges where a micro-batch runs in this thread, and the original."""
 
-    def __init__(self, name: str, original: Callable[[Tensor], Tensor]) -> None:
-        self.name = name
-        self.original = original
+    name: str
+    original: Callable[[Tensor], Tensor]
 
     def __call__(self, x: Tensor) -> Tensor:
         runner: GroupRunner | None = getattr(_running, "runner", None)

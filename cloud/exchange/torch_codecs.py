@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Final, Protocol
+from typing import Final
 
 import torch
 
@@ -14,16 +14,6 @@ from dlora.protocol.wire_codecs import INT8_SCALE_LIMIT, Codecs, TensorRole
 
 # Decoded frames are read-only views, and nobody here writes into them; torch warns all the same.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-
-
-class TorchCodec(Protocol):
-    """One way to store a floating-point tensor, for torch."""
-
-    def encode(self, values: torch.Tensor) -> WireTensor:
-        """Put a float32 tensor of any device on the wire. Raises ``NonFiniteError`` on NaN or infinity."""
-
-    def decode(self, tensor: WireTensor, torch_device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-        """The values in ``dtype`` on ``torch_device``."""
 
 
 class _Fp32:
@@ -71,8 +61,8 @@ class _Int8:
         return (integers * scales).to(dtype)
 
 
-TORCH_CODECS: Final[dict[str, TorchCodec]] = {"int8": _Int8(), "fp16": _Fp16(), "fp32": _Fp32()}
-"""By the names of ``dlora.protocol.wire_codecs.CODECS``, which are the dtypes of what they store."""
+TORCH_CODECS: Final[dict[str, _Int8 | _Fp16 | _Fp32]] = {"int8": _Int8(), "fp16": _Fp16(), "fp32": _Fp32()}
+"""By the names of ``dlora.protocol.wire_codecs.CODECS``, the dtypes of what they store; they encode float32."""
 
 
 def finite_peak(values: torch.Tensor) -> float:

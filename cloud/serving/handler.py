@@ -7,6 +7,7 @@ import contextlib
 import logging
 import secrets
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeVar
 
 from websockets.exceptions import ConnectionClosed
@@ -70,26 +71,26 @@ async def _refuse(connection: GuardedConnection, caller: Caller, refusal: Refuse
     await close_with_error(connection, refusal)
 
 
+@dataclass(frozen=True)
 class _Handshake:
     """From ``hello`` to a session that is open, or open again."""
 
-    def __init__(self, connection: GuardedConnection, caller: Caller, session: Session, service: Service) -> None:
-        self._connection = connection
-        self._caller = caller
-        self._session = session
-        self._service = service
+    connection: GuardedConnection
+    caller: Caller
+    session: Session
+    service: Service
 
     async def run(self) -> ServerSession | None:
         """The session that the connection now belongs to, or None."""
         hello = await self._receive()
         if not isinstance(hello, m.Hello):
             return None
-        self._connection.limit_frames(self._service.opening_bytes)
+        self.connection.limit_frames(self.service.opening_bytes)
         await self._send(self._welcome(hello))
         while True:
             match await self._receive():
                 case m.OpenSession() as opening:
-                    controller = await self._run_in_thread(check_opening, opening, self._session, self._service)
+                    controller = await self._run_in_thread(check_opening, opening, self.session, self.service)
                     return self._open(controller, hello.device)
                 case m.ResumeSession() as request:
                     live = self._resume(request)
@@ -102,22 +103,22 @@ class _Handshake:
     async def _receive(self) -> m.AnyMessage:
         message = None
         while message is None:
-            frame = await self._connection.recv(decode=False)
-            message = await self._run_in_thread(self._session.receive, frame)
+            frame = await self.connection.recv(decode=False)
+            message = await self._run_in_thread(self.session.receive, frame)
         return message
 
     async def _run_in_thread(self, function: Callable[..., T], *given: object) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._service.openings, function, *given)
+        return await asyncio.get_running_loop().run_in_executor(self.service.openings, function, *given)
 
     async def _send(self, message: m.AnyMessage) -> None:
-        await self._connection.send(self._session.send(message))
+        await self.connection.send(self.session.send(message))
 
     def _welcome(self, hello: m.Hello) -> m.Welcome:
         version = choose_version(hello.protocol_versions)
         if version is None:
             text = f"this server speaks wire versions {list(PROTOCOL_VERSIONS)}, the device {hello.protocol_versions}"
             raise RefusedError(text, m.ErrorCode.VERSION)
-        base, max_tokens = self._service.base, self._service.max_tokens
+        base, max_tokens = self.service.base, self.service.max_tokens
         return m.Welcome(
             protocol_version=version,
             software=f"dlora-cloud {SOFTWARE_VERSION}",
@@ -127,23 +128,23 @@ class _Handshake:
             hidden_size=base.hidden_size,
             max_sequence_length=min(base.max_sequence_length, max_tokens),
             max_tokens=max_tokens,
-            packs=self._service.may_pack,
-            window=self._service.settings.window,
-            max_context_length=self._service.max_context_length,
+            packs=self.service.may_pack,
+            window=self.service.settings.window,
+            max_context_length=self.service.max_context_length,
         )
 
     def _resume(self, request: m.ResumeSession) -> ServerSession | None:
-        service = self._service
-        live = service.sessions.resume(request, self._caller, self._connection, self._session)
+        service = self.service
+        live = service.sessions.resume(request, self.caller, self.connection, self.session)
         if live is None:
             return None
-        self._connection.session_opened(live.quota)
-        self._connection.limit_frames(frame_limit(service, live.session))
-        logger.info("session %s: resumed at step %d by %s", live.name, live.session.step, self._caller.name)
+        self.connection.session_opened(live.quota)
+        self.connection.limit_frames(frame_limit(service, live.session))
+        logger.info("session %s: resumed at step %d by %s", live.name, live.session.step, self.caller.name)
         return live
 
     def _open(self, controller: Controller | None, device_id: str) -> ServerSession:
-        service, session, caller = self._service, self._session, self._caller
+        service, session, caller = self.service, self.session, self.caller
         if service.draining.is_set():
             raise shutting_down()
         service.sessions.end_parked_of_device(caller, device_id)
@@ -154,7 +155,7 @@ class _Handshake:
             name = secrets.token_hex(4)
             transport = SessionTransport(
                 asyncio.get_running_loop(),
-                self._connection,
+                self.connection,
                 name=f"{name} of {caller.name}",
                 park_s=service.settings.timeouts.park_s,
                 closing_tasks=service.closing_tasks,
@@ -166,8 +167,8 @@ class _Handshake:
             opened = session.send(loop.opened_message(live.name, live.new_resume_token()))
             undo.pop_all()
         service.sessions.add(live)
-        self._connection.session_opened(quota)
-        self._connection.limit_frames(limit)
+        self.connection.session_opened(quota)
+        self.connection.limit_frames(limit)
         logger.info(
             "session %s: opened at step %d by %s with %d groups", live.name, session.step, caller.name,
             len(session.groups),

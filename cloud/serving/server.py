@@ -83,6 +83,7 @@ class CloudServer:
         self._callers: WeakKeyDictionary[ServerConnection, Caller] = WeakKeyDictionary()
         self._server: Server | None = None
         self._housekeeping: list[asyncio.Task[None]] = []
+        self._changes_seen = self._changes_released = 0
         self._started = time.monotonic()
         live_bytes, may_pack, quotas = LiveBytes.measure(base), can_pack(base), settings.quotas
         max_tokens, live_limit = settings.max_tokens, settings.live_limit
@@ -129,10 +130,11 @@ class CloudServer:
         except OSError as error:
             raise cannot_listen(host, port, error) from None
         self.port = next(iter(self._server.sockets)).getsockname()[1]
-        self._housekeeping = [
-            asyncio.create_task(_kept_up(each))
-            for each in (self._recheck_access, self._release_memory, self._end_parked)
-        ]
+        regularly = (
+            (RECHECK_EVERY_S, self._recheck_access), (RELEASE_EVERY_S, self._release_memory),
+            (END_PARKED_EVERY_S, self._end_parked),
+        )  # fmt: skip
+        self._housekeeping = [asyncio.create_task(_repeat(every_s, work)) for every_s, work in regularly]
 
     async def serve_until_stopped(self, host: str, port: int, on_listening: Callable[[], None]) -> None:
         """Listen until SIGINT, SIGTERM or SIGHUP, then close every session and return."""
@@ -186,34 +188,27 @@ class CloudServer:
 
     async def _recheck_access(self) -> None:
         """End the sessions of devices whose token was revoked or has expired."""
-        while True:
-            await asyncio.sleep(RECHECK_EVERY_S)
-            sessions = list(self.service.sessions)
-            try:
-                denied = await asyncio.to_thread(self._access.recheck, {live.caller for live in sessions})
-            except AccessDeniedError:  # the tokens cannot be read just now
-                continue
-            for live in sessions:
-                if live.caller in denied:
-                    live.transport.end(denied[live.caller])
+        sessions = list(self.service.sessions)
+        try:
+            denied = await asyncio.to_thread(self._access.recheck, {live.caller for live in sessions})
+        except AccessDeniedError:  # the tokens cannot be read just now
+            return
+        for live in sessions:
+            if live.caller in denied:
+                live.transport.end(denied[live.caller])
 
     async def _release_memory(self) -> None:
         """Give freed memory back once nothing computes: sessions that stay would keep what they used."""
-        released = seen = 0
-        while True:
-            await asyncio.sleep(RELEASE_EVERY_S)
-            changes = self.service.gate.changes
-            if changes == seen != released:
-                await asyncio.to_thread(collect_garbage)
-                released = changes
-            seen = changes
+        changes = self.service.gate.changes
+        if changes == self._changes_seen != self._changes_released:
+            await asyncio.to_thread(collect_garbage)
+            self._changes_released = changes
+        self._changes_seen = changes
 
     async def _end_parked(self) -> None:
         """Where others wait for memory, end a session a second that holds some and does nothing."""
-        while True:
-            await asyncio.sleep(END_PARKED_EVERY_S)
-            if self.service.quotas.has_waiting:
-                self.service.sessions.make_memory_free()
+        if self.service.quotas.has_waiting:
+            self.service.sessions.make_memory_free()
 
     async def _handle(self, connection: ServerConnection) -> None:
         await handle_connection(cast(GuardedConnection, connection), self._callers[connection], self.service)
@@ -265,11 +260,12 @@ class CloudServer:
         }
 
 
-async def _kept_up(forever: Callable[[], Awaitable[None]]) -> None:
-    """Begin anew what should never end, whatever ends it: a session whose token was revoked would stay for ever."""
+async def _repeat(every_s: float, work: Callable[[], Awaitable[None]]) -> None:
+    """Do it again whatever it raises: a session whose token was revoked would stay for ever."""
     while True:
+        await asyncio.sleep(every_s)
         try:
-            await forever()
+            await work()
         except Exception:
             logger.exception("internal error between sessions")
 

@@ -189,10 +189,6 @@ class SessionTransport:
 
     # -- the event loop ----------------------------------------------------------------------------------
 
-    @property
-    def connection(self) -> ServerConnection | None:
-        return self._connection
-
     def handle_closed(self, connection: ServerConnection) -> None:
         """The connection has ended. The session counts as parked from now on, whatever its thread does at the moment;
         what has come over it can still be read."""

@@ -7,7 +7,6 @@ import logging
 import resource
 import socket
 import ssl
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
@@ -29,7 +28,7 @@ from hostile import (
     hostile_websocket,
     request,
 )
-from waiting import StandingClock, eventually
+from waiting import StandingClock, eventually, loop_in_thread
 from websockets.asyncio.server import ServerConnection, serve
 
 from dlora.cloud.admission.guard import PIECE_BYTES, ConnectionLimits, Guard, GuardedConnection
@@ -101,10 +100,6 @@ def echoing(
     """An echo server in a thread of its own."""
     guard = Guard(ConnectionLimits(**{"sessions": 2, **limits}), tls=tls, clock=clock or StandingClock())
     server = EchoServer(guard)
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever, daemon=True)
-    thread.start()
-
     async def start() -> Any:
         listening = await serve(server.handle, "127.0.0.1", 0, ping_interval=None, **guard.settings())
         port = next(iter(listening.sockets)).getsockname()[1]
@@ -116,14 +111,10 @@ def echoing(
         guard.abort_unfinished()
         await listening.wait_closed()
 
-    try:
-        listening = asyncio.run_coroutine_threadsafe(start(), loop).result(TIMEOUT_S)
+    with loop_in_thread() as run:
+        listening = run(start())
         yield server
-        asyncio.run_coroutine_threadsafe(stop(listening), loop).result(TIMEOUT_S)
-    finally:
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join(TIMEOUT_S)
-        loop.close()
+        run(stop(listening))
 
 
 @pytest.fixture(scope="module")
@@ -144,26 +135,17 @@ def says(client: HostileClient, message: bytes, *, answered: bool = True) -> Non
 
 
 def test_oldest_connection_without_session_is_dropped() -> None:
+    """Whatever it has sent."""
     with echoing(unfinished=3) as server, ExitStack() as held:
-        clients = []
+        clients = [held.enter_context(hostile(server.url)) for _ in range(2)]
+        clients[1].send(request()[:40])
         for _ in range(5):
             clients.append(held.enter_context(hostile_websocket(server.url)))
             says(clients[-1], b"here")
-        assert [client.goodbye().how in DROPPED for client in clients[:2]] == [True, True]
-        for client in clients[2:]:
+        assert all(client.goodbye().how in DROPPED for client in clients[:4])
+        for client in clients[4:]:
             says(client, b"still here")
         assert server.guard.unfinished == 3
-
-
-def test_oldest_is_dropped_whatever_it_has_sent() -> None:
-    with echoing(unfinished=3) as server, ExitStack() as held:
-        silent = held.enter_context(hostile(server.url))
-        half = held.enter_context(hostile(server.url))
-        half.send(request()[:40])
-        for _ in range(3):
-            says(held.enter_context(hostile_websocket(server.url)), b"here")
-        assert silent.goodbye().how in DROPPED
-        assert half.goodbye().how in DROPPED
 
 
 def test_connection_with_session_is_never_dropped() -> None:
@@ -324,12 +306,6 @@ def test_unread_bytes_of_a_lost_connection_are_released() -> None:
         eventually(lambda: server.room.taken == 0)
 
 
-def test_many_messages_that_are_read_are_accepted(echo: EchoServer) -> None:
-    with hostile_websocket(echo.url) as client:
-        for number in range(200):
-            says(client, b"%d" % number)
-
-
 def test_peer_that_reads_nothing_is_dropped() -> None:
     with echoing() as server, hostile_websocket(server.url, receive_buffer=4096) as client:
         client.frame(BINARY, b"pour 2000")
@@ -358,13 +334,6 @@ def test_browsers_are_refused(echo: EchoServer) -> None:
     for origin in ("https://evil.example", "null", "http://127.0.0.1"):
         with hostile(echo.url) as page:
             assert page.upgrade(Origin=origin) == 403
-    with echoing(origins=("https://console.example",)) as server:
-        with hostile(server.url) as page:
-            assert page.upgrade(Origin="https://console.example") == 101
-        with hostile(server.url) as page:
-            assert page.upgrade(Origin="https://console.example.evil") == 403
-        with hostile(server.url) as device:
-            assert device.upgrade() == 101
 
 
 @pytest.mark.parametrize(
