@@ -108,12 +108,9 @@ def test_what_crosses_in_split_is_exposed(audits: dict[str, Audit], kind: str) -
     adapter = finding(audit, "adapter").best
     assert adapter is not None
     assert adapter.interval[0] > 0.99
-
-
-def test_replaying_the_optimiser_needs_fewer_tokens_than_the_rank(audits: dict[str, Audit]) -> None:
-    for kind in ("bottleneck", "ffa"):
-        names = {attack.name: attack for attack in finding(audits[kind], "adapter").attacks}
-        assert names["replay of the optimiser"].interval[0] > 0.99, kind
+    if kind != "lora":  # with fewer tokens than the rank
+        names = {attack.name: attack for attack in finding(audit, "adapter").attacks}
+        assert names["replay of the optimiser"].interval[0] > 0.99
 
 
 def test_of_trunk_the_text_is_exposed_and_what_is_trained_is_not(audits: dict[str, Audit]) -> None:
@@ -129,9 +126,7 @@ def test_of_trunk_the_text_is_exposed_and_what_is_trained_is_not(audits: dict[st
     assert "24 of 72" in finding(audit, "labels never fed back").why  # the last of three labels is never fed back
 
 
-def test_a_run_without_an_adapter_has_none_to_find(
-    model: Tiny, data: Dataset, url: str, tmp_path: Path
-) -> None:
+def test_a_run_without_an_adapter_has_none_to_find(model: Tiny, data: Dataset, url: str, tmp_path: Path) -> None:
     with Recorder(tmp_path) as recorder, training(
         model.bundle, url, config(), data, ConnectSettings(recorder=recorder)
     ) as trainer:

@@ -53,13 +53,6 @@ def test_sessions_are_counted_for_each_caller_until_they_close() -> None:
     quotas.open_session("a")
 
 
-def test_a_caller_does_not_get_new_tokens_by_closing_its_session() -> None:
-    quotas, _ = make(tokens_per_minute=600)
-    with quotas.open_session("a") as session:
-        session.charge(600, 0).end(0.0)
-    refused(lambda: quotas.open_session("a").charge(1, 0))
-
-
 def test_waiters_for_memory_are_served_in_order() -> None:
     """The second needs more than is free, and the third, which would fit, does not overtake it."""
     quotas = Quotas(QuotaLimits(), StandingClock(), total_live_bytes=1000)
@@ -100,13 +93,6 @@ def test_quota_is_checked_again_after_waiting_for_memory() -> None:
     waiting.join(120)
     assert [refusal.code for refusal in refusals] == [ErrorCode.QUOTA_LIVE_BYTES]
     assert not quotas._line
-
-
-def test_more_than_the_servers_memory_is_refused_for_good() -> None:
-    session = Quotas(QuotaLimits(), StandingClock(), total_live_bytes=1000).open_session("a")
-    error = refused(lambda: session.charge(1, 1001))
-    assert (error.code, error.retryable) == (ErrorCode.LIMIT, False)
-    session.charge(1, 1000)
 
 
 def test_unread_frames_count_in_the_quota() -> None:
@@ -184,21 +170,6 @@ def test_live_bytes_count_over_all_sessions_until_the_micro_batch_ends() -> None
     refused(lambda: other.charge(1, 401))
     charge.end(0.0)
     other.charge(1, 1000)
-
-
-def test_a_refusal_for_one_thing_charges_nothing_for_another() -> None:
-    quotas, clock = make(tokens_per_minute=600, live_bytes=1000, compute_s_per_hour=36.0)
-    session, other = quotas.open_session("a"), quotas.open_session("a")
-    charge = other.charge(1, 1)
-    for _ in range(5):
-        assert refused(lambda: session.charge(599, 1000)).code == ErrorCode.QUOTA_LIVE_BYTES
-    session.charge(599, 999).end(36.0)
-    clock.now += 60.0
-    charge.end(36.0)
-    for _ in range(5):
-        assert refused(lambda: session.charge(600, 1000)).code == ErrorCode.QUOTA_COMPUTE
-    clock.now += 3600.0
-    session.charge(600, 1000)
 
 
 def test_callers_without_usage_are_forgotten() -> None:

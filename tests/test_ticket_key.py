@@ -31,9 +31,7 @@ def test_key_of_wrong_size_is_an_error(size: int, tmp_path: Path) -> None:
     assert path.read_bytes() == bytes(size)
 
 
-def test_two_servers_that_start_together_share_one_key(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_servers_that_start_together_share_one_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first: list[bytes] = []
     make = secrets.token_bytes
 

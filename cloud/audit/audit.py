@@ -59,15 +59,6 @@ class Audit(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float
 
 
-def check_model(seen: Observed, base: BaseModel) -> None:
-    """Raise ``ModelMismatchError`` where the frames are of another base model."""
-    if seen.welcome.base_fingerprint != base.fingerprint:
-        raise ModelMismatchError(
-            f"the frames are of another base model ({seen.welcome.base_model}) than {base.name}: give the one that the "
-            "server ran"
-        )
-
-
 def run_audit(
     seen: Observed,
     truth: Truth,
@@ -83,7 +74,11 @@ def run_audit(
         on_attack: called with the name of each secret before it is attacked.
     """
     started = time.monotonic()
-    check_model(seen, base)
+    if seen.welcome.base_fingerprint != base.fingerprint:
+        raise ModelMismatchError(
+            f"the frames are of another base model ({seen.welcome.base_model}) than {base.name}: give the one that the "
+            "server ran"
+        )
     seen = replace(seen, micro_batches=seen.micro_batches[: len(truth.micro_batches)])
     on_attack("text")
     with attacking("text"):

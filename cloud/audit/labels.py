@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from dlora.cloud.model.base_model import BaseModel, find_head
 
@@ -42,7 +41,8 @@ def _matched(seen: Observed, truth: Truth, base: BaseModel) -> list[Attack]:
         grads = torch.cat([floats(each.last_grad) for each, _ in step if each.last_grad is not None])
         wanted = torch.cat([torch.from_numpy(true.labels) for _, true in step])
         right += int((match_labels(hidden, grads, head) == wanted).sum())
-        likeliest += int((_likeliest(hidden, base) == wanted).sum())
+        said = torch.cat([head(rows.to(head.weight)).argmax(1).cpu() for rows in hidden.split(256)])
+        likeliest += int((said == wanted).sum())
         found.append(wanted)
         texts |= {text.tobytes() for _, true in step for text in true.texts()}
     if not found:
@@ -52,11 +52,6 @@ def _matched(seen: Observed, truth: Truth, base: BaseModel) -> list[Attack]:
         share("label matching and back-substitution", right, labels, len(texts), "labels", guess=guess),
         share("what the model itself would say", likeliest, labels, len(texts), "labels", guess=guess),
     ]
-
-
-def _likeliest(hidden: Tensor, base: BaseModel) -> Tensor:
-    head = find_head(base)
-    return torch.cat([head(rows.to(head.weight)).argmax(1).cpu() for rows in hidden.split(256)])
 
 
 def _read_in_text(seen: Observed, truth: Truth, found: FoundText) -> list[Attack]:

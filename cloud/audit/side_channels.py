@@ -68,9 +68,8 @@ def in_the_clear(seen: Observed) -> list[str]:
     """What crosses as it is, in words."""
     texts = len(whole_texts([[0] * each.begun.tokens for each in seen.micro_batches], seen.micro_batches))
     lasted_s = seen.frames[-1].time - seen.frames[0].time
-    said = [f"{texts:,} texts in {len(seen.micro_batches):,} micro-batches, and when: over {lasted_s:.1f} s"]
-    if texts == 1:
-        said = [line.replace("1 texts", "1 text") for line in said]
+    what = "1 text" if texts == 1 else f"{texts:,} texts"
+    said = [f"{what} in {len(seen.micro_batches):,} micro-batches, and when: over {lasted_s:.1f} s"]
     first = seen.micro_batches[0].begun
     if first.mode == "decode":
         said.append(f"how long the prompt is: the first frame has {first.tokens:,} tokens, and the answer follows")

@@ -151,7 +151,14 @@ class BaseModel:
         with model_code(name, config.model_type, "trained"):
             gradients = trace_gradients(base)
         check_causality(base, gradients)
-        return base._without(gradients.without)
+        reason = "gets no gradient (as what only chooses which tokens are looked at)"
+        left = [target for name, target in targets.items() if name not in gradients.without]
+        return replace(
+            base,
+            targets={target.name: replace(target, order=order) for order, target in enumerate(left)},
+            refused=refused | dict.fromkeys(gradients.without, reason),
+            choosing=gradients.without,
+        )
 
     @cached_property
     def public_name(self) -> str:
@@ -205,13 +212,6 @@ class BaseModel:
             )
             for members in chosen.values()
         )
-
-    def _without(self, names: tuple[str, ...]) -> Self:
-        """With fewer targets: without those that no gradient reaches."""
-        reason = "gets no gradient (as what only chooses which tokens are looked at)"
-        left = [target for name, target in self.targets.items() if name not in names]
-        targets = {target.name: replace(target, order=order) for order, target in enumerate(left)}
-        return replace(self, targets=targets, refused=self.refused | dict.fromkeys(names, reason), choosing=names)
 
     def last_hidden_state(
         self, inputs_embeds: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -40,9 +41,8 @@ def limit_arenas() -> None:
     By itself glibc makes one for each thread, up to eight a core. Each keeps the largest step that it ever saw, and a
     session has a thread of its own.
     """
-    libc = _libc()
-    if libc is not None:
-        libc.mallopt(_M_ARENA_MAX, _ARENAS)
+    with suppress(AttributeError):  # neither musl nor macOS has it
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, _ARENAS)
 
 
 def release_freed_memory() -> None:
@@ -51,9 +51,8 @@ def release_freed_memory() -> None:
     A session's activations come in pieces that the next one's do not fit into, and glibc keeps them: a server of
     SmolLM2-135M that had run some fifty sessions stood at 4.2 GB, of which this gave back 2.7.
     """
-    libc = _libc()
-    if libc is not None:
-        libc.malloc_trim(0)
+    with suppress(AttributeError):  # likewise
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def collect_garbage() -> None:
@@ -77,8 +76,3 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
     )
-
-
-def _libc() -> ctypes.CDLL | None:
-    libc = ctypes.CDLL(None)
-    return libc if hasattr(libc, "malloc_trim") and hasattr(libc, "mallopt") else None  # neither musl nor macOS

@@ -116,11 +116,10 @@ class ServerMicroBatch:
                 position_ids=layout.position_ids,
                 end=purpose.blocks,
             )
-            return list(self._packed(hidden).split(self._lengths))
-
-    def _packed(self, padded: Tensor) -> Tensor:
-        flat = padded.reshape(-1, padded.shape[-1])
-        return flat if self.layout.rows is None else flat.index_select(0, self.layout.rows)
+            packed = hidden.reshape(-1, hidden.shape[-1])
+            if layout.rows is not None:
+                packed = packed.index_select(0, layout.rows)
+            return list(packed.split(self._lengths))
 
     def _run_basis(self, device: MicroBatchDevice) -> None:
         """The base model alone, forward and backward: what it computes at the groups goes into the sketches."""

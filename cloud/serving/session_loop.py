@@ -222,12 +222,11 @@ class SessionLoop:
         del begun
         live_bytes = service.live_bytes.estimate(run.layout, run.lowest_trained, run.context_length)
         charge = self._admit(tokens, live_bytes + run.sketched_bytes)
-        transport = self._device.transport
         device = MicroBatchDevice(
             self._device, run.key, run.codecs, service.base.dtype, gate=service.gate, deadlines=self._deadlines,
             arrived=arrived,
         )  # fmt: skip
-        started, times_lost = self._clock(), transport.times_lost
+        started, times_lost = self._clock(), self._transport.times_lost
         try:
             with device.computing(), torch.autograd.set_multithreading_enabled(False):
                 run.run(device)
@@ -235,7 +234,7 @@ class SessionLoop:
             charge.end(self._clock() - started - device.idle_s)
             with self._charge_ended:
                 self._charge_ended.notify_all()
-        if transport.times_lost == times_lost:
+        if self._transport.times_lost == times_lost:
             self._deadlines.all_answers.observe(device.waited_s)
 
     @contextmanager
@@ -255,7 +254,6 @@ class SessionLoop:
         And not for ever: a device that comes too early again and again loses its session, as an idle one does.
         """
         give_up_at = math.inf
-        transport = self._device.transport
         while True:
             try:
                 return self._quota.charge(tokens, live_bytes)
@@ -267,9 +265,9 @@ class SessionLoop:
                     continue
                 wait_s = min(refusal.retry_after_s or 0.0, m.MAX_RETRY_AFTER_S)
                 give_up_at = min(give_up_at, now + wait_s + self._service.settings.timeouts.idle_s)
-                transport.disconnect(refusal)
+                self._transport.disconnect(refusal)
                 self._live.idle_since = now  # it computes nothing: else two of a device could wait for each other
-                transport.wait_for_device()
+                self._transport.wait_for_device()
                 self._live.idle_since = None
 
     def _end_idle_context(self, refusal: RefusedError) -> bool:

@@ -180,7 +180,7 @@ def test_frame_limit_before_a_session_fits_the_model(tiny: TinyFactory, family: 
 
 
 def test_frames_before_a_session_are_decoded_in_a_thread(
-    base: BaseModel, groups: tuple[GroupSpec, ...], bundle: Path, undisturbed: Bits, monkeypatch: pytest.MonkeyPatch
+    base: BaseModel, bundle: Path, undisturbed: Bits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads: dict[str, set[str]] = {"decoded": set(), "checked": set()}
     decode, check = Decoder.decode, handler.check_opening
