@@ -168,6 +168,16 @@ def training(
         yield Trainer(opened, OnnxEngine(opened, 1), make_side, run, dataset, **settings)
 
 
+@contextmanager
+def served_training(
+    base: BaseModel, bundle: Path, run: Resolved, dataset: Dataset, connecting: ConnectSettings | None = None,
+    **settings: Any,
+) -> Iterator[Trainer]:
+    """A device's trainer at a server of its own, with these ``settings``."""
+    with serving(base, **settings) as server, training(bundle, server.url, run, dataset, connecting) as trainer:
+        yield trainer
+
+
 def open_model(
     bundle: Bundle, url: str | None, adapter: Path | None, *, context_length: int = 0, **changes: Any
 ) -> AbstractContextManager[Any]:

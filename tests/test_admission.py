@@ -16,7 +16,7 @@ import pytest
 import trustme
 from families import VOCABULARY
 from processes import CloudProcess, Finished, cloud_process, run_cloud, run_edge
-from serving import config, final_weights, random_dataset, serving, training
+from serving import config, final_weights, random_dataset, served_training, serving, training
 from tiny import TinyFactory
 from waiting import PassingClock
 
@@ -161,7 +161,7 @@ PATIENT = ConnectSettings(retry=Retry(max_s=None))
 
 
 def undisturbed(place: Place, base: BaseModel) -> dict[str, np.ndarray]:
-    with serving(base) as server, training(place.bundle, server.url, run(), data()) as trainer:
+    with served_training(base, place.bundle, run(), data()) as trainer:
         return after_all_steps(trainer)
 
 
@@ -192,10 +192,8 @@ def test_a_device_above_its_quota_waits_and_ends_with_the_same_bits(
     connecting = ConnectSettings(retry=Retry(max_s=None), clock=clock, sleep=clock.sleep)
     timeouts = SessionTimeouts(idle_s=MAX_WAIT_S, step_s=MAX_WAIT_S)  # an hour may pass here in no time
     caplog.set_level(logging.INFO, "dlora.cloud")
-    with (
-        serving(base, quotas=limits, clock=clock, timeouts=timeouts) as server,
-        training(place.bundle, server.url, run(), data(), connecting=connecting) as trainer,
-    ):
+    settings = {"quotas": limits, "clock": clock, "timeouts": timeouts}
+    with served_training(base, place.bundle, run(), data(), connecting, **settings) as trainer:
         found = after_all_steps(trainer)
         assert trainer.side.crossed.reconnects > 0
         assert trainer.side.crossed.resumed == trainer.side.crossed.reconnects  # no step was run again
@@ -207,10 +205,8 @@ def test_a_device_above_its_quota_waits_and_ends_with_the_same_bits(
 
 
 def test_a_device_that_only_reports_is_charged_for_it(place: Place, base: BaseModel) -> None:
-    with (
-        serving(base, quotas=QuotaLimits(compute_s_per_hour=1e-9)) as server,
-        training(place.bundle, server.url, run(), data()) as trainer,
-    ):
+    little = QuotaLimits(compute_s_per_hour=1e-9)
+    with served_training(base, place.bundle, run(), data(), quotas=little) as trainer:
         scores = np.ones(len(trainer.side.crossed.session.units.states), np.float32)
         trainer.session.report(scores)
         trainer.session.wait_for_signal()

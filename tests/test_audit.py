@@ -180,15 +180,12 @@ class _Broken:
         self._recordings = recordings
         self.frames.mkdir()
         self.truth.mkdir()
-        self.set(self.frames / FRAMES_FILE, self.of("ffa", FRAMES_FILE))
-        self.set(self.truth / TRUTH_FILE, self.of("ffa", TRUTH_FILE))
+        (self.frames / FRAMES_FILE).write_bytes(self.of("ffa", FRAMES_FILE))
+        (self.truth / TRUTH_FILE).write_bytes(self.of("ffa", TRUTH_FILE))
 
     def of(self, name: str, file: str) -> bytes:
         part = "frames" if file == FRAMES_FILE else "truth"
         return (self._recordings[name] / part / file).read_bytes()
-
-    def set(self, path: Path, content: bytes) -> None:
-        path.write_bytes(content)
 
     def audit(self, model: Path) -> str:
         """The line that it says."""
@@ -204,36 +201,38 @@ def broken(recordings: dict[str, Path], tmp_path: Path) -> _Broken:
     return _Broken(recordings, tmp_path)
 
 
-def test_torn_frames_are_one_line(model: Tiny, broken: _Broken) -> None:
-    whole = broken.of("ffa", FRAMES_FILE)
-    for content, line in (
-        (whole[:-7], "is torn: what begins at byte"),
-        (whole[:20], "is no recording of frames"),
-        (b"", "is no recording of frames"),
-        (b"GIF89a" + whole, "is no recording of frames"),
-        (whole[:32], "has no micro-batch"),
-        (whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:], "cannot be read"),
-    ):
-        broken.set(broken.frames / FRAMES_FILE, content)
-        assert line in broken.audit(model.model)
-    (broken.frames / FRAMES_FILE).unlink()
-    assert "cannot be read" in broken.audit(model.model)
-
-
-def test_a_wrong_truth_is_one_line(model: Tiny, broken: _Broken) -> None:
-    whole = broken.of("ffa", TRUTH_FILE)
-    for content, line in (
-        (broken.of("lora", TRUTH_FILE), "is the truth of another recording"),
-        (whole[:-9], "is no truth that can be read"),
-        (b"", "is no truth that can be read"),
-        (whole.replace(b'\\"format\\":1', b'\\"format\\":9'), "is no truth that can be read"),
-        (whole.replace(b'\\"modes\\"', b'\\"nodes\\"'), "is no truth that can be read"),
-    ):
+@pytest.mark.parametrize(
+    ("file", "change", "line"),
+    [
+        (FRAMES_FILE, lambda whole: whole[:-7], "is torn: what begins at byte"),
+        (FRAMES_FILE, lambda whole: whole[:20], "is no recording of frames"),
+        (FRAMES_FILE, lambda _: b"", "is no recording of frames"),
+        (FRAMES_FILE, lambda whole: b"GIF89a" + whole, "is no recording of frames"),
+        (FRAMES_FILE, lambda whole: whole[:32], "has no micro-batch"),
+        (FRAMES_FILE, lambda whole: whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:], "cannot be read"),
+        (FRAMES_FILE, lambda _: None, "cannot be read"),
+        (TRUTH_FILE, lambda whole: whole[:-9], "is no truth that can be read"),
+        (TRUTH_FILE, lambda _: b"", "is no truth that can be read"),
+        (TRUTH_FILE, lambda whole: whole.replace(b'\\"format\\":1', b'\\"format\\":9'), "is no truth that can be read"),
+        (TRUTH_FILE, lambda whole: whole.replace(b'\\"modes\\"', b'\\"nodes\\"'), "is no truth that can be read"),
+        (TRUTH_FILE, lambda _: None, "does not exist"),
+    ],
+)
+def test_a_damaged_or_missing_file_is_one_line(
+    model: Tiny, broken: _Broken, file: str, change: Callable[[bytes], bytes | None], line: str
+) -> None:
+    path = (broken.frames if file == FRAMES_FILE else broken.truth) / file
+    whole = path.read_bytes()
+    path.unlink()
+    if (content := change(whole)) is not None:
         assert content != whole
-        broken.set(broken.truth / TRUTH_FILE, content)
-        assert line in broken.audit(model.model)
-    (broken.truth / TRUTH_FILE).unlink()
-    assert "does not exist" in broken.audit(model.model)
+        path.write_bytes(content)
+    assert line in broken.audit(model.model)
+
+
+def test_a_truth_of_another_recording_is_one_line(model: Tiny, broken: _Broken) -> None:
+    (broken.truth / TRUTH_FILE).write_bytes(broken.of("lora", TRUTH_FILE))
+    assert "is the truth of another recording" in broken.audit(model.model)
 
 
 def test_frames_of_another_model_are_one_line(tiny: TinyFactory, broken: _Broken) -> None:
@@ -375,8 +374,8 @@ def set_about(**changes: Any) -> Change:
     ],
 )
 def test_a_truth_that_cannot_be_is_one_line(model: Tiny, broken: _Broken, change: Change) -> None:
-    broken.set(broken.truth / TRUTH_FILE, changed_truth(broken.of("lora", TRUTH_FILE), change))
-    broken.set(broken.frames / FRAMES_FILE, broken.of("lora", FRAMES_FILE))
+    (broken.truth / TRUTH_FILE).write_bytes(changed_truth(broken.of("lora", TRUTH_FILE), change))
+    (broken.frames / FRAMES_FILE).write_bytes(broken.of("lora", FRAMES_FILE))
     said = broken.audit(model.model)
     assert "is not what was recorded with the frames" in said or "is no truth that can be read" in said
 
@@ -404,7 +403,7 @@ def test_a_tokenizer_of_a_stranger_harms_no_audit(
     """What it makes of tokens it makes in a child with a limit of memory, and it makes no more than tokens can be."""
     monkeypatch.setattr(child, "spare_bytes", lambda: 1 << 26)
     whole = json.loads((model.model / TOKENIZER_FILE).read_text())
-    broken.set(broken.truth / TOKENIZER_FILE, json.dumps({**whole, **changes}).encode())
+    (broken.truth / TOKENIZER_FILE).write_bytes(json.dumps({**whole, **changes}).encode())
     said = broken.audit(model.model)
     assert said.startswith(str(broken.truth / TOKENIZER_FILE))
     assert words in said

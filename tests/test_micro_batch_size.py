@@ -18,7 +18,7 @@ import pytest
 from families import VOCABULARY
 from hypothesis import given
 from hypothesis import strategies as st
-from serving import config, final_weights, greeted_device, random_dataset, randomize, serving, training
+from serving import config, final_weights, greeted_device, random_dataset, randomize, served_training, serving, training
 from tiny import TinyFactory
 from waiting import eventually
 from websockets.sync.client import ClientConnection
@@ -105,10 +105,7 @@ def test_a_step_that_is_cut_has_the_gradients_of_one_that_is_not(model: Model, s
     run, dataset = config(batch_size=6, grad_accum=2), random_dataset(VOCABULARY, longest=LONGEST)
     found = []
     for max_tokens in (4096, MAX_TOKENS):
-        with (
-            serving(model.base, max_tokens=max_tokens) as server,
-            training(model.bundle, server.url, run, dataset) as trainer,
-        ):
+        with served_training(model.base, model.bundle, run, dataset, max_tokens=max_tokens) as trainer:
             assert trainer.side.crossed.welcome.packs == model.packs
             shapes.clear()
             found.append(gradients(trainer))
@@ -120,13 +117,10 @@ def test_a_step_that_is_cut_has_the_gradients_of_one_that_is_not(model: Model, s
 
 
 def test_evaluation_is_cut_as_well(model: Model, shapes: list[tuple[int, ...]]) -> None:
-    dataset = random_dataset(VOCABULARY, longest=LONGEST)
+    run, dataset = config(batch_size=6), random_dataset(VOCABULARY, longest=LONGEST)
     found = []
     for max_tokens in (4096, MAX_TOKENS):
-        with (
-            serving(model.base, max_tokens=max_tokens) as server,
-            training(model.bundle, server.url, config(batch_size=6), dataset) as trainer,
-        ):
+        with served_training(model.base, model.bundle, run, dataset, max_tokens=max_tokens) as trainer:
             randomize(trainer)
             shapes.clear()
             found.append(trainer.evaluate(dataset))
@@ -137,11 +131,8 @@ def test_evaluation_is_cut_as_well(model: Model, shapes: list[tuple[int, ...]]) 
 
 
 def test_a_run_that_goes_on_at_a_smaller_server_is_cut_for_it(model: Model, shapes: list[tuple[int, ...]]) -> None:
-    dataset = random_dataset(VOCABULARY, longest=LONGEST)
-    with (
-        serving(model.base, max_tokens=4096) as server,
-        training(model.bundle, server.url, config(batch_size=6, total_steps=2), dataset) as trainer,
-    ):
+    run, dataset = config(batch_size=6, total_steps=2), random_dataset(VOCABULARY, longest=LONGEST)
+    with served_training(model.base, model.bundle, run, dataset) as trainer:
         trainer.run_step()
         smaller = msgspec.structs.replace(trainer.side.crossed.welcome, max_tokens=MAX_TOKENS)
         trainer.side.crossed.session.welcome = smaller
@@ -216,10 +207,9 @@ def test_quotas_count_evaluation_and_padding(
 
 
 def test_micro_batch_beyond_memory_is_refused_for_good(model: Model, shapes: list[tuple[int, ...]]) -> None:
-    with (
-        serving(model.base, live_limit=1000, quotas=NO_QUOTA_OF_MEMORY) as server,
-        training(model.bundle, server.url, config(), random_dataset(VOCABULARY)) as trainer,
-    ):
+    run, dataset = config(), random_dataset(VOCABULARY)
+    little = {"live_limit": 1000, "quotas": NO_QUOTA_OF_MEMORY}
+    with served_training(model.base, model.bundle, run, dataset, **little) as trainer:
         shapes.clear()
         with pytest.raises(RefusedError, match=r"which has 0.0 MB for all of them; lower --batch-size") as told:
             trainer.run_step()

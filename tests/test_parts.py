@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack
 from itertools import pairwise
 from typing import Any
 
@@ -60,27 +60,19 @@ def layouts(base: BaseModel) -> Iterator[tuple[str, Layout]]:
         yield "packed", packed
 
 
-@contextmanager
-def outputs(base: BaseModel) -> Iterator[list[Tensor]]:
-    """What comes out of each block, in their order, taken by hooks: without anything of what is tested."""
-    found: list[Tensor] = []
+def run_whole(base: BaseModel, layout: Layout) -> list[Tensor]:
+    """Hidden states: those that go in, those after each block, and at last those after the final norm. They are taken
+    by hooks: without anything of what is tested."""
+    hidden = [layout.inputs_embeds]
 
     def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        found.append(output if isinstance(output, Tensor) else output[0])
+        hidden.append(output if isinstance(output, Tensor) else output[0])
 
-    handles = [block.register_forward_hook(keep) for block in base.block_modules]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def run_whole(base: BaseModel, layout: Layout) -> list[Tensor]:
-    """Hidden states: those that go in, those after each block, and at last those after the final norm."""
-    with outputs(base) as hidden:
+    with ExitStack() as hooks:
+        for block in base.block_modules:
+            hooks.enter_context(block.register_forward_hook(keep))
         last = base.last_hidden_state(layout.inputs_embeds, layout.attention_mask, layout.position_ids)
-    return [layout.inputs_embeds, *hidden, last]
+    return [*hidden, last]
 
 
 def assert_near(found: Tensor, wanted: Tensor, error: float) -> None:

@@ -32,6 +32,7 @@ from serving import (
     greeted_device,
     random_dataset,
     raw_device,
+    served_training,
     serving,
     training,
 )  # fmt: skip
@@ -399,7 +400,7 @@ def test_internal_error_before_a_session_is_logged_with_its_traceback(
 
 def test_nothing_in_the_base_requires_grad_after_training(base: BaseModel, bundle: Path) -> None:
     weights = {name: value.clone() for name, value in base.model.state_dict().items()}
-    with serving(base) as running, training(bundle, running.url, config(), random_dataset(VOCABULARY)) as trainer:
+    with served_training(base, bundle, config(), random_dataset(VOCABULARY)) as trainer:
         for _ in range(3):
             trainer.run_step()
     for name, parameter in base.model.named_parameters():

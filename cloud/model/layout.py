@@ -9,14 +9,15 @@ ever runs more tokens than a micro-batch may have, padding among them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from .base_model import BaseModel
 
-# Rounding only: the same sums in another order.
-_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+_TOLERANCE: Final = 1e-4
+_TOLERANCE_OF_HALF: Final = 5e-2
 
 
 @dataclass(frozen=True)
@@ -58,19 +59,28 @@ def can_pack(base: BaseModel) -> bool:
     """
     if base.choosing:
         return False
-    generator = torch.Generator().manual_seed(0)
-    lengths = torch.tensor([3, 5, 2])
-    spread = float(base.token_embedding.weight.float().std())
-    tokens = torch.randn(10, base.embedding_size, generator=generator) * spread
-    tokens = tokens.to(base.device, base.dtype)
+    lengths, tokens = torch.tensor([3, 5, 2]), random_embeds(base, 10)[0]
     padded, packed = _pad(tokens, lengths), _pack(tokens, lengths)
     with torch.no_grad():
-        wanted = _run(base, padded).reshape(-1, base.hidden_size)[padded.rows].float()
+        wanted = _run(base, padded).reshape(-1, base.hidden_size)[padded.rows]
         try:
-            found = _run(base, packed).reshape(-1, base.hidden_size).float()
+            found = _run(base, packed).reshape(-1, base.hidden_size)
         except Exception:  # whatever a family does with positions that it does not know
             return False
-    return bool((found - wanted).abs().max() <= _TOLERANCE.get(base.dtype, 5e-2) * wanted.abs().max())
+    return is_near(found, wanted)
+
+
+def random_embeds(base: BaseModel, length: int) -> Tensor:
+    """(1, length, embedding_size), as large as the model's own; the same each time."""
+    spread = float(base.token_embedding.weight.float().std())
+    embeds = torch.randn(1, length, base.embedding_size, generator=torch.Generator().manual_seed(0)) * spread
+    return embeds.to(base.device, base.dtype)
+
+
+def is_near(found: Tensor, wanted: Tensor) -> bool:
+    """Whether they differ by rounding only, as the same sums in another order do."""
+    tolerance = _TOLERANCE if wanted.dtype == torch.float32 else _TOLERANCE_OF_HALF
+    return bool((found.float() - wanted.float()).abs().max() <= tolerance * wanted.float().abs().max())
 
 
 def _run(base: BaseModel, layout: Layout) -> Tensor:

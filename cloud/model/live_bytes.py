@@ -63,12 +63,9 @@ class _Growth:
     def __add__(self, other: _Growth) -> _Growth:
         return _Growth(self.constant + other.constant, self.linear + other.linear, self.quadratic + other.quadratic)
 
-    def at(self, sequences: int, length: int) -> float:
-        return self.constant + sequences * length * (self.linear + self.quadratic * length)
-
-    def of_context(self, length: int, context_length: int) -> float:
-        """Of one sequence that goes on from a context: attention looks at all of it."""
-        return self.constant + length * (self.linear + self.quadratic * context_length)
+    def at(self, tokens: int, length: int) -> float:
+        """``length``: of what attention looks at for each token, its sequence, or a context that it goes on from."""
+        return self.constant + tokens * (self.linear + self.quadratic * length)
 
 
 @dataclass(frozen=True)
@@ -120,33 +117,32 @@ class LiveBytes:
         """
         sequences, length, _ = layout.inputs_embeds.shape
         if context_length > length:
-            most = max(growth.of_context(length, context_length) for growth in self._of(layout).forward)
-            return length * self.token_bytes + round(most) + context_length * self.context_token_bytes
-        return self.graph(layout, lowest) + self._forward(self._of(layout), sequences, length)
+            forward = self._forward(self._of(layout), length, context_length)
+            return forward + context_length * self.context_token_bytes
+        return self.graph(layout, lowest) + self._forward(self._of(layout), sequences * length, length)
 
     def graph(self, layout: Layout, lowest: GroupSpec | None) -> int:
         """The part of it that autograd saves between the forward and the backward pass."""
         if lowest is None:
             return 0
         sequences, length, _ = layout.inputs_embeds.shape
-        return round(self._of(layout).graph[lowest.targets[0].name].at(sequences, length))
+        return round(self._of(layout).graph[lowest.targets[0].name].at(sequences * length, length))
 
     def largest(self, max_tokens: int, longest: int) -> int:
         """The most that a micro-batch of ``max_tokens`` can take, in rows of up to ``longest`` tokens, in bytes."""
         length = min(max_tokens, longest)
-        sequences = max(1, max_tokens // length)
+        tokens = max(1, max_tokens // length) * length
         return max(
-            round(max(growth.at(sequences, length) for growth in growths.graph.values()))
-            + self._forward(growths, sequences, length)
+            round(max(growth.at(tokens, length) for growth in growths.graph.values()))
+            + self._forward(growths, tokens, length)
             for growths in (self.plain, self.masked)
         )
 
     def _of(self, layout: Layout) -> _Growths:
         return self.masked if layout.attention_mask is not None or layout.position_ids is not None else self.plain
 
-    def _forward(self, growths: _Growths, sequences: int, length: int) -> int:
-        most = max(growth.at(sequences, length) for growth in growths.forward)
-        return sequences * length * self.token_bytes + round(most)
+    def _forward(self, growths: _Growths, tokens: int, length: int) -> int:
+        return tokens * self.token_bytes + round(max(growth.at(tokens, length) for growth in growths.forward))
 
 
 def _growths(base: BaseModel, *, masked: bool) -> _Growths:

@@ -31,14 +31,12 @@ from dlora.protocol.text import first_line
 
 from .base_model import TRACE_TOKENS, BaseModel, model_code
 from .cache import PartCache
+from .layout import is_near, random_embeds
 
 _Forward = Callable[..., Any]
 _RunBlock = Callable[[int, Callable[[], Any]], Any]
 """What a wrapped block asks, with its number and its own forward, the arguments given."""
 
-# Rounding only. The same operations on the same shapes are mostly equal to the bit, those of experts not everywhere.
-_TOLERANCE: Final = {torch.float32: 1e-4, torch.float64: 1e-4}
-_TOLERANCE_OF_HALF: Final = 5e-2
 CACHE_ARGUMENTS: Final = ("cache", "past_key_values")
 """What decoders call it: the first since transformers 5.24, the second before."""
 _COUNTED_VALUES: Final = 2  # of a token, in a block that is left out: one key and one value
@@ -174,7 +172,7 @@ class ModelParts:
         """Of each block, for a token."""
         cache = self.new_cache()
         with torch.no_grad():
-            self.run(_random_embeds(self.base, 1), cache=cache)
+            self.run(random_embeds(self.base, 1), cache=cache)
         return cache.nbytes_of_blocks
 
     def check_cache(self) -> None:
@@ -201,7 +199,7 @@ class ModelParts:
         base = self.base
         middle = max(1, base.blocks // 2)
         caches = PartCache(base, 0, middle), PartCache(base, middle, None)
-        embeds = _random_embeds(base, 6)
+        embeds = random_embeds(base, 6)
 
         def append(first: int, last: int) -> Tensor:
             hidden = self.run(embeds[:, first:last].clone(), end=middle, cache=caches[0])
@@ -221,7 +219,7 @@ class ModelParts:
             for index in range(base.blocks):
                 if cache.decoder_cache.get_seq_length(index) != 6:
                     return f"block {index} keeps its past elsewhere"
-        return None if _equal(found, wanted[:, 4:]) else "it gives something else with one than without"
+        return None if is_near(found, wanted[:, 4:]) else "it gives something else with one than without"
 
     def _part(self, hidden_states: Tensor, begin: int, end: int | None, cache: PartCache | None) -> _Part:
         self._check_blocks(begin, end)
@@ -261,7 +259,7 @@ class ModelParts:
 
     def _try_blocks(self) -> None:
         base = self.base
-        embeds = _random_embeds(base, TRACE_TOKENS)
+        embeds = random_embeds(base, TRACE_TOKENS)
         outputs: list[tuple[int, Any, Any]] = []
 
         def record(index: int, run: Callable[[], Any]) -> Any:
@@ -296,7 +294,7 @@ class ModelParts:
                 found = self.run(given.clone(), begin=begin, end=end)
         except Exception as error:  # whatever a family does where blocks before are left out
             self._refuse(f"{name} fails on its own: {type(error).__name__}: {first_line(error)}")
-        if not _equal(found, wanted):
+        if not is_near(found, wanted):
             self._refuse(f"{name} takes more than the hidden states that come out of the block before")
 
     def _refuse(self, reason: str) -> NoReturn:
@@ -337,15 +335,3 @@ class _Part:
 def _first(output: Any) -> Any:
     """The hidden states that a block returns, alone or as the first of several."""
     return output[0] if isinstance(output, tuple | list) and output else output
-
-
-def _random_embeds(base: BaseModel, length: int) -> Tensor:
-    """(1, length, embedding_size), as large as the model's own; the same each time."""
-    spread = float(base.token_embedding.weight.float().std())
-    embeds = torch.randn(1, length, base.embedding_size, generator=torch.Generator().manual_seed(0)) * spread
-    return embeds.to(base.device, base.dtype)
-
-
-def _equal(found: Tensor, wanted: Tensor) -> bool:
-    error = (found.float() - wanted.float()).abs().max()
-    return bool(error <= _TOLERANCE.get(wanted.dtype, _TOLERANCE_OF_HALF) * wanted.float().abs().max())

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -70,14 +69,12 @@ class Sessions:
         self.limit = limit
         self._clock = clock
         self._live: dict[str, ServerSession] = {}
-        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._live)
 
     def __iter__(self) -> Iterator[ServerSession]:
-        with self._lock:
-            return iter(list(self._live.values()))
+        return iter(list(self._live.values()))
 
     @property
     def parked(self) -> int:
@@ -124,8 +121,7 @@ class Sessions:
         return True
 
     def add(self, live: ServerSession) -> None:
-        with self._lock:
-            self._live[live.name] = live
+        self._live[live.name] = live
 
     def resume(
         self, request: m.ResumeSession, caller: Caller, connection: ServerConnection, handshake: Session
@@ -145,8 +141,7 @@ class Sessions:
 
     def remove(self, live: ServerSession) -> None:
         """Forget a session; harmless when it is forgotten already."""
-        with self._lock:
-            self._live.pop(live.name, None)
+        self._live.pop(live.name, None)
         live.quota.close()
 
     def _parked(self) -> list[ServerSession]:

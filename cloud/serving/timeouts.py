@@ -44,12 +44,7 @@ class SessionTimeouts:
 
 @dataclass(frozen=True)
 class Deadlines:
-    """One device's, within a micro-batch.
-
-    Attributes:
-        one_answer: of one answer.
-        all_answers: of all answers together.
-    """
+    """One device's, within a micro-batch: of one answer, and of all answers together."""
 
     one_answer: Deadline
     all_answers: Deadline

@@ -90,12 +90,14 @@ class HostileClient:
 
     def hear(self) -> tuple[int, bytes] | None:
         """The next frame, as (opcode, payload); None where the connection is over."""
-        while (found := _parse(self._unread)) is None:
-            if not self._read():
-                return None
-        opcode, payload, length = found
-        self._unread = self._unread[length:]
-        return opcode, payload
+        head = self._take(2)
+        if len(head) < 2:
+            return None
+        size = head[1] & 127
+        if size > 125:
+            size = int.from_bytes(self._take(2 if size == 126 else 8), "big")
+        payload = self._take(size)
+        return (head[0] & 15, payload) if len(payload) == size else None
 
     def goodbye(self) -> Ending:
         """Read until the server gets rid of us."""
@@ -107,6 +109,13 @@ class HostileClient:
         except ConnectionError:
             return Ending("reset")
         return Ending("eof")
+
+    def _take(self, size: int) -> bytes:
+        """So many bytes, or what is left where the connection is over."""
+        while len(self._unread) < size and self._read():
+            pass
+        taken, self._unread = self._unread[:size], self._unread[size:]
+        return taken
 
     def _read(self) -> bool:
         data = self.socket.recv(1 << 16)
@@ -160,21 +169,3 @@ def frame(
     else:
         head += bytes([masked << 7 | 127]) + struct.pack("!Q", claimed)
     return head + (bytes(4) if masked else b"") + payload
-
-
-def _parse(data: bytes) -> tuple[int, bytes, int] | None:
-    """The first frame of what a server sent: opcode, payload, and its whole length."""
-    if len(data) < 2:
-        return None
-    size, start = data[1] & 127, 2
-    if size == 126:
-        start = 4
-    elif size == 127:
-        start = 10
-    if len(data) < start:
-        return None
-    if start > 2:
-        size = int.from_bytes(data[2:start], "big")
-    if len(data) < start + size:
-        return None
-    return data[0] & 15, data[start : start + size], start + size
