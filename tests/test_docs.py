@@ -191,7 +191,7 @@ def test_dtypes_and_limits_match_the_docs() -> None:
         assert getattr(modules[0], name) == int(value), name
     limits = vars(ConnectionLimits(sessions=1))
     told = {name: float(value) for name, value, _ in between("limits of cloud/admission/guard.py")}
-    assert told == {name: value for name, value in limits.items() if name not in ("sessions", "origins")}
+    assert told == {name: value for name, value in limits.items() if name != "sessions"}
 
 
 def test_headers_of_a_step_fit_in_one_block() -> None:

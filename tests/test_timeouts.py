@@ -148,8 +148,7 @@ def test_answer_deadline_stops_while_the_device_is_away() -> None:
         connection = cast(ServerConnection, Answering())
         loop = asyncio.get_running_loop()
         parked = Watched(loop, connection, name="one", park_s=60.0, closing_tasks=Tasks(), clock=clock)
-        assert parked.connection is not None
-        parked._lose(parked.connection)
+        parked._lose(connection)
         received = loop.run_in_executor(None, parked.receive, 30.0)
         await asyncio.to_thread(waits.wait, 20)
         clock.sleep(59.0)
