@@ -10,7 +10,7 @@ from typing import Any, Final
 import pytest
 from test_edge_data import CHATML, TOKENIZER, load, train_tokenizer, write
 
-from dlora.edge.data import json_rows
+from dlora.edge.data import json_array
 from dlora.edge.data.examples import Dataset
 from dlora.edge.data.questions import read_questions
 from dlora.edge.data.read_settings import ReadSettings
@@ -338,8 +338,8 @@ def test_a_long_array_is_read_piece_by_piece(tmp_path: Path, monkeypatch: pytest
     path = tmp_path / "d.json"
     rows = [{"prompt": f"é{number}", "completion": "yes " * 90} for number in range(900)]
     path.write_text(json.dumps(rows, ensure_ascii=False, indent=1))
-    monkeypatch.setattr(json_rows, "_CHUNK_BYTES", 1021)
-    assert path.stat().st_size > 300 * json_rows._CHUNK_BYTES
+    monkeypatch.setattr(json_array, "_CHUNK_BYTES", 1021)
+    assert path.stat().st_size > 300 * json_array._CHUNK_BYTES
     dataset = load(path, max_length=1000)
     assert len(dataset) == 900
     assert text_of(dataset, 899).startswith("<s>é899yes")

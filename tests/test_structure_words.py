@@ -12,7 +12,7 @@ import msgspec
 import pytest
 from tiny import TinyFactory
 
-from dlora.edge.data.json_rows import _decoded
+from dlora.edge.data.lines import json_object
 from dlora.edge.run.run_file import load_run_file
 from dlora.protocol.errors import BundleError, CheckpointError, DataError
 from dlora.protocol.manifest import load_manifest
@@ -78,5 +78,5 @@ def test_a_runs_file(tmp_path: Path, content: str) -> None:
 @pytest.mark.parametrize("row", ["{", '{"a": }', "{a: 1}"])
 def test_a_row_of_data(row: str) -> None:
     with pytest.raises(DataError, match=r"^f:3: not valid JSON \(.*\); one object") as caught:
-        _decoded(row, "f:3", "one object a line")
+        json_object(row, "f:3", "one object a line")
     assert not THEIRS.search(str(caught.value)), str(caught.value)

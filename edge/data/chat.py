@@ -1,4 +1,4 @@
-"""Chat templates: messages to text, as transformers renders them, and what they mark of it as the assistant's."""
+"""Chat templates: messages to text, as transformers renders them, and what of it the assistant wrote."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ import jinja2.sandbox
 from dlora.protocol.errors import DataError
 from dlora.protocol.text import first_line
 
+from .forms import Conversation
+
 Message = Mapping[str, Any]
+Span = tuple[int, int]
 
 
 class ChatTemplate:
@@ -78,7 +81,7 @@ class ChatTemplate:
         add_generation_prompt: bool = False,
         tools: Sequence[Any] | None = None,
         settings: Mapping[str, Any] | None = None,
-    ) -> tuple[str, list[tuple[int, int]]]:
+    ) -> tuple[str, list[Span]]:
         """Likewise, and the character ranges that the template marks as the assistant's, in order."""
         # Many templates print a literal "None" for keys that are there without a value.
         plain = [{key: value for key, value in message.items() if value is not None} for message in messages]
@@ -98,6 +101,66 @@ class ChatTemplate:
         except Exception:
             raise refused from None
 
+    def answer_spans(
+        self, said: Conversation, text: str, marks: Sequence[Span], *, only_last: bool, end: int
+    ) -> list[Span]:
+        """The character ranges of ``text`` to learn from, in order: where the template marks the assistant's, these;
+        else each turn from the generation prompt on to its end-of-turn mark and what follows it.
+
+        Args:
+            text, marks: of ``render_marked``, for ``said``.
+            only_last: the last answer, and no other.
+            end: ranges that begin there or later may be left out: nothing is left of them.
+
+        Raises ``DataError`` where nobody can say what they are.
+        """
+        answers = said.answers[-1:] if only_last else said.answers
+        if self.has_marks:
+            return self._marked_spans(said, marks, answers[0] if only_last else said.given)
+        return self._turn_spans(said, text, answers, end)
+
+    def _marked_spans(self, said: Conversation, marks: Sequence[Span], given: int) -> list[Span]:
+        first = 0
+        if any(each["role"] == "assistant" for each in said.messages[:given]):
+            _, earlier = self.render_marked(said.messages[:given], tools=said.tools, settings=said.settings)
+            first = len(earlier)
+        found = [(start, end) for start, end in marks[first:] if end > start]
+        if not found:
+            raise DataError(
+                "the chat template marks nothing of this conversation with {% generation %}, so there is nothing to "
+                "learn; leave it out, or take --train-on all"
+            )
+        return found
+
+    def _turn_spans(self, said: Conversation, text: str, answers: Sequence[int], end: int) -> list[Span]:
+        """A turn begins where the rendering of what precedes it, with the generation prompt, ends: that is what the
+        model sees when it is asked to answer."""
+        spans: list[Span] = []
+        for index in answers:
+            if index == 0:
+                raise DataError("the first message is the assistant's; it needs a message to answer")
+            before = self.render_prompt(said, index)
+            if len(before) >= end:
+                return spans
+            is_last = index + 1 == len(said.messages)
+            through = text if is_last else self.render(
+                said.messages[: index + 1], tools=said.tools, settings=said.settings
+            )
+            if not (text.startswith(through) and through.startswith(before)):
+                one = "" if index == answers[-1] else "--train-on last learns from the last answer only; else "
+                raise DataError(
+                    f"the chat template rewrites earlier turns and has no {{% generation %}} marks, so what message "
+                    f"{index + 1} was trained on is unclear; {one}give one assistant turn a line, the last, or use "
+                    "prompt and completion"
+                )
+            spans.append((len(before), len(through)))
+        return spans
+
+    def render_prompt(self, said: Conversation, answer: int) -> str:
+        """What the model sees when it is asked for a message of ``said``, by its index. Raises ``DataError``."""
+        before = said.messages[:answer]
+        return self.render(before, add_generation_prompt=True, tools=said.tools, settings=said.settings)
+
 
 class _Marks(jinja2.ext.Extension):
     """``{% generation %}…{% endgeneration %}`` renders what it holds; templates mark assistant text with it.
@@ -116,7 +179,7 @@ class _Marks(jinja2.ext.Extension):
         super().__init__(environment)
         self.is_used = False
         self._rendered = 0
-        self._spans: list[tuple[int, int]] = []
+        self._spans: list[Span] = []
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno
@@ -124,7 +187,7 @@ class _Marks(jinja2.ext.Extension):
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return jinja2.nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
 
-    def render(self, template: jinja2.Template, given: Mapping[str, Any]) -> tuple[str, list[tuple[int, int]]]:
+    def render(self, template: jinja2.Template, given: Mapping[str, Any]) -> tuple[str, list[Span]]:
         """The text, and what of it is marked."""
         self._rendered, self._spans = 0, []
         pieces = []

@@ -9,11 +9,10 @@ from typing import Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from dlora.edge.choices import TrainOn
 from dlora.protocol.tensors import IntArray
 
-from .answers import answer_spans
 from .forms import Completion, Conversation, Document, Sample
+from .read_settings import ReadSettings
 from .tokenizer import EdgeTokenizer, Encoded
 
 BoolArray = npt.NDArray[np.bool_]
@@ -56,33 +55,27 @@ class TokenSequence(NamedTuple):
         return int.from_bytes(hashlib.blake2b(plain, digest_size=8).digest(), "little")
 
 
-def encode_sample(
-    sample: Sample, tokenizer: EdgeTokenizer, *, max_length: int, truncate: bool, train_on: TrainOn
-) -> Iterator[TokenSequence]:
+def encode_sample(sample: Sample, tokenizer: EdgeTokenizer, settings: ReadSettings) -> Iterator[TokenSequence]:
     """The sequence of a conversation or a completion; of a document, pieces of ``max_length`` tokens at most.
 
     Raises ``DataError`` for what cannot be learnt from.
     """
     match sample:
         case Conversation():
-            yield _of_conversation(sample, tokenizer, max_length, truncate=truncate, train_on=train_on)
+            yield _of_conversation(sample, tokenizer, settings)
         case Completion():
-            yield _of_completion(sample, tokenizer, max_length, truncate=truncate, train_on=train_on)
+            yield _of_completion(sample, tokenizer, settings)
         case Document():
-            yield from _of_document(sample, tokenizer, max_length)
+            yield from _of_document(sample, tokenizer, settings.max_length)
 
 
-def _limited(
-    encoded: Encoded, text: str, is_label: BoolArray, answer: str, max_length: int, *, truncate: bool
-) -> TokenSequence:
+def _limited(encoded: Encoded, text: str, is_label: BoolArray, answer: str, settings: ReadSettings) -> TokenSequence:
     count = len(encoded.ids)
-    kept = min(count, max_length) if truncate or count <= max_length else 0
+    kept = min(count, settings.max_length) if settings.too_long == "truncate" or count <= settings.max_length else 0
     return TokenSequence(encoded.ids[:kept], is_label[:kept], count, text, encoded.spans[:kept], answer)
 
 
-def _of_completion(
-    sample: Completion, tokenizer: EdgeTokenizer, max_length: int, *, truncate: bool, train_on: TrainOn
-) -> TokenSequence:
+def _of_completion(sample: Completion, tokenizer: EdgeTokenizer, settings: ReadSettings) -> TokenSequence:
     text = sample.prompt + sample.completion
     encoded = tokenizer.encode(text, add_special_tokens=True)
     # "Answer: " + "yes" makes one token of " yes": what has a character of the completion is the completion's.
@@ -93,9 +86,9 @@ def _of_completion(
         trailing -= 1
     is_label[trailing:] = True
     encoded, is_label = _with_eos(encoded, is_label, tokenizer.eos_token_id)
-    if train_on == "all":
+    if settings.train_on == "all":
         is_label[:] = True
-    return _limited(encoded, text, is_label, sample.completion, max_length, truncate=truncate)
+    return _limited(encoded, text, is_label, sample.completion, settings)
 
 
 def _with_eos(encoded: Encoded, is_label: BoolArray, eos: int | None) -> tuple[Encoded, BoolArray]:
@@ -105,27 +98,24 @@ def _with_eos(encoded: Encoded, is_label: BoolArray, eos: int | None) -> tuple[E
     return Encoded(ids, spans, np.append(encoded.added, True)), np.append(is_label, True)
 
 
-def _of_conversation(
-    said: Conversation, tokenizer: EdgeTokenizer, max_length: int, *, truncate: bool, train_on: TrainOn
-) -> TokenSequence:
+def _of_conversation(said: Conversation, tokenizer: EdgeTokenizer, settings: ReadSettings) -> TokenSequence:
     template = tokenizer.chat_template
     text, marks = template.render_marked(said.messages, tools=said.tools, settings=said.settings)
     encoded = tokenizer.encode(text, add_special_tokens=False)  # templates write their own
-    answers = [each for each in said.messages[said.given :] if each["role"] == "assistant"]
+    answers = [said.messages[index] for index in said.answers]
     answer = "\n".join("a call" if each.get("tool_calls") else each.get("content") or "" for each in answers)
-    kept = _limited(encoded, text, np.zeros(len(encoded.ids), np.bool_), answer, max_length, truncate=truncate)
+    kept = _limited(encoded, text, np.zeros(len(encoded.ids), np.bool_), answer, settings)
     if not len(kept.ids):
         return kept
-    is_label = kept.is_label
-    if train_on == "all":
-        is_label[:] = True
+    if settings.train_on == "all":
+        kept.is_label[:] = True
         return kept
     # Turns are found by rendering all that precedes them: only those of which a token is left.
-    end = int(kept.spans.max())
-    spans = answer_spans(template, said, text, marks, only_last=train_on == "last", end=end)
-    for start, stop in spans:
+    end, only_last = int(kept.spans.max()), settings.train_on == "last"
+    firsts, ends = kept.spans[:, 0], kept.spans[:, 1]
+    for start, stop in template.answer_spans(said, text, marks, only_last=only_last, end=end):
         # A token that is partly the assistant's is, as transformers has it.
-        is_label |= (kept.spans[:, 0] < stop) & (kept.spans[:, 1] > start) & (kept.spans[:, 1] > kept.spans[:, 0])
+        kept.is_label[(firsts < stop) & (ends > start) & (ends > firsts)] = True
     return kept
 
 

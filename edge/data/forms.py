@@ -53,6 +53,11 @@ class Conversation:
     tools: list[Any] | None = None
     settings: Mapping[str, Any] | None = None
 
+    @property
+    def answers(self) -> list[int]:
+        """The indices of the messages to learn from."""
+        return [index for index, each in enumerate(self.messages) if each["role"] == "assistant" and index >= self.given]
+
     def has_its_calls_in(self, text: str) -> bool:
         """Whether each function that it calls is named in what the chat template made of it."""
         calls = [call for message in self.messages for call in message.get("tool_calls") or []]

@@ -1,4 +1,4 @@
-"""Lines of a text file, with their numbers, and one line of words for whatever keeps them from being read."""
+"""Lines of a text file, with their numbers, as text and as JSON; and words for whatever keeps them from being read."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
+
 from dlora.protocol.errors import DataError
+from dlora.protocol.structure_words import structure_words
 
 BOM: Final = b"\xef\xbb\xbf"
 MAX_RECORD_BYTES: Final = 8 << 20  # more than any model reads at once; tokenizing takes up to 200 times as much
@@ -26,6 +29,26 @@ def lines_of(path: Path) -> Iterator[tuple[int, str]]:
                 yield number, raw.decode()
             except UnicodeDecodeError as error:
                 raise not_utf8(path, number, error.start + 1) from None
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line number and object of each line that is not blank. Raises ``DataError``."""
+    for number, line in lines_of(path):
+        if line.strip():
+            yield number, json_object(line, f"{path}:{number}", "each line must be one whole JSON object")
+
+
+def json_object(text: str, place: str, rule: str) -> dict[str, Any]:
+    """What stands at ``place``. Raises ``DataError``, which ends with the ``rule``."""
+    try:
+        value = msgspec.json.decode(text)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise DataError(f"{place}: not valid JSON ({structure_words(error)}); {rule}") from None
+    except UnicodeEncodeError:  # half a character, written as an escape
+        raise DataError(f"{place}: not valid JSON (it has half a character); {rule}") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{place}: a JSON {json_kind(value)}; {rule}")
+    return value
 
 
 @contextmanager

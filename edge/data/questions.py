@@ -90,12 +90,10 @@ def _question(
 def _asked(sample: Sample, tokenizer: EdgeTokenizer, form: Form) -> tuple[str, Any, str]:
     """What comes before the last answer, as text and as int32 (tokens,); and that answer."""
     if isinstance(sample, Conversation):
-        last = max(index for index, message in enumerate(sample.messages) if message["role"] == "assistant")
-        before = sample.messages[:last]
-        if not before:
+        last = sample.answers[-1]
+        if last == 0:
             raise DataError("the first message is the assistant's; it answers nothing")
-        template = tokenizer.chat_template
-        text = template.render(before, add_generation_prompt=True, tools=sample.tools, settings=sample.settings)
+        text = tokenizer.chat_template.render_prompt(sample, last)
         ids = tokenizer.encode(text, add_special_tokens=False).ids
         return text, ids, str(sample.messages[last].get("content") or "")
     if isinstance(sample, Completion) and sample.prompt:
@@ -114,7 +112,7 @@ def _choices(fields: dict[str, Any]) -> list[str]:
 
 def _encoded(sample: Sample, tokenizer: EdgeTokenizer, settings: ReadSettings) -> TokenSequence:
     """A question with its answer, of which the answer is learnt."""
-    (encoded,) = encode_sample(sample, tokenizer, max_length=settings.max_length, truncate=False, train_on="last")
+    (encoded,) = encode_sample(sample, tokenizer, replace(settings, too_long="error", train_on="last"))
     return encoded
 
 
@@ -130,7 +128,7 @@ def _candidates(
         answer = reference.replace(key, choice) if key in reference else choice
         other: Sample
         if isinstance(sample, Conversation):
-            last = max(index for index, message in enumerate(sample.messages) if message["role"] == "assistant")
+            last = sample.answers[-1]
             messages = [*sample.messages[:last], {**sample.messages[last], "content": answer}]
             other = replace(sample, messages=messages)
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,71 +23,56 @@ from .split import Split, held_out_rows
 from .tokenizer import EdgeTokenizer
 
 
+@dataclass
 class SequenceReader:
     """The token sequences of a file or a directory, as they are read; iterate over it once.
 
-    Args:
+    Attributes:
         on_place: is called with what is read now: the file, ``file:line`` of a row, what follows it.
         on_problem: is called with what is wrong with a row, which is then left out; None: it is raised.
-
-    Attributes:
         facts: what was found so far.
 
     Iterating raises ``DataError`` with file and line.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        tokenizer: EdgeTokenizer,
-        settings: ReadSettings,
-        *,
-        on_place: Callable[[str], None] = lambda _: None,
-        on_problem: Callable[[DataError], None] | None = None,
-    ) -> None:
-        self.facts = DataFacts()
-        self._path = path
-        self._tokenizer = tokenizer
-        self._settings = settings
-        self._on_place = on_place
-        self._on_problem = on_problem
-        self._form: Form | None = None
-        self._form_place = ""
-        self._is_chat = False  # whether the chat template writes the rows
+    path: Path
+    tokenizer: EdgeTokenizer
+    settings: ReadSettings
+    on_place: Callable[[str], None] = lambda _: None
+    on_problem: Callable[[DataError], None] | None = None
+    facts: DataFacts = field(default_factory=DataFacts)
+    _first: tuple[Form, str] | None = None  # the form of the first row, and its place
+    _is_chat: bool = False  # whether the chat template writes the rows
 
     def __iter__(self) -> Iterator[tuple[Record, TokenSequence]]:
         """Each record, and what is learnt of it: at least one token. Of a document, several."""
-        self._on_place(str(self._path))
+        self.on_place(str(self.path))
         kept = 0
-        settings = self._settings
         for record in read_records(
-            self._path, settings.columns, lambda path: self._on_place(str(path)), settings.part
+            self.path, self.settings.columns, lambda path: self.on_place(str(path)), self.settings.part
         ):
-            self._on_place(record.place)
+            self.on_place(record.place)
             try:
                 for sequence in self._sequences(record):
                     kept += 1
                     yield record, sequence
             except DataError as error:
                 problem = DataError(f"{record.place}: {error}")
-                if self._on_problem is None:
+                if self.on_problem is None:
                     raise problem from None
-                self._on_problem(problem)
-            self._on_place(f"what follows {record.place}")
+                self.on_problem(problem)
+            self.on_place(f"what follows {record.place}")
         self._check_end(kept)
 
     def _sequences(self, record: Record) -> Iterator[TokenSequence]:
         if record.part is None or record.part.ends:
             self.facts.rows += 1
         form = self._check_form(record)
-        settings, facts, place = self._settings, self.facts, record.place
-        sample = sample_of(record, form, has_chat_template=self._tokenizer.has_chat_template)
+        settings, facts, place = self.settings, self.facts, record.place
+        sample = sample_of(record, form, has_chat_template=self.tokenizer.has_chat_template)
         if isinstance(sample, Conversation) and not self._is_chat:
-            self._is_chat, facts.has_marks = True, self._tokenizer.chat_template.has_marks
-        truncate = settings.too_long == "truncate"
-        for sequence in encode_sample(
-            sample, self._tokenizer, max_length=settings.max_length, truncate=truncate, train_on=settings.train_on
-        ):
+            self._is_chat, facts.has_marks = True, self.tokenizer.chat_template.has_marks
+        for sequence in encode_sample(sample, self.tokenizer, settings):
             is_too_long = sequence.tokens > settings.max_length
             if is_too_long and settings.too_long == "error":
                 raise DataError(
@@ -97,58 +83,52 @@ class SequenceReader:
                 facts.calls_left_out.add(place)
             if sequence.has_empty_answer:
                 facts.empty_answers.add(place)
-            if not len(sequence.positions):
-                if form == "documents":  # a word of a text, or half of one
-                    continue
-                if not is_too_long:
-                    raise DataError("nothing to learn: no token of it follows another and is a label")
+            if len(sequence.positions):
+                if is_too_long:
+                    facts.truncated.add(place)
+                yield sequence
+            elif is_too_long:
                 facts.skipped.add(place)
-                continue
-            if is_too_long:
-                facts.truncated.add(place)
-            yield sequence
+            elif form != "documents":  # of these it is a word of a text, or half of one
+                raise DataError("nothing to learn: no token of it follows another and is a label")
 
     def _check_form(self, record: Record) -> Form:
         form = form_of(record)
-        if self._form is None:
-            self._form, self._form_place = form, record.place
-            self.facts.form = form
-        elif form != self._form:
+        if self._first is None:
+            self._first, self.facts.form = (form, record.place), form
+        first, place = self._first
+        if form != first:
             raise DataError(
-                f"this is {form} ({KEYS[form]}), and the rows from {self._form_place} on are {self._form} "
-                f"({KEYS[self._form]}); give each form a file of its own"
+                f"this is {form} ({KEYS[form]}), and the rows from {place} on are {first} ({KEYS[first]}); "
+                "give each form a file of its own"
             )
         return form
 
     def _check_end(self, kept: int) -> None:
-        facts, settings = self.facts, self._settings
-        if not facts.rows and self._on_problem is None:
-            raise DataError(f"{self._path}: no examples in it")
-        if not kept and self._on_problem is None:
+        facts, settings = self.facts, self.settings
+        if not kept and self.on_problem is None:
+            what = "no examples in it"
             if facts.form == "documents":
-                raise DataError(f"{self._path}: no examples in it: its texts have less than two tokens")
-            left = ", and truncated to it none has a label" if settings.too_long == "truncate" else ""
-            raise DataError(
-                f"{self._path}: every example is over the limit of {settings.max_length} tokens{left}; "
-                "raise --max-length"
-            )
+                what += ": its texts have less than two tokens"
+            elif facts.rows:
+                left = ", and truncated to it none has a label" if settings.too_long == "truncate" else ""
+                what = f"every example is over the limit of {settings.max_length} tokens{left}; raise --max-length"
+            raise DataError(f"{self.path}: {what}")
         if facts.rows and facts.empty_answers.count == facts.rows and settings.train_on != "all":
             raise DataError(
                 f"{facts.empty_answers.first[0]}: its answer is empty, and so is every other: there is nothing to "
                 "learn; --columns chooses the columns of a table"
             )
         if kept and self._is_chat:
-            self._on_place("the chat template")
-            facts.assistant_header = self._tokenizer.assistant_header()
+            self.on_place("the chat template")
+            facts.assistant_header = self.tokenizer.assistant_header()
 
 
 def encode_row(fields: Mapping[str, Any], tokenizer: EdgeTokenizer, settings: ReadSettings) -> TokenSequence:
     """What is learnt of one row. Raises ``DataError``."""
     record = Record("the row", dict(fields))
     sample = sample_of(record, form_of(record), has_chat_template=tokenizer.has_chat_template)
-    (sequence,) = encode_sample(
-        sample, tokenizer, max_length=settings.max_length, truncate=False, train_on=settings.train_on
-    )
+    (sequence,) = encode_sample(sample, tokenizer, settings)
     if not len(sequence.positions):
         raise DataError("nothing to learn: no token of the row follows another and is a label")
     return sequence

@@ -12,7 +12,8 @@ from typing import Any, Final, Literal
 from dlora.protocol.errors import DataError, UsageError
 
 from .csv_rows import csv_rows
-from .json_rows import json_rows
+from .json_array import array_rows
+from .lines import BOM, file_errors, json_lines
 from .parquet_rows import parquet_rows
 from .text_parts import TextPart, text_parts
 
@@ -138,8 +139,16 @@ def _read_file(path: Path, columns: Mapping[str, str] | None) -> Iterator[Record
     elif suffix == ".parquet":
         rows = parquet_rows(path)
     else:
-        rows = json_rows(path)
+        rows = array_rows(path) if _begins_array(path) else json_lines(path)
     return (Record(f"{path}:{number}", fields) for number, fields in rows)
+
+
+def _begins_array(path: Path) -> bool:
+    # Read as lines first: what is no regular file can be read only once, and is taken for JSON Lines.
+    if not path.is_file():
+        return False
+    with file_errors(path), path.open("rb") as file:
+        return file.read(1 << 16).removeprefix(BOM).lstrip()[:1] == b"["
 
 
 def _renamed(record: Record, columns: Mapping[str, str]) -> Record:

@@ -1,4 +1,4 @@
-"""Rows of JSON: Lines, or one array of objects. The file's first character says which."""
+"""Rows of a JSON file that is one array of objects, whatever its size."""
 
 from __future__ import annotations
 
@@ -8,38 +8,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-import msgspec
-
 from dlora.protocol.errors import DataError
-from dlora.protocol.structure_words import structure_words
 
-from .lines import BOM, MAX_RECORD_BYTES, TOO_LONG, file_errors, json_kind, lines_of, not_utf8
+from .lines import MAX_RECORD_BYTES, TOO_LONG, file_errors, json_object, not_utf8
 
 _CHUNK_BYTES: Final = 1 << 20
 _BLANKS: Final = " \t\r\n"
 _find_end: Final = json.JSONDecoder().raw_decode
 
 
-def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The line at which an object begins, from 1, and the object; blank lines are passed over. Raises ``DataError``."""
-    return _array_rows(path) if _begins_array(path) else _line_rows(path)
-
-
-def _begins_array(path: Path) -> bool:
-    # Read as lines first: what is no regular file can be read only once, and is taken for JSON Lines.
-    if not path.is_file():
-        return False
-    with file_errors(path), path.open("rb") as file:
-        return file.read(1 << 16).removeprefix(BOM).lstrip()[:1] == b"["
-
-
-def _line_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in lines_of(path):
-        if line.strip():
-            yield number, _decoded(line, f"{path}:{number}", "each line must be one whole JSON object")
-
-
-def _array_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def array_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The line at which an object begins, from 1, and the object. Raises ``DataError``."""
     text = _Text(path)
     text.skip_blanks()
     text.take("[", "an array")
@@ -47,7 +26,7 @@ def _array_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         return
     while True:
         line, element = text.line, text.value()
-        yield line, _decoded(element, f"{path}:{line}", "each element of the array must be one JSON object")
+        yield line, json_object(element, f"{path}:{line}", "each element of the array must be one JSON object")
         if text.skip_blanks() == "]":
             break
         text.take(",", "a comma, or the end of the array,")
@@ -55,18 +34,6 @@ def _array_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     text.take("]", "the end of the array")
     if text.skip_blanks():
         raise DataError(f"{path}:{text.line}: something follows the array; write one object a line, or one array")
-
-
-def _decoded(text: str, place: str, rule: str) -> dict[str, Any]:
-    try:
-        value = msgspec.json.decode(text)
-    except (msgspec.MsgspecError, RecursionError) as error:
-        raise DataError(f"{place}: not valid JSON ({structure_words(error)}); {rule}") from None
-    except UnicodeEncodeError:  # half a character, written as an escape
-        raise DataError(f"{place}: not valid JSON (it has half a character); {rule}") from None
-    if not isinstance(value, dict):
-        raise DataError(f"{place}: a JSON {json_kind(value)}; {rule}")
-    return value
 
 
 class _Text:
