@@ -12,6 +12,7 @@ from test_edge_data import CHATML, TOKENIZER, load, train_tokenizer, write
 
 from dlora.edge.data import json_array
 from dlora.edge.data.examples import Dataset
+from dlora.edge.data.question import Wanted
 from dlora.edge.data.questions import read_questions
 from dlora.edge.data.read_settings import ReadSettings
 from dlora.edge.data.reading import load_examples, load_split
@@ -141,7 +142,7 @@ def test_alpaca_is_a_prompt_where_the_model_has_no_template() -> None:
 def test_answers_to_choose_among_are_read_from_the_question(end: str, choices: list[str], tmp_path: Path) -> None:
     row = {"instruction": f"Is it?\n\nAnswer format: {end}", "input": "", "output": "a/b"}
     path = write(tmp_path / "d.jsonl", row)
-    (question,) = read_questions(path, EdgeTokenizer(train_tokenizer(), SPEC), ReadSettings(max_length=2000))
+    (question,) = read_questions(path, EdgeTokenizer(train_tokenizer(), SPEC), ReadSettings(max_length=2000), Wanted())
     assert question.choices == choices
 
 

@@ -51,7 +51,7 @@ def data(
     Example:  dlora-edge data chat.jsonl --bundle build/smollm2
     """
     from dlora.edge.data.loading import load_overview
-    from dlora.edge.data.read_settings import read_settings
+    from dlora.edge.data.read_settings import Look, read_settings
     from dlora.edge.data.split import parse_split
     from dlora.edge.engine.bundle import Bundle
     from dlora.edge.run.display import Display
@@ -66,10 +66,8 @@ def data(
     opened = Bundle.open(settings.device.bundle)
     display = Display(json_output=json_output)
     with display.reading() as on_tick:
-        found = load_overview(
-            opened, file, settings.data.eval, read_settings(settings.data, opened.manifest),
-            split=parse_split(share) if share else 0.0, out=out, show=show, lines=line or [], on_tick=on_tick,
-        )  # fmt: skip
+        look = Look(settings.data.eval, parse_split(share) if share else 0.0, out, show, line or ())
+        found = load_overview(opened, file, read_settings(settings.data, opened.manifest), look, on_tick)
     print_result(found, lambda result: _show(result, file, settings.data.train_on, out), json_output=json_output)
     if line and not found["shown"]:
         raise DataError(f"{file}: no row that can be learnt from begins at line {', '.join(map(str, line))}")

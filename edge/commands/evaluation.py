@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dlora.edge.choices import AnswerScore
 from dlora.edge.data.loading import load_questions
+from dlora.edge.data.question import Wanted
 from dlora.edge.data.split import parse_split
 from dlora.edge.files import write_atomically
 from dlora.edge.run.display import Display
@@ -57,10 +58,8 @@ class Asking:
         assert data.data is not None  # the command asks for it
         split = parse_split(data.hold_out) if data.hold_out else 0.0
         with display.reading() as on_tick:
-            found = load_questions(
-                bundle, data.data, test_settings(data, bundle.manifest), split=split, choices=self.choices,
-                with_candidates=self.how == "likelihood", most=limit, on_tick=on_tick,
-            )  # fmt: skip
+            wanted = Wanted(split, self.choices, with_candidates=self.how == "likelihood", most=limit)
+            found = load_questions(bundle, data.data, test_settings(data, bundle.manifest), wanted, on_tick)
         for question in found:
             if self.how == "regex" and self.pattern is None and not question.choices:
                 raise DataError(f"{question.place}: it names no answers to look for: give --pattern or --choices")

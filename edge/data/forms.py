@@ -56,7 +56,8 @@ class Conversation:
     @property
     def answers(self) -> list[int]:
         """The indices of the messages to learn from."""
-        return [index for index, each in enumerate(self.messages) if each["role"] == "assistant" and index >= self.given]
+        indices = range(self.given, len(self.messages))
+        return [index for index in indices if self.messages[index]["role"] == "assistant"]
 
     def has_its_calls_in(self, text: str) -> bool:
         """Whether each function that it calls is named in what the chat template made of it."""

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.settings import Data
@@ -17,10 +16,14 @@ from dlora.protocol.child import Buffer, Child, Note
 from dlora.protocol.errors import BundleError, DataError
 
 from .examples import DataFacts, Dataset
-from .question import Question
-from .read_settings import ReadSettings, read_settings
+from .question import Question, Wanted
+from .read_settings import Look, ReadSettings, read_settings
 from .split import Split, parse_split
 
+if TYPE_CHECKING:
+    from .tokenizer import EdgeTokenizer
+
+OnPlace = Callable[[str], None]
 TOKENIZER_PLACE: Final = "the bundle's tokenizer"
 ADVICE: Final = "shorten it, or export the bundle again if its tokenizer or its chat template is at fault"
 _PARTS: Final = 5  # of a data set: its header, and its arrays
@@ -50,7 +53,7 @@ class Reading:
         return cls(bundle, [data.data], settings, parse_split(data.hold_out))
 
 
-def load_datasets(reading: Reading, on_tick: Callable[[str], None] = lambda _: None) -> list[Dataset]:
+def load_datasets(reading: Reading, on_tick: OnPlace = lambda _: None) -> list[Dataset]:
     """The data set of each file, and the part of an only one that is held out, where one is. Call it before there are
     threads or an engine.
 
@@ -59,10 +62,65 @@ def load_datasets(reading: Reading, on_tick: Callable[[str], None] = lambda _: N
     Raises ``DataError`` with file and line, or ``BundleError``: also where what the bundle's tokenizer and chat
     template make of a line never ends, takes all memory or crashes.
     """
-    note = Note(ADVICE)
-    with Child(lambda _: _read(reading, note), note, on_tick) as child:
-        parts = child.call()
+
+    def read(tokenizer: EdgeTokenizer, on_place: OnPlace) -> list[Buffer]:
+        from .reading import load_split
+
+        split = reading.split if len(reading.paths) == 1 else 0.0
+        found: list[Dataset | None] = []
+        settings = reading.settings
+        for path in reading.paths:
+            found += load_split(path, tokenizer, settings, split, on_place)
+            settings = replace(settings, part="test")
+        return [part for dataset in found if dataset is not None for part in _packed(dataset)]
+
+    parts = _in_child(reading.bundle, read, on_tick)
     return [_unpacked(parts[start : start + _PARTS]) for start in range(0, len(parts), _PARTS)]
+
+
+def load_questions(
+    bundle: Bundle, path: Path, settings: ReadSettings, wanted: Wanted, on_tick: OnPlace = lambda _: None
+) -> list[Question]:
+    """What ``questions.read_questions`` reads. Raises as it does, and likewise."""
+
+    def read(tokenizer: EdgeTokenizer, on_place: OnPlace) -> list[Buffer]:
+        from .questions import read_questions
+
+        return [msgspec.msgpack.encode(read_questions(path, tokenizer, settings, wanted, on_place))]
+
+    (encoded,) = _in_child(bundle, read, on_tick)
+    return msgspec.msgpack.decode(encoded, type=list[Question])
+
+
+def load_overview(
+    bundle: Bundle, path: Path, settings: ReadSettings, look: Look, on_tick: OnPlace = lambda _: None
+) -> dict[str, Any]:
+    """What ``overview.look_at`` finds, as JSON has it. Raises as it does, and likewise."""
+
+    def read(tokenizer: EdgeTokenizer, on_place: OnPlace) -> list[Buffer]:
+        from .overview import look_at
+
+        return [msgspec.json.encode(look_at(path, tokenizer, settings, look, on_place))]
+
+    (encoded,) = _in_child(bundle, read, on_tick)
+    found: dict[str, Any] = msgspec.json.decode(encoded)
+    return found
+
+
+def _in_child(
+    bundle: Bundle, read: Callable[[EdgeTokenizer, OnPlace], list[Buffer]], on_tick: OnPlace
+) -> list[bytearray]:
+    """What ``read`` makes with the bundle's tokenizer: it takes 30 MB, which this process does without."""
+    note = Note(ADVICE)
+
+    def work(_: bytes) -> list[Buffer]:
+        note.set_place(TOKENIZER_PLACE, BundleError)
+        from .tokenizer import EdgeTokenizer
+
+        return read(EdgeTokenizer.open(bundle), lambda place: note.set_place(place, DataError))
+
+    with Child(work, note, on_tick) as child:
+        return child.call()
 
 
 class _Header(msgspec.Struct):
@@ -72,24 +130,6 @@ class _Header(msgspec.Struct):
     dtypes: tuple[str, ...]
 
 
-def _read(reading: Reading, note: Note) -> list[Buffer]:
-    note.set_place(TOKENIZER_PLACE, BundleError)
-    from .reading import load_split  # here, in the child: a tokenizer takes 30 MB, and training needs none
-    from .tokenizer import EdgeTokenizer
-
-    def on_place(place: str) -> None:
-        note.set_place(place, DataError)
-
-    tokenizer = EdgeTokenizer.open(reading.bundle)
-    split = reading.split if len(reading.paths) == 1 else 0.0
-    found: list[Dataset | None] = []
-    settings = reading.settings
-    for path in reading.paths:
-        found += load_split(path, tokenizer, settings, split, on_place)
-        settings = replace(settings, part="test")
-    return [part for dataset in found if dataset is not None for part in _packed(dataset)]
-
-
 def _packed(dataset: Dataset) -> list[Buffer]:
     header = _Header(dataset.facts, tuple(array.dtype.str for array in dataset.arrays))
     return [msgspec.msgpack.encode(header), *(array.data.cast("B") for array in dataset.arrays)]
@@ -97,70 +137,5 @@ def _packed(dataset: Dataset) -> list[Buffer]:
 
 def _unpacked(parts: Sequence[Buffer]) -> Dataset:
     header = msgspec.msgpack.decode(parts[0], type=_Header)
-    arrays: list[npt.NDArray[Any]] = [
-        np.frombuffer(part, dtype) for part, dtype in zip(parts[1:], header.dtypes, strict=True)
-    ]
-    ids, starts, positions, label_starts = arrays
+    ids, starts, positions, label_starts = map(np.frombuffer, parts[1:], header.dtypes)
     return Dataset(ids, starts, positions, label_starts, header.facts)
-
-
-def load_questions(
-    bundle: Bundle,
-    path: Path,
-    settings: ReadSettings,
-    *,
-    split: Split = 0.0,
-    choices: Sequence[str] = (),
-    with_candidates: bool = False,
-    most: int | None = None,
-    on_tick: Callable[[str], None] = lambda _: None,
-) -> list[Question]:
-    """What ``questions.read_questions`` reads. Raises as it does, and likewise."""
-    note = Note(ADVICE)
-
-    def read(_: bytes) -> list[Buffer]:
-        note.set_place(TOKENIZER_PLACE, BundleError)
-        from .questions import read_questions
-        from .tokenizer import EdgeTokenizer
-
-        found = read_questions(
-            path, EdgeTokenizer.open(bundle), settings, split=split, choices=choices, with_candidates=with_candidates,
-            most=most, on_place=lambda place: note.set_place(place, DataError),
-        )  # fmt: skip
-        return [msgspec.msgpack.encode(found)]
-
-    with Child(read, note, on_tick) as child:
-        (encoded,) = child.call()
-    return msgspec.msgpack.decode(encoded, type=list[Question])
-
-
-def load_overview(
-    bundle: Bundle,
-    path: Path,
-    held_out: Path | None,
-    settings: ReadSettings,
-    *,
-    split: Split = 0.0,
-    out: Path | None = None,
-    show: int = 3,
-    lines: Sequence[int] = (),
-    on_tick: Callable[[str], None] = lambda _: None,
-) -> dict[str, Any]:
-    """What ``overview.look_at`` finds, as JSON has it. Raises as it does, and likewise."""
-    note = Note(ADVICE)
-
-    def look(_: bytes) -> list[Buffer]:
-        note.set_place(TOKENIZER_PLACE, BundleError)
-        from .overview import look_at
-        from .tokenizer import EdgeTokenizer
-
-        found = look_at(
-            path, held_out, EdgeTokenizer.open(bundle), settings, split=split, out=out, show=show, lines=lines,
-            on_place=lambda place: note.set_place(place, DataError),
-        )  # fmt: skip
-        return [msgspec.json.encode(found)]
-
-    with Child(look, note, on_tick) as child:
-        (encoded,) = child.call()
-    found: dict[str, Any] = msgspec.json.decode(encoded)
-    return found

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -20,11 +20,11 @@ from dlora.edge.files import make_directory, write_atomically
 from dlora.protocol.errors import DataError
 
 from .encoding import TokenSequence
-from .examples import Places
-from .read_settings import ReadSettings
+from .examples import DataFacts, Places
+from .read_settings import Look, ReadSettings
 from .reading import SequenceReader
 from .records import read_records
-from .split import Split, held_out_rows
+from .split import held_out_rows
 from .tokenizer import EdgeTokenizer
 
 TRAIN_FILE: Final = "train.jsonl"
@@ -95,7 +95,7 @@ class _Table:
     """What is kept of each example: 20 bytes."""
 
     def __init__(self) -> None:
-        self._lengths, self._digests, self._lines = array("i"), array("Q"), array("Q")
+        self._lengths, self._digests, self.lines = array("i"), array("Q"), array("Q")
         self._files, self._begins = list[str](), list[int]()  # of each file, the number of its first example
 
     def __len__(self) -> int:
@@ -106,7 +106,7 @@ class _Table:
         if not self._files or self._files[-1] != file:
             self._files.append(file)
             self._begins.append(len(self))
-        self._lines.append(int(line))
+        self.lines.append(int(line))
         self._lengths.append(sequence.tokens)
         self._digests.append(sequence.digest)
 
@@ -119,7 +119,7 @@ class _Table:
         return np.frombuffer(self._digests, np.uint64)
 
     def place(self, index: int) -> str:
-        return f"{self._files[bisect_right(self._begins, index) - 1]}:{self._lines[index]}"
+        return f"{self._files[bisect_right(self._begins, index) - 1]}:{self.lines[index]}"
 
     def places(self, indices: npt.NDArray[np.int64]) -> Places:
         found = Places()
@@ -131,73 +131,57 @@ class _Table:
 
 def look_at(
     path: Path,
-    held_out: Path | None,
     tokenizer: EdgeTokenizer,
     settings: ReadSettings,
-    *,
-    split: Split = 0.0,
-    out: Path | None = None,
-    show: int = 3,
-    lines: Collection[int] = (),
+    look: Look,
     on_place: Callable[[str], None] = lambda _: None,
 ) -> Overview:
     """Read ``path`` as training would, and say what was found; rows that cannot be learnt from are counted, not raised.
 
-    Args:
-        held_out: data to evaluate on; ``split``: how much of ``path`` is held out where there are none.
-        out: a directory for what ``split`` makes, ``train.jsonl`` and ``held-out.jsonl``.
-        show: how many of the first rows to show; ``lines``: the rows that begin at these lines, in their place.
-
     Raises ``DataError`` for a file that cannot be read, and for a split that cannot be; ``StorageError``.
     """
+    reader = SequenceReader(path, tokenizer, settings, on_place)
     found = Overview(settings.max_length)
-    table = _read(path, tokenizer, settings, found, show, lines, on_place)
+    table = _read(reader, found, look)
     if len(table):
         _count(table, found)
-    if held_out is not None:
-        of_test = replace(settings, part="test")
-        others = _read(held_out, tokenizer, of_test, Overview(settings.max_length), 0, (), on_place)
-        found.held_out = len(others)
-        found.in_held_out = table.places(np.flatnonzero(np.isin(table.digests, others.digests)))
-    elif split and len(table):
-        is_held = held_out_rows(table.digests, split)
+    if look.held_out is not None:
+        others = replace(reader, path=look.held_out, settings=replace(settings, part="test"))
+        held_out = _read(others, Overview(settings.max_length), Look())
+        found.held_out = len(held_out)
+        found.in_held_out = table.places(np.flatnonzero(np.isin(table.digests, held_out.digests)))
+    elif look.split and len(table):
+        is_held = held_out_rows(table.digests, look.split)
         found.held_out = int(is_held.sum())
-        if out is not None and found.held_out:
-            _write_parts(path, tokenizer, settings, table, is_held, out, on_place)
+        if look.out is not None and found.held_out:
+            make_directory(look.out)
+            for name, part in ((TRAIN_FILE, ~is_held), (HELD_OUT_FILE, is_held)):
+                rows = (fields for index, fields in _again(reader, table) if part[index])
+                write_atomically(look.out / name, (msgspec.json.encode(fields) + b"\n" for fields in rows))
     return found
 
 
-def _read(
-    path: Path,
-    tokenizer: EdgeTokenizer,
-    settings: ReadSettings,
-    found: Overview,
-    show: int,
-    lines: Collection[int],
-    on_place: Callable[[str], None],
-) -> _Table:
+def _read(template: SequenceReader, found: Overview, look: Look) -> _Table:
+    """What is kept of each example that a reader like ``template`` gives, and in ``found`` what was found."""
+
     def on_problem(problem: DataError) -> None:
         text = str(problem)
         found.problems.add(text)
         if len(found.reasons) < len(found.problems.first):
             found.reasons.append(text)
 
-    reader = SequenceReader(path, tokenizer, settings, on_place=on_place, on_problem=on_problem)
-    table = _Table()
-    for record, sequence in reader:
+    facts, table = DataFacts(), _Table()
+    for record, sequence in replace(template, on_problem=on_problem, facts=facts):
         place = record.place
         table.add(place, sequence)
         found.tokens += len(sequence.ids)
         found.labelled += len(sequence.positions)
-        if not any(map(str.isalnum, sequence.answer)) and sequence.answer.strip():
+        if not any(map(str.isalnum, sequence.answer)) and not sequence.has_empty_answer:
             found.wordless_answers.add(place)
-        is_asked = int(place.rpartition(":")[2]) in lines if lines else len(found.shown) < show
-        if is_asked:
-            found.shown.append(_shown(place, sequence, tokenizer))
-    facts = reader.facts
-    found.form, found.has_marks, found.rows = facts.form, facts.has_marks, facts.rows
-    found.truncated, found.skipped, found.empty_answers = facts.truncated, facts.skipped, facts.empty_answers
-    found.calls_left_out = facts.calls_left_out
+        if table.lines[-1] in look.lines if look.lines else len(found.shown) < look.show:
+            found.shown.append(_shown(place, sequence, template.tokenizer))
+    for name in ("form", "has_marks", "rows", "truncated", "skipped", "empty_answers", "calls_left_out"):
+        setattr(found, name, getattr(facts, name))
     found.examples = len(table)
     return table
 
@@ -230,36 +214,14 @@ def _shown(place: str, sequence: TokenSequence, tokenizer: EdgeTokenizer) -> Sho
     return ShownRow(place, tokens, sequence.ids.tolist(), learnt)
 
 
-def _write_parts(
-    path: Path,
-    tokenizer: EdgeTokenizer,
-    settings: ReadSettings,
-    table: _Table,
-    is_held: npt.NDArray[np.bool_],
-    out: Path,
-    on_place: Callable[[str], None],
-) -> None:
-    """Read again, and write each row to its part as it stands there; pieces of documents as texts."""
-
-    def lines_of(part: bool) -> Iterator[bytes]:
-        for index, fields in _again(path, tokenizer, settings, table, on_place):
-            if bool(is_held[index]) == part:
-                yield msgspec.json.encode(fields) + b"\n"
-
-    make_directory(out)
-    write_atomically(out / TRAIN_FILE, lines_of(False))
-    write_atomically(out / HELD_OUT_FILE, lines_of(True))
-
-
-def _again(
-    path: Path, tokenizer: EdgeTokenizer, settings: ReadSettings, table: _Table, on_place: Callable[[str], None]
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The number of each example of ``table``, and the row that it was made of; a piece as the text that it is."""
+def _again(template: SequenceReader, table: _Table) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The number of each example of ``table``, and the row that it was made of, as it stands in its file; a piece of a
+    document as the text that it is."""
     index = 0
-    for record in read_records(path, settings.columns, part=settings.part):
-        on_place(record.place)
+    for record in read_records(template.path, template.settings.columns, part=template.settings.part):
+        template.on_place(record.place)
         if record.part is not None:
-            pieces = SequenceReader(path, tokenizer, settings, on_place=on_place, on_problem=lambda _: None)
+            pieces = replace(template, on_problem=lambda _: None, facts=DataFacts())
             yield from enumerate({"text": sequence.text} for _, sequence in pieces)
             return
         if index < len(table) and record.place == table.place(index):  # the others were problems

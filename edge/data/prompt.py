@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +14,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from dlora.edge.choices import TrainOn
 from dlora.edge.engine.bundle import Bundle
-from dlora.protocol.child import Buffer, Child, Note, ReplacedChild, Work
+from dlora.protocol.child import Buffer, Child, Note, ReplacedChild
 from dlora.protocol.errors import BundleError, DataError
 
 from .examples import Example
@@ -45,41 +45,40 @@ class PromptTokenizer:
         has_chat_template: whether it can make a prompt of messages.
     """
 
-    def __init__(
-        self, child: Child, stop_token_ids: tuple[int, ...], *, vocabulary_size: int, has_chat_template: bool
-    ) -> None:
+    def __init__(self, child: Child, bundle: Bundle) -> None:
         self._child = child
         self._lock = threading.Lock()
         self._numbers = count()
-        self._vocabulary_size = vocabulary_size
-        self.stop_token_ids = stop_token_ids
-        self.has_chat_template = has_chat_template
+        self._vocabulary_size = bundle.manifest.base_model.vocabulary_size
+        self.stop_token_ids = bundle.manifest.tokenizer.all_stop_token_ids
+        self.has_chat_template = bundle.manifest.tokenizer.chat_template is not None
 
     def encode_chat(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> npt.NDArray[np.int64]:
         """Token ids, int64 (tokens,), of a chat that is to be answered, as the chat template writes it."""
-        return self._encode(_Chat([*map(dict, messages)], None if tools is None else [*tools]))
+        (ids,) = self.call("chat", [*map(dict, messages)], tools)
+        return np.frombuffer(ids, np.int32).astype(np.int64)
 
     def encode_text(self, text: str) -> npt.NDArray[np.int64]:
         """Token ids, int64 (tokens,), of a text that is to be continued: what data's prompts are encoded as.
 
         Blanks at its end are left out, for they are the first token of what follows.
         """
-        return self._encode(_Text(text))
+        (ids,) = self.call("text", text)
+        return np.frombuffer(ids, np.int32).astype(np.int64)
 
-    def encode_example(self, fields: Mapping[str, Any], settings: ReadSettings | None = None) -> Example:
+    def encode_example(self, fields: Mapping[str, Any]) -> Example:
         """A row of data, of any form that files may have, as an example."""
-        chosen = settings or ReadSettings(max_length=2**31 - 1)
-        ids, positions = self.call(_Row(dict(fields), chosen.max_length, chosen.train_on))
+        ids, positions = self.call("row", dict(fields))
         return Example.of(np.frombuffer(ids, np.int32), np.frombuffer(positions, np.int32))
 
     def longest_token_bytes(self) -> int:
         """Of a text, as many bytes as a token can stand for."""
-        (count,) = self.call(_LongestToken())
+        (count,) = self.call("longest_token")
         return int.from_bytes(count, "little")
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens left out."""
-        (text,) = self.call(_Decode(tuple(ids)))
+        (text,) = self.call("decode", ids)
         return text.decode()
 
     def stream(self) -> TextStream:
@@ -93,13 +92,13 @@ class PromptTokenizer:
         """
         constraint = Constraint(self, next(self._numbers), self._vocabulary_size)
         given = [(shape.before, msgspec.json.encode(shape.schema).decode(), shape.after) for shape in shapes]
-        self.call(_Constrain(constraint.number, given))
+        self.call("constrain", constraint.number, given)
         return constraint
 
-    def call(self, request: _Request) -> list[bytearray]:
-        """What the child answers."""
+    def call(self, request: str, *arguments: object) -> list[bytearray]:
+        """What the child answers: a method of ``_Worker``."""
         try:
-            encoded = msgspec.msgpack.encode(request)
+            encoded = msgspec.msgpack.encode((request, *arguments))
         except UnicodeEncodeError:
             raise DataError("the prompt is not UTF-8; say it in another way") from None
         except (OverflowError, RecursionError):
@@ -107,40 +106,32 @@ class PromptTokenizer:
         with self._lock:
             return self._child.call(encoded)
 
-    def _encode(self, request: _Chat | _Text) -> npt.NDArray[np.int64]:
-        (ids,) = self.call(request)
-        return np.frombuffer(ids, np.int32).astype(np.int64)
 
-
+@dataclass(frozen=True)
 class TextStream:
-    """The text of tokens as they come, special tokens left out."""
+    """The text of tokens as they come, special tokens left out; ``number``: of it, in the child."""
 
-    def __init__(self, tokenizer: PromptTokenizer, number: int) -> None:
-        self._tokenizer = tokenizer
-        self._number = number
+    tokenizer: PromptTokenizer
+    number: int
 
     def push(self, token: int) -> str:
         """What the next token adds: nothing where it ends in the middle of a character."""
-        (text,) = self._tokenizer.call(_Step(self._number, token))
+        (text,) = self.tokenizer.call("step", self.number, token)
         return text.decode()
 
     def close(self) -> None:
         """Forget it."""
-        self._tokenizer.call(_Forget(self._number))
+        self.tokenizer.call("forget", self.number)
 
 
+@dataclass
 class Constraint:
-    """Which tokens may come next in an answer.
+    """Which tokens may come next in an answer; ``number``: of it, in the child."""
 
-    Attributes:
-        number: of it, in the child.
-    """
-
-    def __init__(self, tokenizer: PromptTokenizer, number: int, vocabulary_size: int) -> None:
-        self.number = number
-        self._tokenizer = tokenizer
-        self._vocabulary_size = vocabulary_size
-        self._accepted: int | None = None
+    tokenizer: PromptTokenizer
+    number: int
+    vocabulary_size: int
+    _accepted: int | None = None
 
     def accept(self, token: int) -> None:
         """It came."""
@@ -148,16 +139,16 @@ class Constraint:
 
     def allowed(self) -> npt.NDArray[np.bool_]:
         """bool (vocabulary,), after what was accepted."""
-        (bits,) = self._tokenizer.call(_Allowed(self.number, self._accepted))
+        (bits,) = self.tokenizer.call("allowed", self.number, self._accepted)
         self._accepted = None
-        found = np.zeros(self._vocabulary_size, np.bool_)
-        unpacked = np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little")[: self._vocabulary_size]
+        found = np.zeros(self.vocabulary_size, np.bool_)
+        unpacked = np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little")[: self.vocabulary_size]
         found[: len(unpacked)] = unpacked
         return found
 
     def close(self) -> None:
         """Forget it."""
-        self._tokenizer.call(_Forget(self.number))
+        self.tokenizer.call("forget", self.number)
 
 
 @contextmanager
@@ -166,114 +157,77 @@ def prompt_tokenizer(bundle: Bundle, *, for_long: bool = False) -> Iterator[Prom
 
     ``for_long``: whether another child takes its place where something ends it, as a server needs.
     """
-    note, spec = Note(ADVICE), bundle.manifest.tokenizer
-    with (ReplacedChild if for_long else Child)(_tokenizer_worker(bundle, note), note) as child:
-        yield PromptTokenizer(
-            child,
-            spec.all_stop_token_ids,
-            vocabulary_size=bundle.manifest.base_model.vocabulary_size,
-            has_chat_template=spec.chat_template is not None,
-        )
+    note = Note(ADVICE)
+    worker = _Worker(bundle, note)
+    with (ReplacedChild if for_long else Child)(worker.answer, note) as child:
+        yield PromptTokenizer(child, bundle)
 
 
-class _Request(msgspec.Struct, tag=True):
-    """To the child."""
+@dataclass
+class _Worker:
+    """In the child: a method for each request. Tokenizer and grammars are opened where they are first asked for."""
 
+    bundle: Bundle
+    note: Note
 
-class _Chat(_Request):
-    messages: list[dict[str, Any]]
-    tools: list[Any] | None
+    def answer(self, request: bytes) -> Sequence[Buffer]:
+        name, *arguments = msgspec.msgpack.decode(request)
+        found: Sequence[Buffer] = getattr(self, name)(*arguments)
+        return found
 
-
-class _Text(_Request):
-    text: str
-
-
-class _Row(_Request):
-    fields: dict[str, Any]
-    max_length: int
-    train_on: TrainOn
-
-
-class _LongestToken(_Request):
-    pass
-
-
-class _Decode(_Request):
-    ids: tuple[int, ...]
-
-
-class _Step(_Request):
-    stream: int
-    token: int
-
-
-class _Constrain(_Request):
-    number: int
-    shapes: list[tuple[str, str, str]]
-
-
-class _Allowed(_Request):
-    number: int
-    accepted: int | None
-
-
-class _Forget(_Request):
-    number: int
-
-
-_AnyRequest = _Chat | _Text | _Row | _LongestToken | _Decode | _Step | _Constrain | _Allowed | _Forget
-
-
-def _tokenizer_worker(bundle: Bundle, note: Note) -> Work:
-    @cache
-    def tokenizer() -> EdgeTokenizer:
-        note.set_place(TOKENIZER_PLACE, BundleError)
+    @cached_property
+    def tokenizer(self) -> EdgeTokenizer:
+        self.note.set_place(TOKENIZER_PLACE, BundleError)
         from .tokenizer import EdgeTokenizer  # here, in the child
 
-        return EdgeTokenizer.open(bundle)
+        return EdgeTokenizer.open(self.bundle)
 
-    @cache
-    def matchers() -> Matchers:
+    @cached_property
+    def matchers(self) -> Matchers:
         from .constraint import Matchers
 
-        return Matchers(bundle)
+        return Matchers(self.bundle)
 
-    def answer(request: bytes) -> Sequence[Buffer]:
-        match msgspec.msgpack.decode(request, type=_AnyRequest):
-            case _Chat(messages, tools):
-                opened = tokenizer()
-                note.set_place("the prompt", DataError)
-                return (opened.encode_chat(messages, tools=tools).tobytes(),)
-            case _Text(text):
-                opened = tokenizer()
-                note.set_place("the prompt", DataError)
-                return (opened.encode_prompt_text(text).tobytes(),)
-            case _Row(fields, max_length, train_on):
-                opened = tokenizer()
-                note.set_place("the row", DataError)
-                from .reading import encode_row
+    def at(self, place: str) -> EdgeTokenizer:
+        opened = self.tokenizer
+        self.note.set_place(place, DataError)
+        return opened
 
-                sequence = encode_row(fields, opened, ReadSettings(max_length=max_length, train_on=train_on))
-                return sequence.ids.tobytes(), sequence.positions.tobytes()
-            case _LongestToken():
-                return (tokenizer().longest_token_bytes.to_bytes(8, "little"),)
-            case _Decode(ids):
-                note.set_place("the text of the answer", BundleError)
-                return (tokenizer().decode(ids).encode(),)
-            case _Step(stream, token):
-                note.set_place("the text of the answer", BundleError)
-                return (tokenizer().decode_step(stream, token).encode(),)
-            case _Constrain(number, shapes):
-                note.set_place("the JSON schema", DataError)
-                matchers().begin(number, shapes)
-            case _Allowed(number, accepted):
-                note.set_place("the JSON schema", DataError)
-                return (matchers().allowed(number, accepted),)
-            case _Forget(number):
-                tokenizer().end_stream(number)
-                if matchers.cache_info().currsize:
-                    matchers().end(number)
+    def chat(self, messages: list[dict[str, Any]], tools: list[Any] | None) -> Sequence[Buffer]:
+        return (self.at("the prompt").encode_chat(messages, tools=tools).tobytes(),)
+
+    def text(self, text: str) -> Sequence[Buffer]:
+        return (self.at("the prompt").encode_prompt_text(text).tobytes(),)
+
+    def row(self, fields: dict[str, Any]) -> Sequence[Buffer]:
+        opened = self.at("the row")
+        from .reading import encode_row
+
+        sequence = encode_row(fields, opened, ReadSettings(max_length=2**31 - 1))
+        return sequence.ids.tobytes(), sequence.positions.tobytes()
+
+    def longest_token(self) -> Sequence[Buffer]:
+        return (self.tokenizer.longest_token_bytes.to_bytes(8, "little"),)
+
+    def decode(self, ids: list[int]) -> Sequence[Buffer]:
+        self.note.set_place("the text of the answer", BundleError)
+        return (self.tokenizer.decode(ids).encode(),)
+
+    def step(self, stream: int, token: int) -> Sequence[Buffer]:
+        self.note.set_place("the text of the answer", BundleError)
+        return (self.tokenizer.decode_step(stream, token).encode(),)
+
+    def constrain(self, number: int, shapes: list[tuple[str, str, str]]) -> Sequence[Buffer]:
+        self.note.set_place("the JSON schema", DataError)
+        self.matchers.begin(number, shapes)
         return ()
 
-    return answer
+    def allowed(self, number: int, accepted: int | None) -> Sequence[Buffer]:
+        self.note.set_place("the JSON schema", DataError)
+        return (self.matchers.allowed(number, accepted),)
+
+    def forget(self, number: int) -> Sequence[Buffer]:
+        self.tokenizer.end_stream(number)
+        if "matchers" in vars(self):
+            self.matchers.end(number)
+        return ()

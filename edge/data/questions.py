@@ -10,13 +10,14 @@ from typing import Any, Final
 import numpy as np
 
 from dlora.protocol.errors import DataError
+from dlora.protocol.tensors import IntArray
 
-from .encoding import TokenSequence, encode_sample
+from .encoding import encode_sample
 from .forms import Completion, Conversation, Form, Sample, form_of, sample_of
-from .question import Candidate, Question
+from .question import Candidate, Question, Wanted
 from .read_settings import ReadSettings
-from .records import Record, read_records
-from .split import Split, held_out_rows
+from .records import read_records
+from .split import held_out_rows
 from .tokenizer import EdgeTokenizer
 
 # LLM-Adapters (Hu et al., arXiv 2304.01933) writes the answers that there are at the end of each question.
@@ -27,67 +28,40 @@ def read_questions(
     path: Path,
     tokenizer: EdgeTokenizer,
     settings: ReadSettings,
-    *,
-    split: Split = 0.0,
-    choices: Sequence[str] = (),
-    with_candidates: bool = False,
-    most: int | None = None,
+    wanted: Wanted,
     on_place: Callable[[str], None] = lambda _: None,
 ) -> list[Question]:
-    """The questions of a file or a directory: of each row its last answer, with all that comes before it.
-
-    Args:
-        split: only the rows that are held out with it; 0: all.
-        choices: words to choose among where the rows name none.
-        with_candidates: whether to make them; every row needs choices then.
-        most: so many questions, the first ones; None: all.
-
-    Raises ``DataError`` with file and line for a row that asks nothing.
-    """
+    """The questions of a file or a directory. Raises ``DataError`` with file and line for a row that asks nothing."""
     found, digests = list[Question](), list[int]()
+    settings = replace(settings, too_long="error", train_on="last")
     for record in read_records(path, settings.columns, part=settings.part):
         on_place(record.place)
-        if most is not None and not split and len(found) >= most:
+        if wanted.most is not None and not wanted.split and len(found) >= wanted.most:
             break
         try:
-            sample = sample_of(record, form_of(record), has_chat_template=tokenizer.has_chat_template)
-            found.append(_question(record, sample, tokenizer, settings, choices, with_candidates=with_candidates))
-            if split:
-                digests.append(_encoded(sample, tokenizer, settings).digest)
+            form = form_of(record)
+            sample = sample_of(record, form, has_chat_template=tokenizer.has_chat_template)
+            asked, prompt, reference = _asked(sample, tokenizer, form)
+            key, choices = record.fields.get("answer"), _choices(record.fields) or [*wanted.choices]
+            key = key if isinstance(key, str) and key.strip() else reference.strip()
+            candidates = []
+            if wanted.with_candidates:
+                candidates = [*_candidates(sample, tokenizer, settings, reference, key, choices)]
+            found.append(Question(record.place, asked, prompt.tobytes(), reference, key, choices, candidates))
+            if wanted.split:
+                (encoded,) = encode_sample(sample, tokenizer, settings)
+                digests.append(encoded.digest)
         except DataError as error:
             raise DataError(f"{record.place}: {error}") from None
     if not found:
         raise DataError(f"{path}: no examples in it")
-    if split:
-        is_held = held_out_rows(np.array(digests, np.uint64), split)
+    if wanted.split:
+        is_held = held_out_rows(np.array(digests, np.uint64), wanted.split)
         found = [question for question, held in zip(found, is_held, strict=True) if held]
-    return found[:most]
+    return found[: wanted.most]
 
 
-def _question(
-    record: Record,
-    sample: Sample,
-    tokenizer: EdgeTokenizer,
-    settings: ReadSettings,
-    given: Sequence[str],
-    *,
-    with_candidates: bool,
-) -> Question:
-    asked, ids, reference = _asked(sample, tokenizer, form_of(record))
-    key, choices = record.fields.get("answer"), _choices(record.fields) or list(given)
-    key = key if isinstance(key, str) and key.strip() else reference.strip()
-    candidates = []
-    if with_candidates:
-        if not choices:
-            raise DataError(
-                "it names no answers to choose among: give --choices, a list 'choices' in each row, or "
-                "'Answer format: a/b' at the end of the question"
-            )
-        candidates = [*_candidates(sample, tokenizer, settings, reference, key, choices)]
-    return Question(record.place, asked, ids.tobytes(), reference, key, choices, candidates)
-
-
-def _asked(sample: Sample, tokenizer: EdgeTokenizer, form: Form) -> tuple[str, Any, str]:
+def _asked(sample: Sample, tokenizer: EdgeTokenizer, form: Form) -> tuple[str, IntArray, str]:
     """What comes before the last answer, as text and as int32 (tokens,); and that answer."""
     if isinstance(sample, Conversation):
         last = sample.answers[-1]
@@ -110,12 +84,6 @@ def _choices(fields: dict[str, Any]) -> list[str]:
     return words[0].split("/") if len(words) == 1 and "/" in words[0][1:-1] else []
 
 
-def _encoded(sample: Sample, tokenizer: EdgeTokenizer, settings: ReadSettings) -> TokenSequence:
-    """A question with its answer, of which the answer is learnt."""
-    (encoded,) = encode_sample(sample, tokenizer, replace(settings, too_long="error", train_on="last"))
-    return encoded
-
-
 def _candidates(
     sample: Sample,
     tokenizer: EdgeTokenizer,
@@ -124,6 +92,11 @@ def _candidates(
     key: str,
     choices: Sequence[str],
 ) -> Iterator[Candidate]:
+    if not choices:
+        raise DataError(
+            "it names no answers to choose among: give --choices, a list 'choices' in each row, or "
+            "'Answer format: a/b' at the end of the question"
+        )
     for choice in choices:
         answer = reference.replace(key, choice) if key in reference else choice
         other: Sample
@@ -135,7 +108,7 @@ def _candidates(
             assert isinstance(sample, Completion)
             blanks = sample.completion[: len(sample.completion) - len(sample.completion.lstrip())]
             other = replace(sample, completion=blanks + answer)
-        encoded = _encoded(other, tokenizer, settings)
+        (encoded,) = encode_sample(other, tokenizer, settings)
         if not len(encoded.positions):
             raise DataError(f"{encoded.tokens} tokens, the limit is {settings.max_length}; raise --max-length")
         yield Candidate(choice, encoded.ids.tobytes(), encoded.positions.tobytes())

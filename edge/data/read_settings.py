@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from dlora.edge.choices import TooLong, TrainOn
@@ -12,6 +13,7 @@ from dlora.protocol.errors import UsageError
 from dlora.protocol.manifest import Manifest
 
 from .records import Part, parse_columns
+from .split import Split
 
 DEFAULT_MAX_LENGTH: Final = 512
 
@@ -32,6 +34,23 @@ class ReadSettings:
     too_long: TooLong = "error"
     train_on: TrainOn = "answers"
     part: Part = "train"
+
+
+@dataclass(frozen=True)
+class Look:
+    """What ``dlora-edge data`` looks for.
+
+    Attributes:
+        held_out: data to evaluate on; ``split``: how much of the others is held out where there are none.
+        out: a directory for what ``split`` makes, ``train.jsonl`` and ``held-out.jsonl``.
+        show: how many of the first rows to show; ``lines``: the rows that begin at these lines, in their place.
+    """
+
+    held_out: Path | None = None
+    split: Split = 0.0
+    out: Path | None = None
+    show: int = 0
+    lines: Sequence[int] = ()
 
 
 def read_settings(data: Data, manifest: Manifest) -> ReadSettings:
