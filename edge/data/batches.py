@@ -64,7 +64,6 @@ class MicroBatch:
             )
         return parts
 
-
     def until_last_label(self) -> MicroBatch:
         """Each sequence as far as its last label needs it, and at least one token: what comes after has no effect.
 
@@ -167,9 +166,5 @@ def pack(examples: Sequence[Example]) -> MicroBatch:
 def _crossing_positions(examples: Sequence[Example], starts: IntArray) -> IntArray | None:
     if all(example.acts_from is None for example in examples):
         return None
-    rows = [start + np.arange(*_ends(example.crossing_rows)) for example, start in zip(examples, starts, strict=True)]
+    rows = [start + np.array(example.crossing_rows) for example, start in zip(examples, starts, strict=True)]
     return np.concatenate(rows).astype(np.int32)
-
-
-def _ends(rows: range) -> tuple[int, int]:
-    return rows.start, rows.stop

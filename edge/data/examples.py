@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from array import array
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 import numpy as np
@@ -108,54 +107,54 @@ def last_occurrence(ids: IntArray, tokens: Sequence[int]) -> int:
     return int(found[-1]) if found.size else len(ids)
 
 
+@dataclass(eq=False)
 class Dataset:
     """Examples in four flat arrays, so that a million tokens take a few megabytes.
 
-    Args:
+    Attributes:
         ids: int32 (tokens,) of all examples; starts: int64 (examples + 1,).
         label_positions: int32 (labels,), counted from each example's start; label_starts: int64 (examples + 1,).
-
-    Attributes:
         facts: what was found when they were read.
         invocation: the tokens from which on adapters act (``invocation.py``); none: they act everywhere.
     """
 
-    def __init__(
-        self,
-        ids: IntArray,
-        starts: npt.NDArray[np.int64],
-        label_positions: IntArray,
-        label_starts: npt.NDArray[np.int64],
-        facts: DataFacts | None = None,
-    ) -> None:
-        self.facts = DataFacts() if facts is None else facts
-        self.invocation: tuple[int, ...] = ()
-        self._ids = ids
-        self._starts = starts
-        self._label_positions = label_positions
-        self._label_starts = label_starts
-
-    @property
-    def arrays(self) -> tuple[npt.NDArray[Any], ...]:
-        """The four arrays that make a data set, in the order of the arguments."""
-        return self._ids, self._starts, self._label_positions, self._label_starts
+    ids: IntArray
+    starts: npt.NDArray[np.int64]
+    label_positions: IntArray
+    label_starts: npt.NDArray[np.int64]
+    facts: DataFacts = field(default_factory=DataFacts)
+    invocation: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, examples: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Dataset:
-        """A data set from (ids, label positions) pairs that are in memory already."""
-        building = DatasetBuilder()
-        for ids, positions in examples:
-            building.add(np.asarray(ids, np.int32), np.asarray(positions, np.int32))
-        return building.dataset()
+    def of(
+        cls,
+        examples: Iterable[tuple[Sequence[int] | IntArray, Sequence[int] | IntArray]],
+        facts: DataFacts | None = None,
+    ) -> Dataset:
+        """A data set from (ids, label positions) pairs as they come, in the memory that its tokens take."""
+        ids, label_positions = array("i"), array("i")
+        starts, label_starts = array("q", [0]), array("q", [0])
+        for tokens, positions in examples:
+            ids.frombytes(np.asarray(tokens, np.int32).tobytes())
+            label_positions.frombytes(np.asarray(positions, np.int32).tobytes())
+            starts.append(len(ids))
+            label_starts.append(len(label_positions))
+        return cls(
+            np.frombuffer(ids, np.int32),
+            np.frombuffer(starts, np.int64),
+            np.frombuffer(label_positions, np.int32),
+            np.frombuffer(label_starts, np.int64),
+            facts or DataFacts(),
+        )
 
     def __len__(self) -> int:
-        return len(self._starts) - 1
+        return len(self.starts) - 1
 
     def __getitem__(self, index: int) -> Example:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        ids = self._ids[self._starts[index] : self._starts[index + 1]]
-        positions = self._label_positions[self._label_starts[index] : self._label_starts[index + 1]]
+        ids = self.ids[self.starts[index] : self.starts[index + 1]]
+        positions = self.label_positions[self.label_starts[index] : self.label_starts[index + 1]]
         acts_from = last_occurrence(ids, self.invocation) if self.invocation else None
         return Example(ids, positions, ids[positions + 1].astype(np.int64), acts_from)
 
@@ -165,23 +164,23 @@ class Dataset:
 
     @property
     def tokens(self) -> int:
-        return len(self._ids)
+        return len(self.ids)
 
     @property
     def labelled(self) -> int:
         """How many tokens are labels."""
-        return len(self._label_positions)
+        return len(self.label_positions)
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
         """Tokens of each example, int64 (examples,)."""
-        return np.diff(self._starts)
+        return np.diff(self.starts)
 
     @cached_property
     def fingerprint(self) -> str:
         """Hex SHA-256 over all ids, label positions and boundaries: a resumed run must find the same."""
         digest = hashlib.sha256(b"dlora data set 1\0")
-        for part in (self._starts, self._label_starts, self._ids, self._label_positions):
+        for part in (self.starts, self.label_starts, self.ids, self.label_positions):
             digest.update(np.ascontiguousarray(part).astype(part.dtype.newbyteorder("<"), copy=False).data)
         return digest.hexdigest()
 
@@ -195,47 +194,36 @@ class Dataset:
 
     def acting_on_answers(self, invocation: tuple[int, ...]) -> Dataset:
         """The same examples, with adapters that act from the last ``invocation`` on."""
-        acting = copy.copy(self)
-        acting.invocation = invocation
-        return acting
+        return replace(self, invocation=invocation)
 
     def one_answer_each(self) -> Dataset:
         """Each answer an example of its own, with all that comes before it and nothing after; itself where it is so, or
         where there are no answers."""
         if self.facts.is_plain_text or all(_is_one_answer(example) for example in self):
             return self
-        building = DatasetBuilder()
-        for example in self:
-            gaps = np.flatnonzero(np.diff(example.label_positions) > 1) + 1
-            for answer in np.split(example.label_positions, gaps):
-                building.add(example.ids[: answer[-1] + 2], answer)
-        return building.dataset(self.facts)
+        return Dataset.of((each for example in self for each in _answers_of(example)), self.facts)
 
     def joined(self, max_length: int) -> Dataset:
         """Examples that follow each other as one, as many as fit into ``max_length`` tokens: parts of texts. The first
         token of each stays no label."""
-        building = DatasetBuilder()
-        ids, positions, size = list[IntArray](), list[IntArray](), 0
-        for example in self:
-            if ids and size + len(example.ids) > max_length:
-                building.add(np.concatenate(ids), np.concatenate(positions))
-                ids, positions, size = [], [], 0
-            ids.append(example.ids)
-            positions.append(example.label_positions + np.int32(size))
-            size += len(example.ids)
-        if ids:
-            building.add(np.concatenate(ids), np.concatenate(positions))
-        return building.dataset(self.facts)
+        return Dataset.of(map(_joined, self._runs(max_length)), self.facts)
 
-    def subset(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> Dataset:
+    def _runs(self, max_length: int) -> Iterator[list[Example]]:
+        run, size = list[Example](), 0
+        for example in self:
+            if run and size + len(example.ids) > max_length:
+                yield run
+                run, size = [], 0
+            run.append(example)
+            size += len(example.ids)
+        if run:
+            yield run
+
+    def subset(self, indices: Iterable[int] | npt.NDArray[np.int64]) -> Dataset:
         """The examples of ``indices``, in that order, copied."""
-        building = DatasetBuilder()
-        for index in indices:
-            example = self[int(index)]
-            building.add(example.ids, example.label_positions)
-        made = building.dataset(self.facts)
-        made.invocation = self.invocation
-        return made
+        examples = (self[int(index)] for index in indices)
+        made = Dataset.of(((example.ids, example.label_positions) for example in examples), self.facts)
+        return replace(made, invocation=self.invocation)
 
 
 def _is_one_answer(example: Example) -> bool:
@@ -244,29 +232,13 @@ def _is_one_answer(example: Example) -> bool:
     return is_one_run and int(positions[-1]) + 2 == len(example.ids)
 
 
-class DatasetBuilder:
-    """A data set that grows example by example, in the memory that its tokens take."""
+def _answers_of(example: Example) -> Iterator[tuple[IntArray, IntArray]]:
+    gaps = np.flatnonzero(np.diff(example.label_positions) > 1) + 1
+    for answer in np.split(example.label_positions, gaps):
+        yield example.ids[: answer[-1] + 2], answer
 
-    def __init__(self) -> None:
-        self._ids, self._positions = array("i"), array("i")
-        self._starts, self._label_starts = array("q", [0]), array("q", [0])
 
-    def __len__(self) -> int:
-        return len(self._starts) - 1
-
-    def add(self, ids: IntArray, positions: IntArray) -> None:
-        """Add an example: its ids and label positions, both int32."""
-        self._ids.frombytes(ids.tobytes())
-        self._positions.frombytes(positions.tobytes())
-        self._starts.append(len(self._ids))
-        self._label_starts.append(len(self._positions))
-
-    def dataset(self, facts: DataFacts | None = None) -> Dataset:
-        """What was added, without a copy of it."""
-        return Dataset(
-            np.frombuffer(self._ids, np.int32),
-            np.frombuffer(self._starts, np.int64),
-            np.frombuffer(self._positions, np.int32),
-            np.frombuffer(self._label_starts, np.int64),
-            facts,
-        )
+def _joined(examples: Sequence[Example]) -> tuple[IntArray, IntArray]:
+    starts = np.cumsum([0, *(len(example.ids) for example in examples[:-1])], dtype=np.int32)
+    positions = [example.label_positions + start for example, start in zip(examples, starts, strict=True)]
+    return np.concatenate([example.ids for example in examples]), np.concatenate(positions)

@@ -131,8 +131,9 @@ class _Header(msgspec.Struct):
 
 
 def _packed(dataset: Dataset) -> list[Buffer]:
-    header = _Header(dataset.facts, tuple(array.dtype.str for array in dataset.arrays))
-    return [msgspec.msgpack.encode(header), *(array.data.cast("B") for array in dataset.arrays)]
+    arrays = dataset.ids, dataset.starts, dataset.label_positions, dataset.label_starts
+    header = _Header(dataset.facts, tuple(array.dtype.str for array in arrays))
+    return [msgspec.msgpack.encode(header), *(array.data.cast("B") for array in arrays)]
 
 
 def _unpacked(parts: Sequence[Buffer]) -> Dataset:

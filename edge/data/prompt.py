@@ -194,7 +194,7 @@ class _Worker:
         return opened
 
     def chat(self, messages: list[dict[str, Any]], tools: list[Any] | None) -> Sequence[Buffer]:
-        return (self.at("the prompt").encode_chat(messages, tools=tools).tobytes(),)
+        return (self.at("the prompt").encode_chat(messages, tools).tobytes(),)
 
     def text(self, text: str) -> Sequence[Buffer]:
         return (self.at("the prompt").encode_prompt_text(text).tobytes(),)

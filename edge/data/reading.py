@@ -13,9 +13,10 @@ import numpy as np
 
 from dlora.edge.choices import TooLong, TrainOn
 from dlora.protocol.errors import DataError
+from dlora.protocol.tensors import IntArray
 
 from .encoding import TokenSequence, encode_sample
-from .examples import DataFacts, Dataset, DatasetBuilder
+from .examples import DataFacts, Dataset, Places
 from .forms import KEYS, Conversation, Form, form_of, sample_of
 from .read_settings import ReadSettings
 from .records import Record, parse_columns, read_records
@@ -165,12 +166,15 @@ def load_split(
 ) -> tuple[Dataset, Dataset | None]:
     """Likewise, without the rows that are held out, and these; None where none are."""
     reader = SequenceReader(path, tokenizer, settings, on_place=on_place)
-    building, digests = DatasetBuilder(), array("Q")
-    for _, sequence in reader:
-        building.add(sequence.ids, sequence.positions)
-        if split:
-            digests.append(sequence.digest)
-    dataset = building.dataset(reader.facts)
+    digests = array("Q")
+
+    def examples() -> Iterator[tuple[IntArray, IntArray]]:
+        for _, sequence in reader:
+            if split:
+                digests.append(sequence.digest)
+            yield sequence.ids, sequence.positions
+
+    dataset = Dataset.of(examples(), reader.facts)
     if not split:
         return _finished(dataset, settings), None
     try:
@@ -180,11 +184,9 @@ def load_split(
     if not is_held.any():
         return _finished(dataset, settings), None
     trained, held = (dataset.subset(np.flatnonzero(rows)) for rows in (~is_held, is_held))
-    held.facts = msgspec.structs.replace(reader.facts, skipped=DataFacts().skipped, truncated=DataFacts().truncated)
+    held.facts = msgspec.structs.replace(reader.facts, skipped=Places(), truncated=Places())
     return _finished(trained, settings), _finished(held, settings)
 
 
 def _finished(dataset: Dataset, settings: ReadSettings) -> Dataset:
     return dataset.joined(settings.max_length) if dataset.facts.form == "documents" else dataset
-
-

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from datetime import datetime
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -46,7 +46,6 @@ class EdgeTokenizer:
     Args:
         spec: its special tokens, as in the manifest; chat_template: Jinja text.
         vocabulary_size: of the base model, whose token ids are below it; None: any may be.
-        now: the date for chat templates that print it; fix it where a run must be repeatable on another day.
 
     What a damaged tokenizer makes the tokenizers library do, within its limits and ours, is a ``BundleError``. What it
     makes it do to the process is the business of ``child``.
@@ -57,7 +56,6 @@ class EdgeTokenizer:
         tokenizer: tokenizers.Tokenizer,
         spec: TokenizerSpec,
         chat_template: str | None = None,
-        now: Callable[[], datetime] = datetime.now,
         vocabulary_size: int | None = None,
     ) -> None:
         # The file may carry the settings of whoever saved it; lengths are our business.
@@ -65,14 +63,12 @@ class EdgeTokenizer:
         tokenizer.no_padding()
         self._tokenizer = tokenizer
         self._spec = spec
-        self._now = now
         self._end_of_ids = _MAX_IDS if vocabulary_size is None else vocabulary_size
-        if self.vocabulary_size == 0:
+        if not tokenizer.get_vocab_size(with_added_tokens=True):
             raise BundleError("the bundle's tokenizer has no words; export the bundle again")
         if spec.eos_token_id is not None:
             self._check_ids(np.array([spec.eos_token_id]))
         self._template_source = chat_template
-        self._template: ChatTemplate | None = None
         self._streams: dict[int, decoders.DecodeStream] = {}
 
     @classmethod
@@ -99,15 +95,6 @@ class EdgeTokenizer:
         return self._spec.eos_token_id
 
     @property
-    def stop_token_ids(self) -> tuple[int, ...]:
-        """Tokens that end an answer."""
-        return self._spec.all_stop_token_ids
-
-    @property
-    def vocabulary_size(self) -> int:
-        return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
-
-    @property
     def longest_token_bytes(self) -> int:
         """UTF-8 bytes of the longest word of its vocabulary. No other token stands for more of a text: only several
         characters that it does not know may be one token, and a normalizer may leave blanks out."""
@@ -118,18 +105,15 @@ class EdgeTokenizer:
         """Whether the bundle has one, good or not."""
         return self._template_source is not None
 
-    @property
+    @cached_property
     def chat_template(self) -> ChatTemplate:
         """The chat template, compiled once; raises ``DataError`` where the bundle has none."""
-        if self._template is None:
-            if self._template_source is None:
-                raise DataError("this base model has no chat template; use prompt and completion, or text")
-            from .chat import ChatTemplate
+        if self._template_source is None:
+            raise DataError("this base model has no chat template; use prompt and completion, or text")
+        from .chat import ChatTemplate
 
-            tokens = {"bos_token": self._spec.bos_token, "eos_token": self._spec.eos_token}
-            known = {name: token for name, token in tokens.items() if token is not None}
-            self._template = ChatTemplate(self._template_source, known, self._now)
-        return self._template
+        tokens = {"bos_token": self._spec.bos_token, "eos_token": self._spec.eos_token}
+        return ChatTemplate(self._template_source, {name: token for name, token in tokens.items() if token is not None})
 
     def encode(self, text: str, *, add_special_tokens: bool) -> Encoded:
         """Tokens of a text; special tokens that stand in the text are recognised either way."""
@@ -140,15 +124,9 @@ class EdgeTokenizer:
         spans = np.array(found.offsets, np.int32).reshape(-1, 2)
         return Encoded(ids.astype(np.int32), spans, np.array(found.special_tokens_mask, np.bool_))
 
-    def encode_chat(
-        self,
-        messages: Sequence[dict[str, Any]],
-        *,
-        add_generation_prompt: bool = True,
-        tools: Sequence[Any] | None = None,
-    ) -> IntArray:
+    def encode_chat(self, messages: Sequence[dict[str, Any]], tools: Sequence[Any] | None = None) -> IntArray:
         """Token ids, int32 (tokens,), of a conversation, ready to be answered. Raises ``DataError``."""
-        text = self.chat_template.render(messages, add_generation_prompt=add_generation_prompt, tools=tools)
+        text = self.chat_template.render(messages, add_generation_prompt=True, tools=tools)
         return self.encode(text, add_special_tokens=False).ids
 
     def assistant_header(self) -> tuple[int, ...]:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import asyncio
+import contextlib
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from starlette.requests import Request
 
 from dlora.edge.data.prompt import PromptTokenizer
 from dlora.edge.generation.answer import TextAnswer
 from dlora.edge.generation.generate import Counters, FinishReason
 from dlora.edge.generation.prompt import Prompt
 from dlora.edge.generation.sampling import Choice
-from dlora.protocol.errors import DataError, MissingExtraError, UsageError
+from dlora.edge.model.ends import LongArray
+from dlora.protocol.errors import DataError, DloraError, MissingExtraError, UsageError
 
+from .errors import RequestError, as_request_error
 from .requests import GenerationRequest
-from .slots import OpenModel, ServedAdapter, Slot
+from .slots import OpenModel, ServedAdapter, Slot, Slots
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,3 +131,109 @@ class Generation:
             return {}
         tokens = {token for choice in choices for token in (choice.token, *(top for top, _ in choice.top))}
         return {token: self.tokenizer.decode([token]) for token in tokens}
+
+
+class Events:
+    """What comes of one request, for the event loop; the answers are made in a slot's thread.
+
+    They are given up as soon as the client has left, between two steps with the server.
+
+    Args:
+        is_stopping: whether the server ends: answers under way end with what they have.
+    """
+
+    def __init__(
+        self,
+        generation: Generation,
+        slots: Slots,
+        is_stopping: Callable[[], bool],
+        adapter: ServedAdapter,
+        asked: GenerationRequest,
+        request: Request,
+    ) -> None:
+        self._generation = generation
+        self._slots = slots
+        self._is_stopping = is_stopping
+        self._adapter = adapter
+        self._asked = asked
+        self._first: Piece | End | None = None
+        self._queue: asyncio.Queue[Piece | End | Exception] = asyncio.Queue()
+        self._cancelled = threading.Event()
+        self._is_in_slot = False
+        self._loop = asyncio.get_running_loop()
+        self._running = asyncio.create_task(self._run())
+        self._watching = asyncio.create_task(self._watch(request))
+
+    async def start(self, most_s: float | None) -> None:
+        """Wait for the first of them, ``most_s`` at most, so that what cannot be has its status.
+
+        Raises ``RequestError``.
+        """
+        with contextlib.suppress(TimeoutError):
+            self._first = await asyncio.wait_for(anext(self), most_s)
+
+    def __aiter__(self) -> AsyncIterator[Piece | End]:
+        return self
+
+    async def __anext__(self) -> Piece | End:
+        first, self._first = self._first, None
+        event = first or await self._queue.get()
+        if isinstance(event, DloraError):
+            raise as_request_error(event, self._asked.shaped_by) from None
+        if isinstance(event, Exception):
+            raise event
+        return event
+
+    async def close(self) -> None:
+        """Give up what is not done yet, and wait until it has ended."""
+        self._cancelled.set()
+        self._watching.cancel()
+        if not self._running.done() and self._queue.empty() and not self._is_in_slot:
+            self._running.cancel()  # it still stands in line
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._running
+
+    def _should_stop(self) -> bool:
+        return self._cancelled.is_set() or self._is_stopping()
+
+    async def _run(self) -> None:
+        try:
+            async with self._slots.take(self._adapter, self._encode) as slot:
+                self._is_in_slot = True
+
+                def work() -> None:
+                    for event in self._generation.run(slot, self._adapter, self._asked, self._should_stop):
+                        self._loop.call_soon_threadsafe(self._queue.put_nowait, event)
+
+                await asyncio.shield(self._loop.run_in_executor(slot.thread, work))
+            self._queue.put_nowait(StopAsyncIteration())
+        except Exception as error:
+            self._queue.put_nowait(error)
+
+    async def _encode(self) -> LongArray:
+        """The prompt, by which a slot is chosen.
+
+        Where the client leaves meanwhile it is encoded to its end all the same, which a thread does, and the place is
+        not another's before: or clients that come and leave would have the tokenizer do more and more at a time.
+        """
+        encode = self._asked.prompts[0].encode
+        encoding = asyncio.create_task(asyncio.to_thread(encode, self._generation.tokenizer))
+        left: asyncio.CancelledError | None = None
+        while not encoding.done():
+            try:
+                await asyncio.wait({encoding})
+            except asyncio.CancelledError as error:  # may come twice
+                left = error
+        if left is not None:
+            encoding.exception()  # nobody asks for it
+            raise left
+        return encoding.result()
+
+    async def _watch(self, request: Request) -> None:
+        """The body was read: what comes next is that the client leaves."""
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        self._cancelled.set()
+        if not self._is_in_slot:
+            self._running.cancel()
+            self._queue.put_nowait(RequestError(499, "the client left"))

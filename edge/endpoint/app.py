@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import hmac
 import re
-import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -21,10 +18,9 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from dlora.edge.generation.sampling import Sampling
-from dlora.edge.model.ends import LongArray
 from dlora.protocol.errors import DloraError
 
-from .answers import End, Generation, Piece
+from .answers import Events, Generation
 from .bodies import Bodies
 from .errors import RequestError, as_request_error
 from .event_stream import PING_EVERY_S, EventStream
@@ -209,21 +205,17 @@ class _Endpoint:
         adapter = self._find(asked.model)
         format_ = form(asked, adapter.name)
         log = self._log(request, format_)
-        events = _Events(served, adapter, asked, request)
+        events = Events(served.generation, served.slots, served.is_stopping, adapter, asked, request)
         try:
-            first = await events.start(PING_EVERY_S if asked.stream else None)
+            await events.start(PING_EVERY_S if asked.stream else None)
         except RequestError:
             await events.close()
             raise
         if asked.stream:
-            return EventStream(events, first, format_, with_usage=asked.with_usage, log=log)
+            return EventStream(events, format_, with_usage=asked.with_usage, log=log)
         try:
-            assert first is not None
-            for _ in format_.take(first):
-                pass
             async for event in events:
-                for _ in format_.take(event):
-                    pass
+                format_.take(event)
         finally:
             await events.close()
         log()
@@ -242,105 +234,6 @@ class _Endpoint:
             )
 
         return log
-
-
-class _Events:
-    """What comes of one request, for the event loop; the answers are made in a slot's thread.
-
-    They are given up as soon as the client has left, between two steps with the server.
-    """
-
-    def __init__(self, served: Served, adapter: ServedAdapter, asked: GenerationRequest, request: Request) -> None:
-        self._served = served
-        self._adapter = adapter
-        self._asked = asked
-        self._queue: asyncio.Queue[Piece | End | Exception | None] = asyncio.Queue()
-        self._cancelled = threading.Event()
-        self._is_in_slot = False
-        self._loop = asyncio.get_running_loop()
-        self._running = asyncio.create_task(self._run())
-        self._watching = asyncio.create_task(self._watch(request))
-
-    async def start(self, most_s: float | None) -> Piece | End | None:
-        """The first of them, so that what cannot be has its status; None where it takes longer than ``most_s``.
-
-        Raises ``RequestError``.
-        """
-        try:
-            return await asyncio.wait_for(self.__anext__(), most_s)
-        except TimeoutError:
-            return None
-
-    def __aiter__(self) -> AsyncIterator[Piece | End]:
-        return self
-
-    async def __anext__(self) -> Piece | End:
-        event = await self._queue.get()
-        if event is None:
-            raise StopAsyncIteration
-        if isinstance(event, RequestError):
-            raise event
-        if isinstance(event, DloraError):
-            raise as_request_error(event, self._asked.shaped_by) from None
-        if isinstance(event, Exception):
-            raise event
-        return event
-
-    async def close(self) -> None:
-        """Give up what is not done yet, and wait until it has ended."""
-        self._cancelled.set()
-        self._watching.cancel()
-        if not self._running.done() and self._queue.empty() and not self._is_in_slot:
-            self._running.cancel()  # it still stands in line
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._running
-
-    def _should_stop(self) -> bool:
-        return self._cancelled.is_set() or self._served.is_stopping()
-
-    async def _run(self) -> None:
-        served, asked = self._served, self._asked
-        try:
-            async with served.slots.take(self._adapter, self._encode) as slot:
-                self._is_in_slot = True
-
-                def work() -> None:
-                    for event in served.generation.run(slot, self._adapter, asked, self._should_stop):
-                        self._loop.call_soon_threadsafe(self._queue.put_nowait, event)
-
-                await asyncio.shield(self._loop.run_in_executor(slot.thread, work))
-            self._queue.put_nowait(None)
-        except Exception as error:
-            self._queue.put_nowait(error)
-
-    async def _encode(self) -> LongArray:
-        """The prompt, by which a slot is chosen.
-
-        Where the client leaves meanwhile it is encoded to its end all the same, which a thread does, and the place is
-        not another's before: or clients that come and leave would have the tokenizer do more and more at a time.
-        """
-        encoding = asyncio.create_task(
-            asyncio.to_thread(self._asked.prompts[0].encode, self._served.generation.tokenizer)
-        )
-        left: asyncio.CancelledError | None = None
-        while not encoding.done():
-            try:
-                await asyncio.wait({encoding})
-            except asyncio.CancelledError as error:  # may come twice
-                left = error
-        if left is not None:
-            encoding.exception()  # nobody asks for it
-            raise left
-        return encoding.result()
-
-    async def _watch(self, request: Request) -> None:
-        """The body was read: what comes next is that the client leaves."""
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-        self._cancelled.set()
-        if not self._is_in_slot:
-            self._running.cancel()
-            self._queue.put_nowait(RequestError(499, "the client left"))
 
 
 def _model_entry(adapter: ServedAdapter) -> dict[str, Any]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Final, Protocol
+from collections.abc import AsyncIterator, Callable
+from typing import Final
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from .answers import End, Piece
+from .answers import Events
 from .errors import RequestError
 from .formats import Format, Json
 
@@ -18,35 +18,14 @@ PING_EVERY_S: Final = 15.0
 UNREAD_S: Final = 60.0  # a client that takes nothing for so long has left
 
 
-class Events(Protocol):
-    """What comes of one request; raises ``RequestError`` where nothing more does."""
-
-    def __aiter__(self) -> AsyncIterator[Piece | End]: ...
-    async def close(self) -> None:
-        """Give up what is not done yet, and wait until it has ended."""
-
-
 class EventStream(Response):
-    """Server-sent events: a chunk each, comments while nothing comes, and ``[DONE]``.
+    """Server-sent events: a chunk each, comments while nothing comes, and ``[DONE]``."""
 
-    Args:
-        first: of the events; None: it has not come yet.
-    """
-
-    def __init__(
-        self,
-        events: Events,
-        first: Piece | End | None,
-        format_: Format,
-        *,
-        with_usage: bool,
-        log: Callable[[], None],
-    ) -> None:
+    def __init__(self, events: Events, format_: Format, *, with_usage: bool, log: Callable[[], None]) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(media_type="text/event-stream", headers=headers)
         del self.headers["content-length"]
         self._events = events
-        self._first = first
         self._format = format_
         self._with_usage = with_usage
         self._log = log
@@ -69,49 +48,22 @@ class EventStream(Response):
     async def _texts(self) -> AsyncIterator[bytes]:
         for chunk in self._format.first_chunks():
             yield _event(chunk)
-        if self._first is not None:
-            for chunk in self._format.take(self._first):
-                yield _event(chunk)
-        async for made in with_pings(self._chunks()):
-            yield made
-        yield b"data: [DONE]\n\n"
-
-    async def _chunks(self) -> AsyncIterator[bytes]:
-        try:
-            async for event in self._events:
-                for chunk in self._format.take(event):
-                    yield _event(chunk)
-        except RequestError as error:
-            yield _event(error.body())
-            return
-        if self._with_usage:
-            yield _event(self._format.usage_chunk())
-
-
-async def with_pings(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """``chunks``, and a comment whenever nothing has come for a while: proxies close what is silent."""
-    waiting: asyncio.Future[bytes] | None = None
-    try:
         while True:
-            if waiting is None:
-                waiting = asyncio.ensure_future(_next(chunks))
-            done, _ = await asyncio.wait({waiting}, timeout=PING_EVERY_S)
-            if not done:
-                yield b": ping\n\n"
-                continue
             try:
-                made = waiting.result()
+                event = await asyncio.wait_for(anext(self._events), PING_EVERY_S)
+            except TimeoutError:
+                yield b": ping\n\n"  # proxies close what is silent
+                continue
+            except RequestError as error:
+                yield _event(error.body())
+                break
             except StopAsyncIteration:
-                return
-            waiting = None
-            yield made
-    finally:
-        if waiting is not None:
-            waiting.cancel()
-
-
-def _next(chunks: AsyncIterator[bytes]) -> Awaitable[bytes]:
-    return anext(chunks)
+                if self._with_usage:
+                    yield _event(self._format.usage_chunk())
+                break
+            for chunk in self._format.take(event):
+                yield _event(chunk)
+        yield b"data: [DONE]\n\n"
 
 
 def _event(chunk: Json) -> bytes:

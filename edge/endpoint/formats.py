@@ -48,17 +48,16 @@ class Format(ABC):
             "model": name,
         }  # fmt: skip
 
-    def take(self, event: Piece | End) -> Iterator[Json]:
+    def take(self, event: Piece | End) -> list[Json]:
         """Take what comes; gives the chunks that a client that streams gets for it."""
         answer = self._answers[event.index]
         if isinstance(event, Piece):
             answer.text += event.text
             answer.choices += event.choices
             self._texts |= event.texts
-            yield from self._chunks(event, answer)
-        else:
-            answer.end = event
-            yield from self._last_chunks(event, answer)
+            return [*self._chunks(event, answer)]
+        answer.end = event
+        return [*self._last_chunks(event, answer)]
 
     def usage_chunk(self) -> Json:
         """The chunk after all others, for who asked for it."""

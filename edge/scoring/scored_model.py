@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dlora.edge.choices import AnswerScore
-from dlora.edge.data.examples import DatasetBuilder
+from dlora.edge.data.examples import Dataset
 from dlora.edge.data.prompt import PromptTokenizer
 from dlora.edge.data.question import Question
 from dlora.edge.generation.answer import TextAnswer
@@ -107,10 +107,9 @@ def likeliest_choices(
 ) -> list[str]:
     """Of each question the choice whose tokens are the likeliest together, given the question; of equals the first."""
     candidates = [candidate for question in questions for candidate in question.candidates]
-    building = DatasetBuilder()
-    for each in candidates:
-        building.add(np.frombuffer(each.ids, np.int32), np.frombuffer(each.label_positions, np.int32))
-    dataset = building.dataset()
+    dataset = Dataset.of(
+        (np.frombuffer(each.ids, np.int32), np.frombuffer(each.label_positions, np.int32)) for each in candidates
+    )
     _, scores = evaluate_examples(model, dataset, batch_size, lambda done, _: on_examples(done))
     found, start = [], 0
     for question in questions:
