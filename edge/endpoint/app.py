@@ -6,7 +6,7 @@ import hmac
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from starlette.applications import Starlette
@@ -35,7 +35,7 @@ _HOST: Final = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([\w.-]+))(?::[0-9]*)?", re.
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
-    """What a server answers with.
+    """What a server answers with, and its answers.
 
     Attributes:
         base_name: what clients call the plain base model.
@@ -64,17 +64,92 @@ class Served:
     log: Callable[[str], None]
     problem: Callable[[], str | None]
     is_stopping: Callable[[], bool]
+    _bodies: Bodies = field(default_factory=Bodies)
+
+    async def health(self, _: Request) -> Response:
+        problem = self.problem()
+        if problem is not None:
+            return JSONResponse({"status": "loading", "reason": problem}, 503)
+        slots = self.slots
+        return JSONResponse({"status": "ok", "answering": slots.busy, "waiting": slots.waiting})
+
+    async def models(self, _: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [_model_entry(each) for each in self._models()]})
+
+    async def model(self, request: Request) -> Response:
+        return JSONResponse(_model_entry(self._find(request.path_params["name"])))
+
+    async def chat(self, request: Request) -> Response:
+        asked = read_chat(
+            await self._bodies.read(request), self.defaults, self.prompt_limit, knows_tools=self.knows_tools,
+            tool_form=self.tool_form,
+        )  # fmt: skip
+        return await self._answer(request, asked, ChatFormat)
+
+    async def completion(self, request: Request) -> Response:
+        asked = read_completion(await self._bodies.read(request), self.defaults, self.prompt_limit)
+        return await self._answer(request, asked, CompletionFormat)
+
+    def _models(self) -> list[ServedAdapter]:
+        try:
+            return [*self.adapters(), ServedAdapter(self.base_name, None)]
+        except DloraError as error:
+            raise as_request_error(error) from None
+
+    def _find(self, name: str) -> ServedAdapter:
+        models = self._models()
+        found = next((each for each in models if each.name == name), None) if name else models[0]
+        if found is None:
+            known = ", ".join(each.name for each in models[:8])
+            raise RequestError(404, f"there is no model {name[:100]!r}; there are {known}", code="model_not_found",
+                               param="model")  # fmt: skip
+        return found
+
+    async def _answer(self, request: Request, asked: GenerationRequest, form: type[Format]) -> Response:
+        if (problem := self.problem()) is not None:
+            raise RequestError(503, f"not ready yet: {problem}", retry_after_s=5)
+        adapter = self._find(asked.model)
+        format_ = form(asked, adapter.name)
+        log = self._log(request, format_)
+        events = Events(self.generation, self.slots, self.is_stopping, adapter, asked, request)
+        try:
+            await events.start(PING_EVERY_S if asked.stream else None)
+        except RequestError:
+            await events.close()
+            raise
+        if asked.stream:
+            return EventStream(events, format_, with_usage=asked.with_usage, log=log)
+        try:
+            async for event in events:
+                format_.take(event)
+        finally:
+            await events.close()
+        log()
+        return JSONResponse(format_.whole())
+
+    def _log(self, request: Request, format_: Format) -> Callable[[], None]:
+        began = time.monotonic()
+
+        def log() -> None:
+            counters = format_.counters()
+            prompt, tokens = sum(each.prompt_tokens for each in counters), sum(each.tokens for each in counters)
+            self.log(
+                f"{request.scope['path']}: {tokens} tokens after {prompt} of a prompt, "
+                f"{time.monotonic() - began:.1f} s, "
+                f"{sum(each.bytes_sent + each.bytes_received for each in counters) / 1e3:.0f} KB"
+            )
+
+        return log
 
 
 def make_app(served: Served) -> Starlette:
     """The application."""
-    endpoint = _Endpoint(served)
     routes = [
-        Route("/v1/chat/completions", endpoint.chat, methods=["POST"]),
-        Route("/v1/completions", endpoint.completion, methods=["POST"]),
-        Route("/v1/models", endpoint.models),
-        Route("/v1/models/{name:path}", endpoint.model),
-        Route("/health", endpoint.health),
+        Route("/v1/chat/completions", served.chat, methods=["POST"]),
+        Route("/v1/completions", served.completion, methods=["POST"]),
+        Route("/v1/models", served.models),
+        Route("/v1/models/{name:path}", served.model),
+        Route("/health", served.health),
     ]
     middleware = [Middleware(_Door, served=served)]
     if served.origins:
@@ -150,90 +225,6 @@ def _host_name(header: str | None) -> str:
 def local_hosts(host: str) -> Sequence[str] | None:
     """The names of a server that only its own machine reaches; None for one that listens to others."""
     return _LOCAL_HOSTS if host in ("127.0.0.1", "::1", "localhost") else None
-
-
-class _Endpoint:
-    def __init__(self, served: Served) -> None:
-        self._served = served
-        self._bodies = Bodies()
-
-    async def health(self, _: Request) -> Response:
-        problem = self._served.problem()
-        if problem is not None:
-            return JSONResponse({"status": "loading", "reason": problem}, 503)
-        slots = self._served.slots
-        return JSONResponse({"status": "ok", "answering": slots.busy, "waiting": slots.waiting})
-
-    async def models(self, _: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [_model_entry(each) for each in self._models()]})
-
-    async def model(self, request: Request) -> Response:
-        return JSONResponse(_model_entry(self._find(request.path_params["name"])))
-
-    async def chat(self, request: Request) -> Response:
-        served = self._served
-        asked = read_chat(
-            await self._bodies.read(request), served.defaults, served.prompt_limit, knows_tools=served.knows_tools,
-            tool_form=served.tool_form,
-        )  # fmt: skip
-        return await self._answer(request, asked, ChatFormat)
-
-    async def completion(self, request: Request) -> Response:
-        served = self._served
-        asked = read_completion(await self._bodies.read(request), served.defaults, served.prompt_limit)
-        return await self._answer(request, asked, CompletionFormat)
-
-    def _models(self) -> list[ServedAdapter]:
-        try:
-            return [*self._served.adapters(), ServedAdapter(self._served.base_name, None)]
-        except DloraError as error:
-            raise as_request_error(error) from None
-
-    def _find(self, name: str) -> ServedAdapter:
-        models = self._models()
-        found = next((each for each in models if each.name == name), None) if name else models[0]
-        if found is None:
-            known = ", ".join(each.name for each in models[:8])
-            raise RequestError(404, f"there is no model {name[:100]!r}; there are {known}", code="model_not_found",
-                               param="model")  # fmt: skip
-        return found
-
-    async def _answer(self, request: Request, asked: GenerationRequest, form: type[Format]) -> Response:
-        served = self._served
-        if (problem := served.problem()) is not None:
-            raise RequestError(503, f"not ready yet: {problem}", retry_after_s=5)
-        adapter = self._find(asked.model)
-        format_ = form(asked, adapter.name)
-        log = self._log(request, format_)
-        events = Events(served.generation, served.slots, served.is_stopping, adapter, asked, request)
-        try:
-            await events.start(PING_EVERY_S if asked.stream else None)
-        except RequestError:
-            await events.close()
-            raise
-        if asked.stream:
-            return EventStream(events, format_, with_usage=asked.with_usage, log=log)
-        try:
-            async for event in events:
-                format_.take(event)
-        finally:
-            await events.close()
-        log()
-        return JSONResponse(format_.whole())
-
-    def _log(self, request: Request, format_: Format) -> Callable[[], None]:
-        began = time.monotonic()
-
-        def log() -> None:
-            counters = format_.counters()
-            prompt, tokens = sum(each.prompt_tokens for each in counters), sum(each.tokens for each in counters)
-            self._served.log(
-                f"{request.scope['path']}: {tokens} tokens after {prompt} of a prompt, "
-                f"{time.monotonic() - began:.1f} s, "
-                f"{sum(each.bytes_sent + each.bytes_received for each in counters) / 1e3:.0f} KB"
-            )
-
-        return log
 
 
 def _model_entry(adapter: ServedAdapter) -> dict[str, Any]:

@@ -4,18 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from dlora.protocol.errors import (
-    BundleError,
-    CheckpointError,
-    ConnectionFailedError,
-    DataError,
-    DloraError,
-    MissingExtraError,
-    ModelMismatchError,
-    RefusedError,
-    StoppedError,
-    UsageError,
-)
+from dlora.protocol import errors
 
 QUEUE_RETRY_S: Final = 5
 
@@ -29,14 +18,9 @@ class RequestError(Exception):
     """
 
     def __init__(
-        self,
-        status: int,
-        text: str,
-        *,
-        code: str | None = None,
-        param: str | None = None,
+        self, status: int, text: str, *, code: str | None = None, param: str | None = None,
         retry_after_s: int | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(text)
         self.status = status
         self.code = code
@@ -50,25 +34,25 @@ class RequestError(Exception):
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
-def as_request_error(error: DloraError, shaped_by: str | None = None) -> RequestError:
+def as_request_error(error: errors.DloraError, shaped_by: str | None = None) -> RequestError:
     """What an error of ours is for the client whose request met it: its own fault, or the server's.
 
     ``shaped_by``: what of the request needs an extra.
     """
     text = str(error)
     match error:
-        case DataError() | UsageError():
+        case errors.DataError() | errors.UsageError():
             code = "context_length_exceeded" if "say less" in text or "begin anew" in text else None
             return RequestError(400, text, code=code)
-        case MissingExtraError():
+        case errors.MissingExtraError():
             return RequestError(400, text, param=shaped_by)
-        case CheckpointError() | ModelMismatchError():
+        case errors.CheckpointError() | errors.ModelMismatchError():
             return RequestError(409, text, param="model")
-        case ConnectionFailedError() | StoppedError():
+        case errors.ConnectionFailedError() | errors.StoppedError():
             return RequestError(503, text, retry_after_s=10)
-        case RefusedError() if error.retryable:
+        case errors.RefusedError() if error.retryable:
             return RequestError(503, text, retry_after_s=round(error.retry_after_s or 10))
-        case BundleError():
+        case errors.BundleError():
             return RequestError(500, text)
         case _:
             return RequestError(502, text)

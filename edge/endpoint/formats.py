@@ -37,6 +37,7 @@ class Format(ABC):
     """
 
     object_name: str
+    chunk_name: str
     prefix: str
 
     def __init__(self, request: GenerationRequest, name: str) -> None:
@@ -47,6 +48,7 @@ class Format(ABC):
             "id": f"{self.prefix}-{secrets.token_hex(12)}", "object": self.object_name, "created": int(time.time()),
             "model": name,
         }  # fmt: skip
+        self._chunk_head = {**self._head, "object": self.chunk_name}
 
     def take(self, event: Piece | End) -> list[Json]:
         """Take what comes; gives the chunks that a client that streams gets for it."""
@@ -61,16 +63,20 @@ class Format(ABC):
 
     def usage_chunk(self) -> Json:
         """The chunk after all others, for who asked for it."""
-        return {**self._chunk_head(), "choices": [], "usage": self.usage()}
+        return {**self._chunk_head, "choices": [], "usage": self.usage()}
 
     def whole(self) -> Json:
         """The answer to a client that does not stream."""
-        choices = [self._whole_choice(index, answer) for index, answer in enumerate(self._answers)]
+        choices = []
+        for index, answer in enumerate(self._answers):
+            assert answer.end is not None
+            said = self._whole(index, answer, answer.end)
+            choices.append({"index": index, **said, "logprobs": self._logprobs(answer.choices)})
         return {**self._head, "choices": choices, "usage": self.usage()}
 
     def usage(self) -> Json:
         """Tokens of prompts and answers; and those of prompts that the server held already."""
-        counters = [answer.end.counters for answer in self._answers if answer.end is not None]
+        counters = self.counters()
         firsts = counters[:: self._request.choices]  # OpenAI counts a prompt once, however many answers it has
         prompt, completion = sum(each.prompt_tokens for each in firsts), sum(each.tokens for each in counters)
         return {
@@ -93,24 +99,34 @@ class Format(ABC):
     def _last_chunks(self, end: End, answer: _Answer) -> Iterator[Json]: ...
 
     @abstractmethod
-    def _whole_choice(self, index: int, answer: _Answer) -> Json: ...
+    def _whole(self, index: int, answer: _Answer, end: End) -> Json: ...
 
-    def _chunk_head(self) -> Json:
-        return self._head
+    def _chunk(
+        self, index: int, said: Json, *, reason: str | None = None, choices: Sequence[Choice] | None = None
+    ) -> Json:
+        """What more there is of an answer: ``said``, in the form's own words."""
+        logprobs = None if choices is None else self._logprobs(choices)
+        return {
+            **self._chunk_head, "choices": [{"index": index, **said, "finish_reason": reason, "logprobs": logprobs}],
+        }  # fmt: skip
 
-    def _token_text(self, token: int) -> str:
-        return self._texts[token]
+    def _logprobs(self, choices: Sequence[Choice]) -> Json | None:
+        return None if self._request.sampling.logprobs is None else self._told_logprobs(choices)
+
+    @abstractmethod
+    def _told_logprobs(self, choices: Sequence[Choice]) -> Json: ...
 
 
 class ChatFormat(Format):
     """``/v1/chat/completions``."""
 
     object_name = "chat.completion"
+    chunk_name = "chat.completion.chunk"
     prefix = "chatcmpl"
 
     def first_chunks(self) -> Iterator[Json]:
         for index in range(len(self._answers)):
-            yield self._chunk(index, {"role": "assistant", "content": ""})
+            yield self._chunk(index, {"delta": {"role": "assistant", "content": ""}})
 
     def _chunks(self, piece: Piece, answer: _Answer) -> Iterator[Json]:
         ready = len(answer.text)
@@ -118,94 +134,69 @@ class ChatFormat(Format):
             ready = max(answer.shown, may_begin_call(answer.text, self._request.tool_form))
         text, answer.shown = answer.text[answer.shown : ready], ready
         if text or (piece.choices and self._request.sampling.logprobs is not None):
-            yield self._chunk(piece.index, {"content": text}, logprobs=self._logprobs(piece.choices))
+            yield self._chunk(piece.index, {"delta": {"content": text}}, choices=piece.choices)
 
     def _last_chunks(self, end: End, answer: _Answer) -> Iterator[Json]:
         text, calls = self._parse(answer)
         shown = answer.text[: answer.shown].strip() if calls else answer.text[: answer.shown]
         if rest := text.removeprefix(shown):
-            yield self._chunk(end.index, {"content": rest})
+            yield self._chunk(end.index, {"delta": {"content": rest}})
         if calls:
             given = [{"index": number, **_tool_call(call)} for number, call in enumerate(calls)]
-            yield self._chunk(end.index, {"tool_calls": given})
-        yield self._chunk(end.index, {}, "tool_calls" if calls else _reason(end))
+            yield self._chunk(end.index, {"delta": {"tool_calls": given}})
+        yield self._chunk(end.index, {"delta": {}}, reason="tool_calls" if calls else _reason(end))
 
-    def _whole_choice(self, index: int, answer: _Answer) -> Json:
-        assert answer.end is not None
+    def _whole(self, index: int, answer: _Answer, end: End) -> Json:
         text, calls = self._parse(answer)
         message: Json = {"role": "assistant", "content": text or (None if calls else "")}
         if calls:
             message["tool_calls"] = [_tool_call(call) for call in calls]
-        reason = "tool_calls" if calls else _reason(answer.end)
-        return {
-            "index": index, "message": message, "finish_reason": reason, "logprobs": self._logprobs(answer.choices),
-        }  # fmt: skip
+        return {"message": message, "finish_reason": "tool_calls" if calls else _reason(end)}
 
     def _parse(self, answer: _Answer) -> tuple[str, list[ToolCall]]:
         form = self._request.tool_form
         return (answer.text, []) if form is None else parse_tool_calls(answer.text, form)
 
-    def _chunk_head(self) -> Json:
-        return {**self._head, "object": "chat.completion.chunk"}
-
-    def _chunk(self, index: int, delta: Json, reason: str | None = None, logprobs: Json | None = None) -> Json:
-        choice = {"index": index, "delta": delta, "finish_reason": reason, "logprobs": logprobs}
-        return {**self._chunk_head(), "choices": [choice]}
-
-    def _logprobs(self, choices: Sequence[Choice]) -> Json | None:
-        if self._request.sampling.logprobs is None:
-            return None
+    def _told_logprobs(self, choices: Sequence[Choice]) -> Json:
         return {"content": [
             {**self._token(each.token, each.logprob), "top_logprobs": [self._token(*top) for top in each.top]}
             for each in choices
         ]}  # fmt: skip
 
     def _token(self, token: int, logprob: float | None) -> Json:
-        text = self._token_text(token)
+        text = self._texts[token]
         return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
 
 class CompletionFormat(Format):
     """``/v1/completions``."""
 
-    object_name = "text_completion"
+    object_name = chunk_name = "text_completion"
     prefix = "cmpl"
 
     def first_chunks(self) -> Iterator[Json]:
         if self._request.echo:
             for index in range(len(self._answers)):
-                yield self._chunk(index, self._prompt(index))
+                yield self._chunk(index, {"text": self._prompt(index)})
 
     def _chunks(self, piece: Piece, answer: _Answer) -> Iterator[Json]:
-        yield self._chunk(piece.index, piece.text, logprobs=self._logprobs(piece.choices))
+        yield self._chunk(piece.index, {"text": piece.text}, choices=piece.choices)
 
     def _last_chunks(self, end: End, answer: _Answer) -> Iterator[Json]:
-        yield self._chunk(end.index, "", _reason(end))
+        yield self._chunk(end.index, {"text": ""}, reason=_reason(end))
 
-    def _whole_choice(self, index: int, answer: _Answer) -> Json:
-        assert answer.end is not None
+    def _whole(self, index: int, answer: _Answer, end: End) -> Json:
         text = (self._prompt(index) if self._request.echo else "") + answer.text
-        return {
-            "index": index, "text": text, "finish_reason": _reason(answer.end),
-            "logprobs": self._logprobs(answer.choices),
-        }  # fmt: skip
+        return {"text": text, "finish_reason": _reason(end)}
 
     def _prompt(self, index: int) -> str:
         return self._request.prompts[index // self._request.choices].text or ""
 
-    def _chunk(self, index: int, text: str, reason: str | None = None, logprobs: Json | None = None) -> Json:
-        choice = {"index": index, "text": text, "finish_reason": reason, "logprobs": logprobs}
-        return {**self._head, "choices": [choice]}
-
-    def _logprobs(self, choices: Sequence[Choice]) -> Json | None:
-        if self._request.sampling.logprobs is None:
-            return None
+    def _told_logprobs(self, choices: Sequence[Choice]) -> Json:
         return {
-            "tokens": [self._token_text(each.token) for each in choices],
+            "tokens": [self._texts[each.token] for each in choices],
             "token_logprobs": [each.logprob for each in choices],
-            "top_logprobs": [
-                {self._token_text(token): logprob for token, logprob in each.top} for each in choices
-            ],
+            "top_logprobs": [{self._texts[token]: logprob for token, logprob in each.top} for each in choices],
         }
 
 
