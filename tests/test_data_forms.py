@@ -172,11 +172,6 @@ def test_any_delimiter_is_found(delimiter: str, tmp_path: Path) -> None:
     assert text_of(load(path, columns="prompt=my question,completion=my-answer")) == "<s>qa</s>"
 
 
-def test_table_of_the_samples_is_read() -> None:
-    dataset = load(SAMPLES / "table.csv", columns="prompt=question,completion=answer")
-    assert text_of(dataset, 1) == '<s>Which "milk" has no cow?Oat milk.</s>'
-
-
 def test_parquet_is_read_as_json_is(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
@@ -288,51 +283,6 @@ def test_last_works_where_a_template_rewrites_earlier_turns(tmp_path: Path) -> N
         load(path, tokenizer)
     (example,) = load(path, tokenizer, train_on="last")
     assert TOKENIZER.decode(example.labels, skip_special_tokens=False) == "<think></think>6<|im_end|>"
-
-
-def test_given_turns_of_a_prompt_are_not_learnt() -> None:
-    dataset = load(SAMPLES / "prompt_completion_messages.jsonl")
-    assert TOKENIZER.decode(dataset[1].labels, skip_special_tokens=False) == "White.<|im_end|>\n"
-
-
-def test_a_token_of_prompt_and_completion_is_the_completions(tmp_path: Path) -> None:
-    dataset = load(write(tmp_path / "d.jsonl", {"prompt": "the ans", "completion": "wer"}))
-    assert TOKENIZER.decode(dataset[0].labels, skip_special_tokens=False) == " answer</s>"
-
-
-# -- what cannot be ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("content", "text"),
-    [
-        ('{"text": "a"}\n{"instruction": "a", "output": "b"}\n', ":2: this is Alpaca ('instruction' and 'output'),"),
-        ('{"prompt": "a", "completion": ""}\n{"prompt": "b", "completion": " "}\n', ":1: its answer is empty, and so"),
-        ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]}', ":1: its answer is"),
-        ('{"prompt": "a", "chosen": "b", "rejected": "c"}', ":1: a pair of a chosen and a rejected answer"),
-        ('{"prompt": [{"role": "user", "content": "a"}], "completion": "b"}', "'completion' must be a list of"),
-        ('{"prompt": [], "completion": []}', "'prompt' must be a list of at least one message, not an empty array"),
-        ('{"conversations": [{"from": "human", "value": "a"}]}', ":1: nothing to learn: no message of the"),
-        ('{"conversations": [{"from": "human", "value": 3}]}', ":1: message 1 needs a 'content', a string"),
-        ('{"messages": [{"role": "user", "content": [{"type": "image"}]}]}', ":1: message 1 has a part that is"),
-        ('{"instruction": "a", "output": "b", "history": "c"}', ":1: 'history' must be a list of pairs"),
-        ('{"messages": [{"role": "assistant", "content": "a"}], "tools": "["}', ":1: 'tools' must be JSON"),
-        ('[{"text": "a"},\n{"text": "b"]', ":2: not valid JSON"),
-        ('[{"text": "a"}\n{"text": "b"}]', ":2: not valid JSON: a comma, or the end of the array, belongs here"),
-        ('[{"text": "a"},\n3]', ":2: a JSON number; each element of the array must be one JSON object"),
-        ('[{"text": "a"}\n', ":2: not valid JSON"),
-        ('[{"text": "a"}]\n[]', ":2: something follows the array"),
-        (b'[{"text": "a"},\n{"text": "\xff"}]', ":2: not UTF-8 (byte 11 of the line)"),
-        ("[]", "no examples in it"),
-    ],
-)
-def test_what_cannot_be_is_one_line_with_its_place(content: str | bytes, text: str, tmp_path: Path) -> None:
-    path = tmp_path / "d.json"
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(DataError) as caught:
-        load(path)
-    assert text in str(caught.value)
-    assert "\n" not in str(caught.value)
 
 
 def test_a_long_array_is_read_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,7 +138,6 @@ def test_template_knows_the_date() -> None:
         ("{{ 1 / 0 }}", TALK, "refuses these messages"),
         ("{{ ().__class__.__base__.__subclasses__() }}", TALK, "unsafe"),
         (CHATML, TALK[1:], "first message is the assistant's"),
-        (REWRITES, TALK, "rewrites earlier turns"),
         (None, TALK, "no chat template"),
         ("{% for %}", TALK, "does not compile"),
     ],
@@ -150,21 +149,7 @@ def test_template_errors_name_the_line(tmp_path: Path, template: str | None, mes
     assert str(caught.value).startswith(f"{path}:1: ")
 
 
-def test_template_that_rewrites_history_works_with_one_answer(tmp_path: Path) -> None:
-    dataset = load(write(tmp_path / "d.jsonl", {"messages": TALK[:2]}), edge_tokenizer(REWRITES))
-    assert learned(dataset) == "<think></think>It is 4, né? 🙂<|im_end|>"
-
-
 # -- labels --------------------------------------------------------------------------------------------------
-
-
-def test_messages_label_the_assistant_only(tmp_path: Path) -> None:
-    dataset = load(write(tmp_path / "d.jsonl", {"messages": TALK}))
-    assert learned(dataset) == "It is 4, né? 🙂<|im_end|>\n6<|im_end|>\n"
-    example = dataset[0]
-    assert TOKENIZER.decode(example.ids, skip_special_tokens=False) == ChatTemplate(CHATML, {}).render(TALK)
-    assert (example.ids[example.label_positions + 1] == example.labels).all()
-    assert (example.ids.dtype, example.label_positions.dtype, example.labels.dtype) == (np.int32, np.int32, np.int64)
 
 
 @pytest.mark.parametrize(
@@ -173,20 +158,18 @@ def test_messages_label_the_assistant_only(tmp_path: Path) -> None:
         ("the answer is", " yes", " yes</s>"),
         ("the answer is ", "yes", " yes</s>"),  # one token takes the blank along
         ("the answer is\n", "yes", "yes</s>"),
+        ("the ans", "wer", " answer</s>"),  # and one is of both
         ("", "yes", "yes</s>"),
         ("say 🙂", "🙂", "🙂</s>"),
     ],
 )
 def test_completion_is_labelled_and_ends_with_eos(tmp_path: Path, prompt: str, completion: str, expected: str) -> None:
     dataset = load(write(tmp_path / "d.jsonl", {"prompt": prompt, "completion": completion}))
+    example = dataset[0]
     assert learned(dataset) == expected
-    assert TOKENIZER.decode(dataset[0].ids, skip_special_tokens=False) == f"<s>{prompt}{completion}</s>"
-
-
-def test_whole_text_is_labelled(tmp_path: Path) -> None:
-    dataset = load(write(tmp_path / "d.jsonl", {"text": "the answer", "id": 7}))
-    assert learned(dataset) == "the answer</s>"
-    assert dataset[0].label_positions.tolist() == list(range(len(dataset[0].ids) - 1))
+    assert TOKENIZER.decode(example.ids, skip_special_tokens=False) == f"<s>{prompt}{completion}</s>"
+    assert (example.ids[example.label_positions + 1] == example.labels).all()
+    assert (example.ids.dtype, example.label_positions.dtype, example.labels.dtype) == (np.int32, np.int32, np.int64)
 
 
 def test_eos_added_by_the_tokenizer_is_not_added_twice(tmp_path: Path) -> None:
@@ -227,37 +210,70 @@ def test_bom_crlf_and_blank_lines_are_read(tmp_path: Path) -> None:
     assert [learned(dataset, index) for index in range(2)] == ["yes</s>", "no</s>"]
 
 
-@pytest.mark.parametrize(
-    ("content", "text"),
-    [
-        (b'{"text": "a"}\n{"text": \n', ":2: not valid JSON"),
-        (b'{"text": "a"}\n\n[{"text": "a"}]\n', ":3: a JSON array; each line must be one whole JSON object"),
-        (b'"x"\n', ":1: a JSON string"),
-        (b"\n null \n", ":2: a JSON null"),
-        (b'{"text": "a"} {"text": "b"}\n', ":1: not valid JSON"),
-        (b'{"text": 3}\n', ":1: 'text' must be a string, not a number"),
-        (b'{"prompt": "a"}\n', ":1: no form of data that is known: it needs 'messages'"),
-        (b'{"prompt": "a", "completion": null}\n', "'completion' must be a string"),
-        (b'{"body": "a", "id": 1}\n', "and has 'body', 'id'"),
-        (b"{}\n", "and has nothing"),
-        (b'{"text": "a", "messages": []}\n', ":1: it may be chat messages or text, for it has 'text', 'messages'"),
-        (b'{"text": ""}\n', ":1: the text is empty"),
-        (b'{"messages": []}\n', "at least one message"),
-        (b'{"messages": "hi"}\n', "must be a list"),
-        (b'{"messages": ["hi"]}\n', "message 1 must be an object"),
-        (b'{"messages": [{"content": "hi"}]}\n', "message 1 needs a 'role'"),
-        (b'{"messages": [{"role": "user"}]}\n', "message 1 needs a 'content'"),
-        (b'{"messages": [{"role": "user", "content": "hi"}]}\n', ":1: nothing to learn"),
-        (b'{"text": "a"}\n{"text": "\xff"}\n', ":2: not UTF-8"),
-        ('{"text": "a"}'.encode("utf-16"), ":1: not UTF-8"),
-        (b'{"text": "\\ud800"}\n', ":1: not valid JSON"),
-        (b"[" * 100_000, ":1: not valid JSON"),
-        (b"", "no examples in it"),
-        (b"\n\n", "no examples in it"),
-    ],
-)
-def test_error_names_the_bad_line(tmp_path: Path, content: bytes, text: str) -> None:
-    path = tmp_path / "d.jsonl"
+BAD_LINES = [
+    (b'{"text": "a"}\n{"text": \n', ":2: not valid JSON"),
+    (b'{"text": "a"}\n\n[{"text": "a"}]\n', ":3: a JSON array; each line must be one whole JSON object"),
+    (b'"x"\n', ":1: a JSON string"),
+    (b"\n null \n", ":2: a JSON null"),
+    (b'{"text": "a"} {"text": "b"}\n', ":1: not valid JSON"),
+    (b'{"text": 3}\n', ":1: 'text' must be a string, not a number"),
+    (b'{"prompt": "a"}\n', ":1: no form of data that is known: it needs 'messages'"),
+    (b'{"prompt": "a", "completion": null}\n', "'completion' must be a string"),
+    (b'{"body": "a", "id": 1}\n', "and has 'body', 'id'"),
+    (b"{}\n", "and has nothing"),
+    (b'{"text": "a", "messages": []}\n', ":1: it may be chat messages or text, for it has 'text', 'messages'"),
+    (b'{"text": ""}\n', ":1: the text is empty"),
+    (b'{"messages": []}\n', "at least one message"),
+    (b'{"messages": "hi"}\n', "must be a list"),
+    (b'{"messages": ["hi"]}\n', "message 1 must be an object"),
+    (b'{"messages": [{"content": "hi"}]}\n', "message 1 needs a 'role'"),
+    (b'{"messages": [{"role": "user"}]}\n', "message 1 needs a 'content'"),
+    (b'{"messages": [{"role": "user", "content": "hi"}]}\n', ":1: nothing to learn"),
+    (b'{"text": "a"}\n{"text": "\xff"}\n', ":2: not UTF-8"),
+    ('{"text": "a"}'.encode("utf-16"), ":1: not UTF-8"),
+    (b'{"text": "\\ud800"}\n', ":1: not valid JSON"),
+    (b"[" * 100_000, ":1: not valid JSON"),
+    (b"", "no examples in it"),
+    (b"\n\n", "no examples in it"),
+]
+BAD_TABLES = [
+    (b"text,label\na,b\nc\n", ":3: 1 fields, the header has 2"),
+    (b'text,label\n"a\nb",c\n"x"y,z\n', ":4: not valid CSV"),
+    (b'text\n"a', ":2: not valid CSV"),
+    (b"text,text\na,b\n", ":1: the header names a column twice"),
+    (b"text\n\xff\n", ":2: not UTF-8"),
+    (b"text\n", "no examples in it"),
+    (b"body\nx\n", ":2: no form of data that is known"),
+]
+BAD_FORMS = [
+    (b'{"text": "a"}\n{"instruction": "a", "output": "b"}\n', ":2: this is Alpaca ('instruction' and 'output'),"),
+    (b'{"prompt": "a", "completion": ""}\n{"prompt": "b", "completion": " "}\n', ":1: its answer is empty, and so"),
+    (b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]}', ":1: its answer is"),
+    (b'{"prompt": "a", "chosen": "b", "rejected": "c"}', ":1: a pair of a chosen and a rejected answer"),
+    (b'{"prompt": [{"role": "user", "content": "a"}], "completion": "b"}', "'completion' must be a list of"),
+    (b'{"prompt": [], "completion": []}', "'prompt' must be a list of at least one message, not an empty array"),
+    (b'{"conversations": [{"from": "human", "value": "a"}]}', ":1: nothing to learn: no message of the"),
+    (b'{"conversations": [{"from": "human", "value": 3}]}', ":1: message 1 needs a 'content', a string"),
+    (b'{"messages": [{"role": "user", "content": [{"type": "image"}]}]}', ":1: message 1 has a part that is"),
+    (b'{"instruction": "a", "output": "b", "history": "c"}', ":1: 'history' must be a list of pairs"),
+    (b'{"messages": [{"role": "assistant", "content": "a"}], "tools": "["}', ":1: 'tools' must be JSON"),
+    (b'[{"text": "a"},\n{"text": "b"]', ":2: not valid JSON"),
+    (b'[{"text": "a"}\n{"text": "b"}]', ":2: not valid JSON: a comma, or the end of the array, belongs here"),
+    (b'[{"text": "a"},\n3]', ":2: a JSON number; each element of the array must be one JSON object"),
+    (b'[{"text": "a"}\n', ":2: not valid JSON"),
+    (b'[{"text": "a"}]\n[]', ":2: something follows the array"),
+    (b'[{"text": "a"},\n{"text": "\xff"}]', ":2: not UTF-8 (byte 11 of the line)"),
+    (b"[]", "no examples in it"),
+]
+BAD_FILES = [
+    *(("d.jsonl", *row) for row in BAD_LINES), *(("d.csv", *row) for row in BAD_TABLES),
+    *(("d.json", *row) for row in BAD_FORMS),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "content", "text"), BAD_FILES)
+def test_error_names_the_bad_line(tmp_path: Path, name: str, content: bytes, text: str) -> None:
+    path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(DataError) as caught:
         load(path)
@@ -309,26 +325,6 @@ def test_csv_with_semicolons_is_read(tmp_path: Path) -> None:
 def test_columns_option_works_for_jsonl(tmp_path: Path) -> None:
     path = write(tmp_path / "d.jsonl", {"conversation": TALK[:2], "text": "x"})
     assert learned(load(path, columns="messages=conversation")) == "It is 4, né? 🙂<|im_end|>\n"
-
-
-@pytest.mark.parametrize(
-    ("content", "text"),
-    [
-        (b"text,label\na,b\nc\n", ":3: 1 fields, the header has 2"),
-        (b'text,label\n"a\nb",c\n"x"y,z\n', ":4: not valid CSV"),
-        (b'text\n"a', ":2: not valid CSV"),
-        (b"text,text\na,b\n", ":1: the header names a column twice"),
-        (b"text\n\xff\n", ":2: not UTF-8"),
-        (b"text\n", "no examples in it"),
-        (b"body\nx\n", ":2: no form of data that is known"),
-    ],
-)
-def test_error_names_the_bad_csv_row(tmp_path: Path, content: bytes, text: str) -> None:
-    path = tmp_path / "d.csv"
-    path.write_bytes(content)
-    with pytest.raises(DataError) as caught:
-        load(path)
-    assert text in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["", "text", "text=", "prompt=a", "body=a", "text=a,prompt=b,completion=c"])
