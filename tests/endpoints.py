@@ -11,8 +11,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPConnection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import openai
 from families import tiny_model
 from generating import save_random_adapter
@@ -22,6 +24,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from dlora.cloud.model.base_model import BaseModel
+from dlora.edge.endpoint.answers import Generation
+from dlora.edge.endpoint.app import Served
+from dlora.edge.endpoint.requests import PromptLimit
+from dlora.edge.endpoint.slots import ServedAdapter, Slots
+from dlora.edge.generation.sampling import Sampling
 from dlora.export.bundle import export_bundle
 from dlora.export.settings import ExportSettings
 
@@ -73,6 +80,18 @@ def endpoint_place(directory: Path) -> Iterator[Place]:
         for seed, name in enumerate(("first", "second")):
             save_random_adapter(bundle, cloud.url, adapters / name, seed)
         yield Place(bundle, model, adapters, cloud)
+
+
+def served_by(kind: type[Generation], encode: Any = lambda _: np.zeros(1, np.int64)) -> Served:
+    """The HTTP side alone, with a generation of that kind, which needs no model."""
+    tokenizer: Any = SimpleNamespace(encode_text=encode)
+    return Served(
+        base_name="base", adapters=lambda: [ServedAdapter("mine", Path("mine"))],
+        generation=kind(tokenizer, lambda _: None, 8, None, print),  # type: ignore[arg-type, return-value]
+        slots=Slots(1, 1), defaults=Sampling(), knows_tools=False, tool_form=None,
+        prompt_limit=PromptLimit(100, 100), api_key=None, hosts=None,
+        origins=(), log=lambda _: None, problem=lambda: None, is_stopping=lambda: False,
+    )  # fmt: skip
 
 
 @dataclass

@@ -6,20 +6,17 @@ import asyncio
 import json
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
+from endpoints import served_by
 
 from dlora.edge.endpoint import app, event_stream
 from dlora.edge.endpoint.answers import End, Generation, Piece
 from dlora.edge.endpoint.app import Served, make_app
-from dlora.edge.endpoint.requests import GenerationRequest, PromptLimit
-from dlora.edge.endpoint.slots import ServedAdapter, Slot, Slots
+from dlora.edge.endpoint.requests import GenerationRequest
+from dlora.edge.endpoint.slots import ServedAdapter, Slot
 from dlora.edge.generation.generate import Counters
-from dlora.edge.generation.sampling import Sampling
 from dlora.protocol.errors import DataError
 
 PING = b": ping\n\n"
@@ -40,18 +37,6 @@ class Slow(Generation):
         yield End(0, "stop", Counters())
 
 
-def make_served() -> Served:
-    """An endpoint that is slow."""
-    tokenizer: Any = SimpleNamespace(encode_text=lambda _: np.zeros(1, np.int64))
-    return Served(
-        base_name="base", adapters=lambda: [ServedAdapter("mine", Path("mine"))],
-        generation=Slow(tokenizer, lambda _: None, 8, None, print),  # type: ignore[arg-type, return-value]
-        slots=Slots(1, 1), defaults=Sampling(), knows_tools=False, tool_form=None,
-        prompt_limit=PromptLimit(100, 100), api_key=None, hosts=None,
-        origins=(), log=lambda _: None, problem=lambda: None, is_stopping=lambda: False,
-    )  # fmt: skip
-
-
 def ask(prompt: str, *, stream: bool, served: Served | None = None, reads: bool = True) -> tuple[int, bytes]:
     """Status and content of what a client gets; one that does not read takes the status only."""
     body = json.dumps({"prompt": prompt, "stream": stream}).encode()
@@ -69,7 +54,7 @@ def ask(prompt: str, *, stream: bool, served: Served | None = None, reads: bool 
                 await asyncio.Event().wait()
             sent.append(message)
 
-        await asyncio.wait_for(make_app(served or make_served())(scope, receive, send), 30)
+        await asyncio.wait_for(make_app(served or served_by(Slow))(scope, receive, send), 30)
 
     asyncio.run(run())
     return sent[0]["status"], b"".join(each["body"] for each in sent[1:])
@@ -97,6 +82,6 @@ def test_a_stream_that_is_silent_says_so(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_client_that_never_reads_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(event_stream, "UNREAD_S", 0.05)
-    served = make_served()
+    served = served_by(Slow)
     assert ask("hi", stream=True, served=served, reads=False) == (200, b"")
     assert served.slots.busy == 0

@@ -11,7 +11,7 @@ import pytest
 from dlora.edge.data.prompt import AnswerShape
 from dlora.edge.endpoint.errors import RequestError
 from dlora.edge.endpoint.plain_tools import in_plain_words
-from dlora.edge.endpoint.requests import PromptLimit, read_chat
+from dlora.edge.endpoint.requests import GenerationRequest, PromptLimit, read_chat
 from dlora.edge.endpoint.tools import ToolCall, ToolForm, call_shape, may_begin_call, parse_tool_calls, tool_form
 from dlora.edge.generation.sampling import Sampling
 
@@ -39,13 +39,9 @@ def test_the_form_is_the_templates(template: str) -> None:
 ANSWERS: list[tuple[ToolForm, str, str, list[ToolCall]]] = [
     ("tags", '<tool_call>\n{"name": "add", "arguments": {"x": 7}}\n</tool_call>', "", [ADD]),
     ("tags", 'I see.\n<tool_call>{"name": "add", "arguments": {"x": 7}}', "I see.", [ADD]),  # cut at its end
-    (
-        "tags",
-        '<tool_call>{"name": "add", "arguments": {"x": 7}}</tool_call>'
-        '<tool_call>{"name": "now", "arguments": {}}</tool_call>',
-        "",
-        [ADD, NOW],
-    ),
+    ("tags", '<tool_call>{"name": "add", "arguments": {"x": 7}}</tool_call><tool_call>{"name": "now", "arguments": {}}',
+     "", [ADD, NOW]),
+    ("tags", r'<tool_call>{"name": "add", "arguments": "{\"x\": 7}"}</tool_call>', "", [ADD]),  # text stays as it is
     ("tags", "<tool_call>add(7)</tool_call>", "<tool_call>add(7)</tool_call>", []),
     ("tags", "<tool_call> <tool_call></tool_call> x", "<tool_call> <tool_call></tool_call> x", []),
     ("tags", r'<tool_call>{"name": "\udfff", "arguments": {}}', r'<tool_call>{"name": "\udfff", "arguments": {}}', []),
@@ -77,9 +73,12 @@ def test_calls_are_found_in_their_form_and_the_rest_stays(
         assert answer[: ends[-1]].strip() == text
 
 
-def test_arguments_that_are_text_stay_as_they_are() -> None:
-    answer = json.dumps({"name": "add", "arguments": '{"x":7}'})
-    assert parse_tool_calls(f"<tool_call>{answer}</tool_call>", "tags") == ("", [ToolCall("add", '{"x":7}')])
+def chat(**body: Any) -> bytes:
+    return json.dumps({"messages": [{"role": "user", "content": "7 + 1?"}], **body}).encode()
+
+
+def read(body: bytes, *, knows_tools: bool = False, form: ToolForm | None = "tags") -> GenerationRequest:
+    return read_chat(body, Sampling(), PromptLimit(10_000, 100), knows_tools=knows_tools, tool_form=form)
 
 
 @pytest.mark.timeout(60)
@@ -154,7 +153,7 @@ def test_lists_within_lists_are_refused_and_no_fault_of_ours(tool_choice: str) -
             b'"tools": [{"function": {"name": "f", "parameters": %s}}]}' % (tool_choice.encode(), deep)
         )
         try:
-            read_chat(body, Sampling(), PromptLimit(10_000, 100), knows_tools=False, tool_form="tags")
+            read(body)
         except RequestError as error:
             said.add(str(error).partition(":")[0])
     assert said == {
@@ -164,20 +163,16 @@ def test_lists_within_lists_are_refused_and_no_fault_of_ours(tool_choice: str) -
 
 
 def test_a_template_that_knows_no_tools_is_answered_in_the_form_that_it_was_taught() -> None:
-    body = json.dumps({"messages": [{"role": "user", "content": "7 + 1?"}], "tools": [TOOL]}).encode()
-    asked = read_chat(body, Sampling(), PromptLimit(10_000, 100), knows_tools=False, tool_form="tags")
+    asked = read(chat(tools=[TOOL]))
     (prompt,) = asked.prompts
     assert (prompt.tools, prompt.text, asked.tool_form, asked.shapes) == (None, None, "tags", ())
     assert prompt.messages == in_plain_words([{"role": "user", "content": "7 + 1?"}], [TOOL])
-    body = json.dumps({"messages": [{"role": "user", "content": "7 + 1?"}]}).encode()
-    asked = read_chat(body, Sampling(), PromptLimit(10_000, 100), knows_tools=False, tool_form="tags")
+    asked = read(chat())
     assert (asked.prompts[0].text, asked.tool_form) == ("7 + 1?", None)
 
 
 def test_a_call_can_be_forced_where_nobody_knows_the_templates_form() -> None:
-    asked_of = {"messages": [{"role": "user", "content": "x"}], "tools": [TOOL], "tool_choice": "required"}
-    limit = PromptLimit(10_000, 100)
-    asked = read_chat(json.dumps(asked_of).encode(), Sampling(), limit, knows_tools=True, tool_form=None)
+    asked = read(chat(tools=[TOOL], tool_choice="required"), knows_tools=True, form=None)
     assert asked.tool_form == "tags"
     assert asked.shapes == (call_shape("add", {"type": "object"}, "tags"),)
     assert asked.prompts[0].tools == (TOOL,)

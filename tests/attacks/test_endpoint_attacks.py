@@ -11,31 +11,31 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from http.client import HTTPConnection
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import uvicorn
-from endpoints import ASK, CHAT, GOOD, Place, endpoint_place, endpoint_process
+from endpoints import ASK, CHAT, GOOD, Place, endpoint_place, endpoint_process, served_by
 from processes import END_TIMEOUT_S
 from starlette.requests import Request
 from waiting import eventually
 
 from dlora.edge.endpoint import bodies, connections
 from dlora.edge.endpoint.answers import End, Generation, Piece
-from dlora.edge.endpoint.app import Served, local_hosts, make_app
+from dlora.edge.endpoint.app import local_hosts, make_app
 from dlora.edge.endpoint.bodies import Bodies
 from dlora.edge.endpoint.connections import Connections
 from dlora.edge.endpoint.errors import RequestError
 from dlora.edge.endpoint.requests import PromptLimit
 from dlora.edge.endpoint.running import http_settings
-from dlora.edge.endpoint.slots import ServedAdapter, Slots
 from dlora.edge.generation.generate import Counters
-from dlora.edge.generation.sampling import Sampling
 
 KEY = "a-long-secret"
+BODY = json.dumps({"prompt": "hi"}).encode()
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
+ASKED = HEAD % len(BODY) + BODY
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +44,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         yield made
 
 
+def connect(server: Any) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", server.port), 30)
+
+
 def raw(
-    port: int, path: str = "/v1/models", host: str | None = "127.0.0.1", more: str = "", method: str = "GET"
+    server: Any, path: str = "/v1/models", host: str | None = "127.0.0.1", more: str = "", method: str = "GET"
 ) -> int:
     """The status of a request that no client would send."""
-    with socket.create_connection(("127.0.0.1", port), 30) as client:
+    with connect(server) as client:
         named = "" if host is None else f"Host: {host}\r\n"
         version = "1.0" if host is None else "1.1"
         client.sendall(f"{method} {path} HTTP/{version}\r\n{named}{more}Connection: close\r\n\r\n".encode("latin-1"))
@@ -73,18 +77,18 @@ def test_a_key_is_passed_by_no_spelling_of_host_or_path(listens_to: str) -> None
     with http_server(api_key=KEY, hosts=None if listens_to == "others" else local_hosts("127.0.0.1")) as server:
         for host in HOSTS:
             for path in ("/v1/models", "/v1/models/base"):
-                assert raw(server.port, path, host) in (400, 401, 403), (host, path)
-            assert raw(server.port, CHAT, host, method="POST") in (400, 401, 403), host
-            assert raw(server.port, "/health", host) in (400, 403), host
-            assert raw(server.port, "/v1/models", host, f"Authorization: Bearer {KEY}\r\n") in (400, 403), host
+                assert raw(server, path, host) in (400, 401, 403), (host, path)
+            assert raw(server, CHAT, host, method="POST") in (400, 401, 403), host
+            assert raw(server, "/health", host) in (400, 403), host
+            assert raw(server, "/v1/models", host, f"Authorization: Bearer {KEY}\r\n") in (400, 403), host
         for path in PATHS:
-            assert raw(server.port, path) in (400, 401), path
-        assert raw(server.port, "/health") == 200
-        assert raw(server.port, more=f"Authorization: Bearer {KEY}\r\n") == 200
+            assert raw(server, path) in (400, 401), path
+        assert raw(server, "/health") == 200
+        assert raw(server, more=f"Authorization: Bearer {KEY}\r\n") == 200
         if listens_to == "others":
             for host in (None, "example.org", "EXAMPLE.org.:1", "10.0.0.1", "[fe80::1]:8080", "my_board.local"):
-                assert raw(server.port, "/health", host) == 200, host
-                assert raw(server.port, "/v1/models", host) == 401, host
+                assert raw(server, "/health", host) == 200, host
+                assert raw(server, "/v1/models", host) == 401, host
 
 
 # -- connections --------------------------------------------------------------------------------------------
@@ -104,7 +108,7 @@ def test_half_requests_do_not_lock_the_endpoint(place: Place) -> None:
     with ExitStack() as held, endpoint_process(place, most_files=512) as running:
         eventually(running.is_ready)
         for number in range(700):
-            client = held.enter_context(socket.create_connection(("127.0.0.1", running.port), 30))
+            client = held.enter_context(connect(running))
             client.sendall(b"GET /v1/models HTTP/1.1\r\nHost: 127.0.0.1\r\n"[: number % 40])
         for said in (*NO_HTTP, *NO_HTTP):
             with socket.create_connection(("127.0.0.1", running.port), 0.3) as client:
@@ -125,14 +129,14 @@ def test_half_requests_do_not_lock_the_endpoint(place: Place) -> None:
         b"", b"GET /health HT", b"GET /health HTTP/1.1\r\nHost: x\r\nX: ",
         b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n",  # after an answer
         b"GET /health HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n",  # a body that nobody asked for
-        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n",  # a body after 401
+        HEAD % 99,  # a body after 401
     ],
 )  # fmt: skip
 def test_who_never_asks_is_dropped(said: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also who sends a byte now and then, which uvicorn takes for progress."""
     monkeypatch.setattr(connections, "REQUEST_S", 0.2)
     monkeypatch.setattr(connections, "_LOOK_EVERY_S", 0.05)
-    with http_server(api_key=KEY) as server, socket.create_connection(("127.0.0.1", server.port), 30) as client:
+    with http_server(api_key=KEY) as server, connect(server) as client:
         client.sendall(said)
         client.settimeout(0.02)
 
@@ -151,9 +155,8 @@ def test_who_never_asks_is_dropped(said: bytes, monkeypatch: pytest.MonkeyPatch)
 def test_an_answer_that_takes_long_is_no_silence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "REQUEST_S", 0.3)
     monkeypatch.setattr(connections, "_LOOK_EVERY_S", 0.05)
-    with http_server(answer_s=1.0) as server, socket.create_connection(("127.0.0.1", server.port), 30) as client:
-        body = json.dumps({"prompt": "hi"}).encode()
-        client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+    with http_server(answer_s=1.0) as server, connect(server) as client:
+        client.sendall(ASKED)
         assert client.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
 
 
@@ -170,35 +173,32 @@ def is_open(client: socket.socket) -> bool:
 
 
 def test_the_source_that_has_most_connections_makes_room_with_its_oldest() -> None:
-    def connect(source: str) -> socket.socket:
+    def connect_from(source: str) -> socket.socket:
         return held.enter_context(socket.create_connection(("127.0.0.1", server.port), 30, (source, 0)))
 
     kept = Connections(most=6, most_of_one_source=4)
     with http_server(kept) as server, ExitStack() as held:
         greedy = []
         for number in range(6):
-            greedy.append(connect("127.0.0.2"))
+            greedy.append(connect_from("127.0.0.2"))
             eventually(lambda: kept.count == min(number + 1, 4))  # noqa: B023
         eventually(lambda: [is_open(each) for each in greedy] == 2 * [False] + 4 * [True])
-        others = [connect(f"127.0.0.{number}") for number in (3, 4, 5, 6)]
+        others = [connect_from(f"127.0.0.{number}") for number in (3, 4, 5, 6)]
         eventually(lambda: [is_open(each) for each in greedy] == 4 * [False] + 2 * [True])
         assert all(map(is_open, others))
-        assert raw(server.port, "/health") == 200  # of yet another source
+        assert raw(server, "/health") == 200  # of yet another source
 
 
 def test_who_is_answered_makes_room_for_nobody() -> None:
     answering = threading.Event()
     kept = Connections(most=2)
     with http_server(kept, answers=answering) as server, ExitStack() as held:
-        body = json.dumps({"prompt": "hi"}).encode()
         asking = []
         for number in range(2):
-            asking.append(held.enter_context(socket.create_connection(("127.0.0.1", server.port), 30)))
-            asking[-1].sendall(
-                b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body
-            )
+            asking.append(held.enter_context(connect(server)))
+            asking[-1].sendall(ASKED)
             eventually(lambda: server.slots.busy + server.slots.waiting == number + 1)  # noqa: B023
-        late = held.enter_context(socket.create_connection(("127.0.0.1", server.port), 30))
+        late = held.enter_context(connect(server))
         eventually(lambda: not is_open(late))
         answering.set()
         for client in asking:
@@ -219,13 +219,13 @@ def test_who_never_reads_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
             with suppress(OSError):  # until nothing more is taken, or it is dropped
                 for _ in range(10_000):
                     client.sendall(b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n" * 100)
-        assert raw(server.port, "/health") == 200
+        assert raw(server, "/health") == 200
         eventually(lambda: kept.count == 0)
 
 
 def test_a_body_in_tiny_chunks_is_dropped() -> None:
     """Each of them costs the event loop as much as a large one."""
-    with http_server(api_key=KEY) as server, socket.create_connection(("127.0.0.1", server.port), 30) as client:
+    with http_server(api_key=KEY) as server, connect(server) as client:
         client.sendall(CHUNKED)
         assert client.recv(1 << 16).startswith(b"HTTP/1.1 401 ")
 
@@ -237,7 +237,7 @@ def test_a_body_in_tiny_chunks_is_dropped() -> None:
             return False
 
         eventually(is_dropped)
-        assert raw(server.port, "/health") == 200
+        assert raw(server, "/health") == 200
 
 
 def test_chunks_of_a_usual_size_are_a_body() -> None:
@@ -251,18 +251,16 @@ def test_chunks_of_a_usual_size_are_a_body() -> None:
 def test_who_asks_again_before_the_answer_and_leaves_frees_its_place() -> None:
     goes_on = threading.Event()
     with http_server(answers=goes_on) as server:
-        body = json.dumps({"prompt": "hi"}).encode()
-        request = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body
         try:
-            with socket.create_connection(("127.0.0.1", server.port), 30) as first:
-                first.sendall(request)
+            with connect(server) as first:
+                first.sendall(ASKED)
                 eventually(lambda: server.slots.busy == 1)
-                with socket.create_connection(("127.0.0.1", server.port), 30) as waits:
-                    waits.sendall(request)
+                with connect(server) as waits:
+                    waits.sendall(ASKED)
                     eventually(lambda: server.slots.waiting == 1)
                     for _ in range(3):
                         waits.sendall(b"GET /health HTTP/1.1\r\n")
-                        assert raw(server.port, "/health") == 200
+                        assert raw(server, "/health") == 200
                 eventually(lambda: server.slots.waiting == 0)  # though it said more after its request
         finally:
             goes_on.set()
@@ -270,7 +268,7 @@ def test_who_asks_again_before_the_answer_and_leaves_frees_its_place() -> None:
 
 def test_no_answer_sends_a_client_to_another_host() -> None:
     with http_server() as server:
-        assert raw(server.port, f"{CHAT}/", "evil.example", method="POST") == 404
+        assert raw(server, f"{CHAT}/", "evil.example", method="POST") == 404
 
 
 # -- bodies and prompts -------------------------------------------------------------------------------------
@@ -315,8 +313,8 @@ def test_of_bodies_that_come_at_a_time_the_largest_gives_way() -> None:
 
 def test_a_body_that_does_not_come_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bodies, "BODY_S", 0.2)
-    with http_server() as server, socket.create_connection(("127.0.0.1", server.port), 30) as client:
-        client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{")
+    with http_server() as server, connect(server) as client:
+        client.sendall(HEAD % 99 + b"{")
         client.settimeout(0.02)
         while True:
             try:
@@ -334,7 +332,7 @@ def test_large_prompts_of_clients_that_leave_hold_up_nobody(place: Place) -> Non
         eventually(running.is_ready)
 
         def send(reads: bool) -> bytes:
-            with socket.create_connection(("127.0.0.1", running.port), 60) as client:
+            with connect(running) as client:
                 client.sendall(head + body)
                 return client.makefile("rb").read(300) if reads else b""
 
@@ -374,11 +372,9 @@ def test_a_prompt_that_is_encoded_for_nobody_keeps_its_place_until_it_is_done() 
         return np.zeros(1, np.int64)
 
     with http_server(encode=encode) as server:
-        body = json.dumps({"prompt": "hi"}).encode()
-        head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
         for number in range(3):
-            with socket.create_connection(("127.0.0.1", server.port), 30) as client:
-                client.sendall(head + body)
+            with connect(server) as client:
+                client.sendall(ASKED)
                 eventually(lambda: encoded and server.slots.waiting == min(number, 1))  # noqa: B023
         eventually(lambda: server.slots.waiting == 0)
         assert (encoded, server.slots.busy) == (["hi"], 1)
@@ -414,15 +410,13 @@ def test_no_client_gets_more_than_the_owner_of_the_device_gives(place: Place) ->
 class Answering(Generation):
     """Says hello, when it may."""
 
-    def __init__(self, tokenizer: Any, waits_for: threading.Event | None, answer_s: float) -> None:
-        super().__init__(tokenizer, lambda _: None, 8, None, print)  # type: ignore[arg-type, return-value]
-        object.__setattr__(self, "waits_for", waits_for)
-        object.__setattr__(self, "answer_s", answer_s)
+    waits_for: threading.Event | None = None
+    answer_s: float = 0.0
 
     def run(self, slot: Any, adapter: Any, request: Any, should_stop: Any) -> Iterator[Piece | End]:
-        if self.waits_for is not None:  # type: ignore[attr-defined]
-            self.waits_for.wait(120)  # type: ignore[attr-defined]
-        time.sleep(self.answer_s)  # type: ignore[attr-defined]
+        if self.waits_for is not None:
+            self.waits_for.wait(120)
+        time.sleep(self.answer_s)
         yield Piece(0, "hello", (), {})
         yield End(0, "stop", Counters())
 
@@ -437,21 +431,16 @@ def http_server(
     **more: Any,
 ) -> Iterator[SimpleNamespace]:
     """The HTTP side alone, with uvicorn's settings of the command; it answers without a model."""
-    kept, slots = Connections() if kept is None else kept, Slots(1, 1)
-    served = Served(
-        base_name="base", adapters=lambda: [ServedAdapter("mine", Path("mine"))],
-        generation=Answering(SimpleNamespace(encode_text=encode), answers, answer_s), slots=slots,
-        defaults=Sampling(), knows_tools=False, tool_form=None, prompt_limit=PromptLimit(100, 100), api_key=None,
-        hosts=None, origins=(), log=lambda _: None, problem=lambda: None, is_stopping=lambda: False,
-    )  # fmt: skip
-    server = uvicorn.Server(http_settings(make_app(replace(served, **more)), kept))
+    kind = type("Answering", (Answering,), {"waits_for": answers, "answer_s": answer_s})
+    served = replace(served_by(kind, encode), **more)
+    server = uvicorn.Server(http_settings(make_app(served), kept or Connections()))
     server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
         thread.start()
         try:
             eventually(lambda: server.started)
-            yield SimpleNamespace(port=listener.getsockname()[1], slots=slots)
+            yield SimpleNamespace(port=listener.getsockname()[1], slots=served.slots)
         finally:
             server.should_exit = True
             thread.join(120)
