@@ -250,7 +250,7 @@ def test_a_data_set_is_read_part_by_part(tmp_path: Path) -> None:
         write(tmp_path / name, {"text": name.replace("-", " ")})
     assert [text_of(load(tmp_path), index)[3:14] for index in range(2)] == ["train 00000", "train 00001"]
     settings = ReadSettings(part="test")
-    tested, _ = load_split(tmp_path, EdgeTokenizer(train_tokenizer(), SPEC), settings, 0.0)
+    (tested,) = load_split(tmp_path, EdgeTokenizer(train_tokenizer(), SPEC), settings)
     assert text_of(tested) == "<s>validation.jsonl</s>"
     for path in tmp_path.glob("train*"):
         path.unlink()

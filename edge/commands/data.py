@@ -52,7 +52,6 @@ def data(
     """
     from dlora.edge.data.loading import load_overview
     from dlora.edge.data.read_settings import Look, read_settings
-    from dlora.edge.data.split import parse_split
     from dlora.edge.engine.bundle import Bundle
     from dlora.edge.run.display import Display
     from dlora.protocol.errors import DataError, UsageError
@@ -66,7 +65,7 @@ def data(
     opened = Bundle.open(settings.device.bundle)
     display = Display(json_output=json_output)
     with display.reading() as on_tick:
-        look = Look(settings.data.eval, parse_split(share) if share else 0.0, out, show, line or ())
+        look = Look(settings.data.eval, out, show, line or ())
         found = load_overview(opened, file, read_settings(settings.data, opened.manifest), look, on_tick)
     print_result(found, lambda result: _show(result, file, settings.data.train_on, out), json_output=json_output)
     if line and not found["shown"]:

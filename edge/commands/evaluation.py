@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from dlora.edge.choices import AnswerScore
 from dlora.edge.data.loading import load_questions
 from dlora.edge.data.question import Wanted
-from dlora.edge.data.split import parse_split
 from dlora.edge.files import write_atomically
 from dlora.edge.run.display import Display
 from dlora.edge.run.reading import read_held_out, test_settings
@@ -56,9 +55,8 @@ class Asking:
     def read(self, data: Data, bundle: Bundle, display: Display, limit: int | None) -> list[Question]:
         """The questions of the data, the first ``limit``. Raises ``DataError`` for those that cannot be scored so."""
         assert data.data is not None  # the command asks for it
-        split = parse_split(data.hold_out) if data.hold_out else 0.0
         with display.reading() as on_tick:
-            wanted = Wanted(split, self.choices, with_candidates=self.how == "likelihood", most=limit)
+            wanted = Wanted(self.choices, with_candidates=self.how == "likelihood", most=limit)
             found = load_questions(bundle, data.data, test_settings(data, bundle.manifest), wanted, on_tick)
         for question in found:
             if self.how == "regex" and self.pattern is None and not question.choices:

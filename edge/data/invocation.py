@@ -32,7 +32,8 @@ def find_invocation(dataset: Dataset, held_out: Sequence[Dataset] = ()) -> tuple
     best: tuple[int, ...] = ()
     fewest = math.inf
     for tokens in candidates:
-        if _has_prompts(dataset, tokens) and not uninvoked(dataset, tokens):
+        has_prompts = any(_answer_start(example) > len(tokens) for example in dataset)
+        if has_prompts and not uninvoked(dataset, tokens):
             count = sum(uninvoked(each, tokens) for each in held_out)
             if count < fewest:
                 best, fewest = tokens, count
@@ -63,21 +64,14 @@ def uninvoked_line(dataset: Dataset, tokens: tuple[int, ...]) -> str | None:
     )
 
 
-def _has_prompts(dataset: Dataset, tokens: tuple[int, ...]) -> bool:
-    return any(_answer_start(example) > len(tokens) for example in dataset)
-
-
 def _common_tail(dataset: Dataset) -> tuple[int, ...]:
     """The last tokens that all prompts share, at most ``MAX_TOKENS``."""
-    tail: tuple[int, ...] | None = None
-    for example in dataset:
-        end = _answer_start(example)
-        prompt = tuple(example.ids[max(0, end - MAX_TOKENS) : end].tolist())
-        if tail is None:
-            tail = prompt
+    prompts = (tuple(each.ids[: _answer_start(each)][-MAX_TOKENS:].tolist()) for each in dataset)
+    tail = next(prompts, ())
+    for prompt in prompts:
         while tail and prompt[-len(tail) :] != tail:
             tail = tail[1:]
-    return tail or ()
+    return tail
 
 
 def _answer_start(example: Example) -> int:

@@ -18,7 +18,6 @@ from dlora.protocol.errors import BundleError, DataError
 from .examples import DataFacts, Dataset
 from .question import Question, Wanted
 from .read_settings import Look, ReadSettings, read_settings
-from .split import Split, parse_split
 
 if TYPE_CHECKING:
     from .tokenizer import EdgeTokenizer
@@ -35,22 +34,18 @@ class Reading:
 
     Attributes:
         paths: the data to train on, and those to evaluate on where there are some.
-        split: how much of the first is held out, where it is the only one.
     """
 
     bundle: Bundle
     paths: Sequence[Path]
     settings: ReadSettings
-    split: Split = 0.0
 
     @classmethod
     def of(cls, data: Data, bundle: Bundle) -> Reading:
         """What ``dlora-edge train`` reads. ``data.data`` is given. Raises ``UsageError``."""
         assert data.data is not None
-        settings = read_settings(data, bundle.manifest)
-        if data.eval is not None:
-            return cls(bundle, [data.data, data.eval], settings)
-        return cls(bundle, [data.data], settings, parse_split(data.hold_out))
+        paths = [data.data] if data.eval is None else [data.data, data.eval]
+        return cls(bundle, paths, read_settings(data, bundle.manifest))
 
 
 def load_datasets(reading: Reading, on_tick: OnPlace = lambda _: None) -> list[Dataset]:
@@ -66,13 +61,12 @@ def load_datasets(reading: Reading, on_tick: OnPlace = lambda _: None) -> list[D
     def read(tokenizer: EdgeTokenizer, on_place: OnPlace) -> list[Buffer]:
         from .reading import load_split
 
-        split = reading.split if len(reading.paths) == 1 else 0.0
-        found: list[Dataset | None] = []
+        found: list[Dataset] = []
         settings = reading.settings
         for path in reading.paths:
-            found += load_split(path, tokenizer, settings, split, on_place)
+            found += load_split(path, tokenizer, settings, on_place)
             settings = replace(settings, part="test")
-        return [part for dataset in found if dataset is not None for part in _packed(dataset)]
+        return [part for dataset in found for part in _packed(dataset)]
 
     parts = _in_child(reading.bundle, read, on_tick)
     return [_unpacked(parts[start : start + _PARTS]) for start in range(0, len(parts), _PARTS)]

@@ -150,8 +150,8 @@ def look_at(
         held_out = _read(others, Overview(settings.max_length), Look())
         found.held_out = len(held_out)
         found.in_held_out = table.places(np.flatnonzero(np.isin(table.digests, held_out.digests)))
-    elif look.split and len(table):
-        is_held = held_out_rows(table.digests, look.split)
+    elif settings.split and len(table):
+        is_held = held_out_rows(table.digests, settings.split)
         found.held_out = int(is_held.sum())
         if look.out is not None and found.held_out:
             make_directory(look.out)

@@ -6,21 +6,17 @@ from dataclasses import dataclass
 
 import msgspec
 
-from .split import Split
-
 
 @dataclass(frozen=True)
 class Wanted:
     """Which questions, and what of them.
 
     Attributes:
-        split: only the rows that are held out with it; 0: all.
         choices: words to choose among where the rows name none.
         with_candidates: whether to make them; every row needs choices then.
         most: so many questions, the first ones; None: all.
     """
 
-    split: Split = 0.0
     choices: tuple[str, ...] = ()
     with_candidates: bool = False
     most: int | None = None

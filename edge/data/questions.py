@@ -31,12 +31,15 @@ def read_questions(
     wanted: Wanted,
     on_place: Callable[[str], None] = lambda _: None,
 ) -> list[Question]:
-    """The questions of a file or a directory. Raises ``DataError`` with file and line for a row that asks nothing."""
+    """The questions of a file or a directory: of its held-out rows where there are such.
+
+    Raises ``DataError`` with file and line for a row that asks nothing.
+    """
     found, digests = list[Question](), list[int]()
     settings = replace(settings, too_long="error", train_on="last")
     for record in read_records(path, settings.columns, part=settings.part):
         on_place(record.place)
-        if wanted.most is not None and not wanted.split and len(found) >= wanted.most:
+        if wanted.most is not None and not settings.split and len(found) >= wanted.most:
             break
         try:
             form = form_of(record)
@@ -48,15 +51,15 @@ def read_questions(
             if wanted.with_candidates:
                 candidates = [*_candidates(sample, tokenizer, settings, reference, key, choices)]
             found.append(Question(record.place, asked, prompt.tobytes(), reference, key, choices, candidates))
-            if wanted.split:
+            if settings.split:
                 (encoded,) = encode_sample(sample, tokenizer, settings)
                 digests.append(encoded.digest)
         except DataError as error:
             raise DataError(f"{record.place}: {error}") from None
     if not found:
         raise DataError(f"{path}: no examples in it")
-    if wanted.split:
-        is_held = held_out_rows(np.array(digests, np.uint64), wanted.split)
+    if settings.split:
+        is_held = held_out_rows(np.array(digests, np.uint64), settings.split)
         found = [question for question, held in zip(found, is_held, strict=True) if held]
     return found[: wanted.most]
 

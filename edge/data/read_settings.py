@@ -13,7 +13,7 @@ from dlora.protocol.errors import UsageError
 from dlora.protocol.manifest import Manifest
 
 from .records import Part, parse_columns
-from .split import Split
+from .split import Split, parse_split
 
 DEFAULT_MAX_LENGTH: Final = 512
 
@@ -27,6 +27,7 @@ class ReadSettings:
         max_length: most tokens of an example; ``too_long`` says what happens to longer ones.
         train_on: which tokens are labels.
         part: of a directory that is a data set, as ``read_records`` has it.
+        split: how much of the rows is held out.
     """
 
     columns: Mapping[str, str] | None = None
@@ -34,6 +35,7 @@ class ReadSettings:
     too_long: TooLong = "error"
     train_on: TrainOn = "answers"
     part: Part = "train"
+    split: Split = 0.0
 
 
 @dataclass(frozen=True)
@@ -41,22 +43,23 @@ class Look:
     """What ``dlora-edge data`` looks for.
 
     Attributes:
-        held_out: data to evaluate on; ``split``: how much of the others is held out where there are none.
-        out: a directory for what ``split`` makes, ``train.jsonl`` and ``held-out.jsonl``.
+        held_out: data to evaluate on.
+        out: a directory for the parts where some rows are held out, ``train.jsonl`` and ``held-out.jsonl``.
         show: how many of the first rows to show; ``lines``: the rows that begin at these lines, in their place.
     """
 
     held_out: Path | None = None
-    split: Split = 0.0
     out: Path | None = None
     show: int = 0
     lines: Sequence[int] = ()
 
 
 def read_settings(data: Data, manifest: Manifest) -> ReadSettings:
-    """How rows are read. Raises ``UsageError``."""
+    """How rows are read; some are held out where no other data are named for that. Raises ``UsageError``."""
     columns = parse_columns(data.columns) if data.columns else None
-    return ReadSettings(columns, resolve_max_length(data.max_length, manifest), data.too_long, data.train_on)
+    max_length = resolve_max_length(data.max_length, manifest)
+    split = parse_split(data.hold_out) if data.hold_out and data.eval is None else 0.0
+    return ReadSettings(columns, max_length, data.too_long, data.train_on, split=split)
 
 
 def resolve_max_length(asked: int | None, manifest: Manifest) -> int:

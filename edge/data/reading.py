@@ -20,7 +20,7 @@ from .examples import DataFacts, Dataset, Places
 from .forms import KEYS, Conversation, Form, form_of, sample_of
 from .read_settings import ReadSettings
 from .records import Record, parse_columns, read_records
-from .split import Split, held_out_rows
+from .split import held_out_rows
 from .tokenizer import EdgeTokenizer
 
 
@@ -154,39 +154,32 @@ def load_examples(
     """
     chosen = parse_columns(columns) if isinstance(columns, str) else columns
     settings = ReadSettings(chosen, max_length, too_long, train_on)
-    return load_split(path, tokenizer, settings, 0.0, on_place)[0]
+    return load_split(path, tokenizer, settings, on_place)[0]
 
 
 def load_split(
-    path: Path,
-    tokenizer: EdgeTokenizer,
-    settings: ReadSettings,
-    split: Split,
-    on_place: Callable[[str], None] = lambda _: None,
-) -> tuple[Dataset, Dataset | None]:
-    """Likewise, without the rows that are held out, and these; None where none are."""
+    path: Path, tokenizer: EdgeTokenizer, settings: ReadSettings, on_place: Callable[[str], None] = lambda _: None
+) -> list[Dataset]:
+    """Likewise, without the rows that are held out, and these where some are."""
     reader = SequenceReader(path, tokenizer, settings, on_place=on_place)
     digests = array("Q")
 
     def examples() -> Iterator[tuple[IntArray, IntArray]]:
         for _, sequence in reader:
-            if split:
+            if settings.split:
                 digests.append(sequence.digest)
             yield sequence.ids, sequence.positions
 
-    dataset = Dataset.of(examples(), reader.facts)
-    if not split:
-        return _finished(dataset, settings), None
-    try:
-        is_held = held_out_rows(np.frombuffer(digests, np.uint64), split)
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from None
-    if not is_held.any():
-        return _finished(dataset, settings), None
-    trained, held = (dataset.subset(np.flatnonzero(rows)) for rows in (~is_held, is_held))
-    held.facts = msgspec.structs.replace(reader.facts, skipped=Places(), truncated=Places())
-    return _finished(trained, settings), _finished(held, settings)
-
-
-def _finished(dataset: Dataset, settings: ReadSettings) -> Dataset:
-    return dataset.joined(settings.max_length) if dataset.facts.form == "documents" else dataset
+    found = [Dataset.of(examples(), reader.facts)]
+    if settings.split:
+        try:
+            is_held = held_out_rows(np.frombuffer(digests, np.uint64), settings.split)
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from None
+        if is_held.any():
+            trained, held = (found[0].subset(np.flatnonzero(rows)) for rows in (~is_held, is_held))
+            held.facts = msgspec.structs.replace(reader.facts, skipped=Places(), truncated=Places())
+            found = [trained, held]
+    if reader.facts.form == "documents":
+        found = [dataset.joined(settings.max_length) for dataset in found]
+    return found

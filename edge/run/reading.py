@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from dlora.edge.data.loading import Reading, load_datasets
 from dlora.edge.data.read_settings import ReadSettings, read_settings
-from dlora.edge.data.split import parse_split
 from dlora.edge.settings import Data
 from dlora.protocol.errors import CheckpointError, DataError
 from dlora.protocol.manifest import Manifest
@@ -65,8 +64,7 @@ def read_held_out(data: Data, bundle: Bundle, display: Display) -> Dataset:
     Raises likewise, and ``DataError`` where nothing is held out.
     """
     assert data.data is not None  # the command asks for it
-    share = parse_split(data.hold_out) if data.hold_out else 0.0
-    datasets = _load(Reading(bundle, [data.data], test_settings(data, bundle.manifest), share), display)
+    datasets = _load(Reading(bundle, [data.data], test_settings(data, bundle.manifest)), display)
     if data.hold_out and len(datasets) < 2:
         raise DataError(
             f"{data.data}: --hold-out {data.hold_out} holds nothing out of these data, nor does train; leave it out"
