@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from hashlib import sha256
 from http.client import HTTPConnection
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +33,7 @@ from dlora.edge.endpoint.slots import ServedAdapter, Slots
 from dlora.edge.generation.sampling import Sampling
 from dlora.export.bundle import export_bundle
 from dlora.export.settings import ExportSettings
+from dlora.protocol.manifest import MANIFEST_NAME
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<|python_tag|>")
 VOCABULARY = 256 + len(SPECIAL)
@@ -59,12 +62,27 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
+def replace_file(bundle: Path, role: str, text: str) -> None:
+    """Give a bundle another tokenizer's ``file`` or ``chat_template``."""
+    manifest = json.loads((bundle / MANIFEST_NAME).read_text())
+    name = manifest["tokenizer"][role]
+    (bundle / name).write_text(text)
+    manifest["files"][name] = {"bytes": len(text.encode()), "sha256": sha256(text.encode()).hexdigest()}
+    (bundle / MANIFEST_NAME).write_text(json.dumps(manifest))
+
+
 @dataclass
 class Place:
     bundle: Path
     model: Path
     adapters: Path
     cloud: RunningServer
+
+    def with_template(self, template: str, made: Path) -> Place:
+        """The same, with another chat template in a bundle that is ``made``."""
+        shutil.copytree(self.bundle, made)
+        replace_file(made, "chat_template", template)
+        return replace(self, bundle=made)
 
 
 @contextmanager

@@ -9,8 +9,6 @@ import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from hashlib import sha256
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -233,8 +231,7 @@ def test_tools_and_their_results_are_part_of_the_prompt(endpoint: Endpoint) -> N
 def test_a_template_that_knows_no_tools_has_them_in_the_systems_message(place: Place, tmp_path: Path) -> None:
     """As an answer of the plain model with the same words, for a call and its result too; and a call can be forced."""
     template = "{% for message in messages %}<s>{{ message.role }} {{ message.content }}</s>{% endfor %}"
-    bundle = with_template(place.bundle, template, tmp_path / "bundle")
-    with endpoint_process(replace(place, bundle=bundle), "--adapters", place.adapters) as running:
+    with endpoint_process(place.with_template(template, tmp_path / "bundle"), "--adapters", place.adapters) as running:
         eventually(running.is_ready)
         create = running.client().chat.completions.create
         asked: dict[str, Any] = {"model": "first", "max_tokens": 8, "temperature": 0}
@@ -251,17 +248,6 @@ def test_a_template_that_knows_no_tools_has_them_in_the_systems_message(place: P
         assert create(**asked, messages=ASK, tools=[SUM], tool_choice="none").usage.prompt_tokens == plain
         forced = create(**{**asked, "max_tokens": 99}, messages=ASK, tools=[SUM], tool_choice="required").choices[0]
         assert [call.function.name for call in forced.message.tool_calls] == ["sum"]
-
-
-def with_template(bundle: Path, template: str, made: Path) -> Path:
-    """The same bundle with another chat template."""
-    shutil.copytree(bundle, made)
-    manifest = json.loads((made / "manifest.json").read_text())
-    name = manifest["tokenizer"]["chat_template"]
-    (made / name).write_text(template)
-    manifest["files"][name] = {"bytes": len(template), "sha256": sha256(template.encode()).hexdigest()}
-    (made / "manifest.json").write_text(json.dumps(manifest))
-    return made
 
 
 # -- what cannot be -----------------------------------------------------------------------------------------
@@ -522,21 +508,6 @@ def test_each_of_many_chats_gets_what_it_gets_alone(place: Place) -> None:
         with ThreadPoolExecutor(8) as pool:
             assert list(pool.map(ask, range(8))) == alone
         assert len(set(alone)) == 8
-
-
-def test_two_chats_in_turn_keep_their_texts(place: Place) -> None:
-    """Each in a slot of its own, though both begin alike."""
-    with endpoint_process(place, "--adapters", place.adapters, "--parallel", 2) as running:
-        eventually(running.is_ready)
-        chats = [[{"role": "user", "content": f"{name * 40} is the question"}] for name in "ab"]
-        for turn in range(3):
-            for messages in chats:
-                found = running.client().chat.completions.create(model="first", messages=messages, max_tokens=4, seed=1)
-                if turn:
-                    cached = found.usage.prompt_tokens_details.cached_tokens
-                    assert cached > found.usage.prompt_tokens / 2, turn
-                content = found.choices[0].message.content
-                messages += [{"role": "assistant", "content": content}, {"role": "user", "content": "and?"}]
 
 
 def test_a_tokenizer_that_is_killed_is_replaced(endpoint: Endpoint) -> None:

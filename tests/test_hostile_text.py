@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import pty
@@ -13,12 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from endpoints import replace_file
 from processes import BIN, END_TIMEOUT_S, quiet_environment, run_edge
 from serving import RunningServer, serving
 from test_data_command import write
 from tiny import TinyFactory
 
-from dlora.protocol.manifest import MANIFEST_NAME
 from dlora.protocol.text import one_line, visible, visible_json
 
 BIDI = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
@@ -46,15 +45,10 @@ def bundle(tiny: TinyFactory, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One whose model can say nothing but what is hostile."""
     found = tmp_path_factory.mktemp("hostile") / "bundle"
     shutil.copytree(tiny("llama", head_dtype="fp32").bundle, found)
-    manifest = json.loads((found / MANIFEST_NAME).read_text())
-    name = manifest["tokenizer"]["file"]
-    value = json.loads((found / name).read_text())
+    value = json.loads((found / "tokenizer" / "tokenizer.json").read_text())
     words = value["model"]["vocab"]
     value["model"]["vocab"] = {f"{word}{HOSTILE}" if word[0] == "w" else word: at for word, at in words.items()}
-    content = json.dumps(value).encode()
-    (found / name).write_bytes(content)
-    manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    (found / MANIFEST_NAME).write_text(json.dumps(manifest))
+    replace_file(found, "file", json.dumps(value))
     return found
 
 

@@ -33,7 +33,6 @@ TEMPLATES: dict[str, ToolForm | None] = {
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_the_form_is_the_templates(template: str) -> None:
     assert tool_form(template) == TEMPLATES[template]
-    assert tool_form(None) is None
 
 
 ANSWERS: list[tuple[ToolForm, str, str, list[ToolCall]]] = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -25,15 +26,14 @@ def text_parts(path: Path) -> Iterator[tuple[int, str, TextPart]]:
     A part ends with an empty line, where one comes soon, so that tokens of two parts are those of the whole text.
     Lines end with a newline, whatever the file has. Raises ``DataError``.
     """
-    waiting: tuple[int, str] | None = None  # whether a part is the last is known when another comes, or none
     is_first = True
-    for line, text in _long_parts(path):
-        if waiting is not None:
-            yield *waiting, TextPart(begins=is_first, ends=False)
-            is_first = False
-        waiting = line, text
-    if waiting is not None and (not is_first or waiting[1].strip()):
-        yield *waiting, TextPart(begins=is_first, ends=True)
+    for part, following in pairwise(chain(_long_parts(path), [None])):
+        assert part is not None
+        line, text = part
+        ends = following is None
+        if not (is_first and ends) or text.strip():
+            yield line, text, TextPart(begins=is_first, ends=ends)
+        is_first = False
 
 
 def _long_parts(path: Path) -> Iterator[tuple[int, str]]:

@@ -133,36 +133,28 @@ class Generation:
         return {token: self.tokenizer.decode([token]) for token in tokens}
 
 
+@dataclass(eq=False)
 class Events:
     """What comes of one request, for the event loop; the answers are made in a slot's thread.
 
-    They are given up as soon as the client has left, between two steps with the server.
-
-    Args:
-        is_stopping: whether the server ends: answers under way end with what they have.
+    They are given up as soon as the client has left, between two steps with the server, and where ``is_stopping``.
     """
 
-    def __init__(
-        self,
-        generation: Generation,
-        slots: Slots,
-        is_stopping: Callable[[], bool],
-        adapter: ServedAdapter,
-        asked: GenerationRequest,
-        request: Request,
-    ) -> None:
-        self._generation = generation
-        self._slots = slots
-        self._is_stopping = is_stopping
-        self._adapter = adapter
-        self._asked = asked
+    generation: Generation
+    slots: Slots
+    is_stopping: Callable[[], bool]
+    adapter: ServedAdapter
+    asked: GenerationRequest
+    request: Request
+
+    def __post_init__(self) -> None:
         self._first: Piece | End | None = None
         self._queue: asyncio.Queue[Piece | End | Exception] = asyncio.Queue()
         self._cancelled = threading.Event()
         self._is_in_slot = False
         self._loop = asyncio.get_running_loop()
         self._running = asyncio.create_task(self._run())
-        self._watching = asyncio.create_task(self._watch(request))
+        self._watching = asyncio.create_task(self._watch())
 
     async def start(self, most_s: float | None) -> None:
         """Wait for the first of them, ``most_s`` at most, so that what cannot be has its status.
@@ -179,7 +171,7 @@ class Events:
         first, self._first = self._first, None
         event = first or await self._queue.get()
         if isinstance(event, DloraError):
-            raise as_request_error(event, self._asked.shaped_by) from None
+            raise as_request_error(event, self.asked.shaped_by) from None
         if isinstance(event, Exception):
             raise event
         return event
@@ -194,15 +186,15 @@ class Events:
             await self._running
 
     def _should_stop(self) -> bool:
-        return self._cancelled.is_set() or self._is_stopping()
+        return self._cancelled.is_set() or self.is_stopping()
 
     async def _run(self) -> None:
         try:
-            async with self._slots.take(self._adapter, self._encode) as slot:
+            async with self.slots.take(self.adapter, self._encode) as slot:
                 self._is_in_slot = True
 
                 def work() -> None:
-                    for event in self._generation.run(slot, self._adapter, self._asked, self._should_stop):
+                    for event in self.generation.run(slot, self.adapter, self.asked, self._should_stop):
                         self._loop.call_soon_threadsafe(self._queue.put_nowait, event)
 
                 await asyncio.shield(self._loop.run_in_executor(slot.thread, work))
@@ -216,8 +208,8 @@ class Events:
         Where the client leaves meanwhile it is encoded to its end all the same, which a thread does, and the place is
         not another's before: or clients that come and leave would have the tokenizer do more and more at a time.
         """
-        encode = self._asked.prompts[0].encode
-        encoding = asyncio.create_task(asyncio.to_thread(encode, self._generation.tokenizer))
+        encode = self.asked.prompts[0].encode
+        encoding = asyncio.create_task(asyncio.to_thread(encode, self.generation.tokenizer))
         left: asyncio.CancelledError | None = None
         while not encoding.done():
             try:
@@ -229,9 +221,9 @@ class Events:
             raise left
         return encoding.result()
 
-    async def _watch(self, request: Request) -> None:
+    async def _watch(self) -> None:
         """The body was read: what comes next is that the client leaves."""
-        while (await request.receive())["type"] != "http.disconnect":
+        while (await self.request.receive())["type"] != "http.disconnect":
             pass
         self._cancelled.set()
         if not self._is_in_slot:

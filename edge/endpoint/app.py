@@ -185,16 +185,13 @@ class _Door:
         self._served = served
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
         request = Request(scope, receive)
         try:
             self._check(request)
         except RequestError as error:
             await _error_response(request, error)(scope, receive, send)
-            return
-        await self._app(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
 
     def _check(self, request: Request) -> None:
         """Nothing here may look at ``request.url``: that is made of the ``Host`` that the peer names, path and all."""

@@ -165,7 +165,9 @@ def read_chat(
     if asked.top_logprobs is not None and not asked.logprobs:
         raise RequestError(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
     logprobs = asked.top_logprobs or 0 if asked.logprobs else None
-    messages = _messages(asked.messages)
+    if not asked.messages:
+        raise RequestError(400, "messages must have at least one message", param="messages")
+    messages = tuple(_message(number, message) for number, message in enumerate(asked.messages))
     if not knows_tools:
         try:
             messages = in_plain_words(messages, tools or ())
@@ -265,12 +267,6 @@ def _shapes(asked: _ResponseFormat | None) -> tuple[AnswerShape, ...]:
     if len(msgspec.json.encode(asked.json_schema.schema)) > MAX_SCHEMA_BYTES:
         raise RequestError(400, f"a JSON schema may have {MAX_SCHEMA_BYTES >> 10} KB", param="response_format")
     return (AnswerShape("", asked.json_schema.schema, ""),)
-
-
-def _messages(found: Sequence[Mapping[str, Any]]) -> tuple[Message, ...]:
-    if not found:
-        raise RequestError(400, "messages must have at least one message", param="messages")
-    return tuple(_message(number, message) for number, message in enumerate(found))
 
 
 def _message(number: int, found: Mapping[str, Any]) -> Message:

@@ -171,10 +171,10 @@ class _Running:
         self._failure: Exception | None = None
         self._slots = Slots(settings.parallel, settings.queue)
         spec = settings.bundle.manifest.tokenizer
-        template = None
+        template = ""
         if spec.chat_template is not None:
             template = settings.bundle.file(spec.chat_template).read_text(encoding="utf-8")
-        knows_tools = template is not None and "tools" in template
+        knows_tools = "tools" in template
         generation = Generation(
             settings.tokenizer,
             lambda adapter: settings.open_model(adapter.path),
@@ -240,20 +240,19 @@ class _Running:
                     await asyncio.shield(opening)
                     break
                 except Exception as error:
-                    may_pass = isinstance(error, ConnectionFailedError) or (
-                        isinstance(error, RefusedError) and error.retryable
-                    )
-                    if not may_pass and adapter != plain and self._settings.adapter is None:
+                    is_refused_now = isinstance(error, RefusedError) and error.retryable
+                    if is_refused_now or isinstance(error, ConnectionFailedError):
+                        if self._problem != str(error):
+                            _log(f"warning: {error}; trying again")
+                        self._problem = str(error)
+                    elif adapter != plain and self._settings.adapter is None:
                         _log(f"warning: {adapter.name} cannot be used: {error}")
                         adapter = plain
                         continue
-                    if not may_pass:
+                    else:
                         self._failure = error
                         self._server.should_exit = True
                         return
-                    if self._problem != str(error):
-                        _log(f"warning: {error}; trying again")
-                    self._problem = str(error)
             await asyncio.sleep(_RETRY_S)
         self._problem = None
         _log("ready")

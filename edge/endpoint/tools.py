@@ -42,9 +42,9 @@ class ToolCall:
     arguments: str
 
 
-def tool_form(chat_template: str | None) -> ToolForm | None:
+def tool_form(chat_template: str) -> ToolForm | None:
     """The form that a chat template teaches; None where it knows no tools, or their form is not known."""
-    if chat_template is None or "tools" not in chat_template:
+    if "tools" not in chat_template:
         return None
     found = next((form for form, mark in _MARKS.items() if mark in chat_template), None)
     return "python_tag" if found is None and _LLAMA_OBJECT in chat_template else found
