@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 import numpy as np
@@ -16,7 +16,8 @@ import numpy.typing as npt
 
 from dlora.edge.engine.bundle import Bundle
 from dlora.protocol.child import Buffer, Child, Note, ReplacedChild
-from dlora.protocol.errors import BundleError, DataError
+from dlora.protocol.errors import BundleError, DataError, DloraError
+from dlora.protocol.tensors import IntArray
 
 from .examples import Example
 from .loading import ADVICE, TOKENIZER_PLACE
@@ -55,7 +56,7 @@ class PromptTokenizer:
 
     def encode_chat(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> npt.NDArray[np.int64]:
         """Token ids, int64 (tokens,), of a chat that is to be answered, as the chat template writes it."""
-        (ids,) = self.call("chat", [*map(dict, messages)], tools)
+        ids = self.call("encode_chat", [*map(dict, messages)], tools)
         return np.frombuffer(ids, np.int32).astype(np.int64)
 
     def encode_text(self, text: str) -> npt.NDArray[np.int64]:
@@ -63,23 +64,20 @@ class PromptTokenizer:
 
         Blanks at its end are left out, for they are the first token of what follows.
         """
-        (ids,) = self.call("text", text)
-        return np.frombuffer(ids, np.int32).astype(np.int64)
+        return np.frombuffer(self.call("encode_prompt_text", text), np.int32).astype(np.int64)
 
     def encode_example(self, fields: Mapping[str, Any]) -> Example:
         """A row of data, of any form that files may have, as an example."""
-        ids, positions = self.call("row", dict(fields))
+        ids, positions = self.call("encode_row", dict(fields))
         return Example.of(np.frombuffer(ids, np.int32), np.frombuffer(positions, np.int32))
 
     def longest_token_bytes(self) -> int:
         """Of a text, as many bytes as a token can stand for."""
-        (count,) = self.call("longest_token")
-        return int.from_bytes(count, "little")
+        return int(self.call("longest_token_bytes"))
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens left out."""
-        (text,) = self.call("decode", ids)
-        return text.decode()
+        return str(self.call("decode", ids))
 
     def stream(self) -> TextStream:
         """A text that grows token by token."""
@@ -92,11 +90,11 @@ class PromptTokenizer:
         """
         constraint = Constraint(self, next(self._numbers), self._vocabulary_size)
         given = [(shape.before, msgspec.json.encode(shape.schema).decode(), shape.after) for shape in shapes]
-        self.call("constrain", constraint.number, given)
+        self.call("begin", constraint.number, given)
         return constraint
 
-    def call(self, request: str, *arguments: object) -> list[bytearray]:
-        """What the child answers: a method of ``_Worker``."""
+    def call(self, request: str, *arguments: object) -> Any:
+        """What the child answers to a request of ``_PLACES``; arrays as bytes."""
         try:
             encoded = msgspec.msgpack.encode((request, *arguments))
         except UnicodeEncodeError:
@@ -104,7 +102,8 @@ class PromptTokenizer:
         except (OverflowError, RecursionError):
             raise DataError("the prompt has a number that is too large, or lists within lists; shorten it") from None
         with self._lock:
-            return self._child.call(encoded)
+            (answer,) = self._child.call(encoded)
+        return msgspec.msgpack.decode(answer)
 
 
 @dataclass(frozen=True)
@@ -116,8 +115,7 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """What the next token adds: nothing where it ends in the middle of a character."""
-        (text,) = self.tokenizer.call("step", self.number, token)
-        return text.decode()
+        return str(self.tokenizer.call("decode_step", self.number, token))
 
     def close(self) -> None:
         """Forget it."""
@@ -139,7 +137,7 @@ class Constraint:
 
     def allowed(self) -> npt.NDArray[np.bool_]:
         """bool (vocabulary,), after what was accepted."""
-        (bits,) = self.tokenizer.call("allowed", self.number, self._accepted)
+        bits = self.tokenizer.call("allowed", self.number, self._accepted)
         self._accepted = None
         found = np.zeros(self.vocabulary_size, np.bool_)
         unpacked = np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little")[: self.vocabulary_size]
@@ -163,17 +161,39 @@ def prompt_tokenizer(bundle: Bundle, *, for_long: bool = False) -> Iterator[Prom
         yield PromptTokenizer(child, bundle)
 
 
+# What may be asked of the child, a method of its tokenizer or of its grammars each: what it works on meanwhile, and
+# whose fault it is if that never ends.
+_PLACES: Final[dict[str, tuple[str, type[DloraError]]]] = {
+    "encode_chat": ("the prompt", DataError),
+    "encode_prompt_text": ("the prompt", DataError),
+    "encode_row": ("the row", DataError),
+    "longest_token_bytes": (TOKENIZER_PLACE, BundleError),
+    "decode": ("the text of the answer", BundleError),
+    "decode_step": ("the text of the answer", BundleError),
+    "forget": ("the text of the answer", BundleError),
+    "begin": ("the JSON schema", DataError),
+    "allowed": ("the JSON schema", DataError),
+}
+
+
 @dataclass
 class _Worker:
-    """In the child: a method for each request. Tokenizer and grammars are opened where they are first asked for."""
+    """In the child: tokenizer and grammars, each opened where it is first asked for."""
 
     bundle: Bundle
     note: Note
 
     def answer(self, request: bytes) -> Sequence[Buffer]:
         name, *arguments = msgspec.msgpack.decode(request)
-        found: Sequence[Buffer] = getattr(self, name)(*arguments)
-        return found
+        tokenizer = self.tokenizer
+        self.note.set_place(*_PLACES[name])
+        of: Any = tokenizer
+        if name in ("begin", "allowed"):
+            of = self.matchers
+        elif name in ("encode_row", "forget"):
+            of = self
+        found = getattr(of, name)(*arguments)
+        return (msgspec.msgpack.encode(found, enc_hook=np.ndarray.tobytes),)
 
     @cached_property
     def tokenizer(self) -> EdgeTokenizer:
@@ -188,46 +208,13 @@ class _Worker:
 
         return Matchers(self.bundle)
 
-    def at(self, place: str) -> EdgeTokenizer:
-        opened = self.tokenizer
-        self.note.set_place(place, DataError)
-        return opened
-
-    def chat(self, messages: list[dict[str, Any]], tools: list[Any] | None) -> Sequence[Buffer]:
-        return (self.at("the prompt").encode_chat(messages, tools).tobytes(),)
-
-    def text(self, text: str) -> Sequence[Buffer]:
-        return (self.at("the prompt").encode_prompt_text(text).tobytes(),)
-
-    def row(self, fields: dict[str, Any]) -> Sequence[Buffer]:
-        opened = self.at("the row")
+    def encode_row(self, fields: dict[str, Any]) -> tuple[IntArray, IntArray]:
         from .reading import encode_row
 
-        sequence = encode_row(fields, opened, ReadSettings(max_length=2**31 - 1))
-        return sequence.ids.tobytes(), sequence.positions.tobytes()
+        sequence = encode_row(fields, self.tokenizer, ReadSettings(max_length=2**31 - 1))
+        return sequence.ids, sequence.positions
 
-    def longest_token(self) -> Sequence[Buffer]:
-        return (self.tokenizer.longest_token_bytes.to_bytes(8, "little"),)
-
-    def decode(self, ids: list[int]) -> Sequence[Buffer]:
-        self.note.set_place("the text of the answer", BundleError)
-        return (self.tokenizer.decode(ids).encode(),)
-
-    def step(self, stream: int, token: int) -> Sequence[Buffer]:
-        self.note.set_place("the text of the answer", BundleError)
-        return (self.tokenizer.decode_step(stream, token).encode(),)
-
-    def constrain(self, number: int, shapes: list[tuple[str, str, str]]) -> Sequence[Buffer]:
-        self.note.set_place("the JSON schema", DataError)
-        self.matchers.begin(number, shapes)
-        return ()
-
-    def allowed(self, number: int, accepted: int | None) -> Sequence[Buffer]:
-        self.note.set_place("the JSON schema", DataError)
-        return (self.matchers.allowed(number, accepted),)
-
-    def forget(self, number: int) -> Sequence[Buffer]:
+    def forget(self, number: int) -> None:
         self.tokenizer.end_stream(number)
         if "matchers" in vars(self):
             self.matchers.end(number)
-        return ()

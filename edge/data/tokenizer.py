@@ -94,7 +94,6 @@ class EdgeTokenizer:
     def eos_token_id(self) -> int | None:
         return self._spec.eos_token_id
 
-    @property
     def longest_token_bytes(self) -> int:
         """UTF-8 bytes of the longest word of its vocabulary. No other token stands for more of a text: only several
         characters that it does not know may be one token, and a normalizer may leave blanks out."""
