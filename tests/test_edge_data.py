@@ -29,13 +29,6 @@ CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# The shape of SmolLM2's: a system message that nobody gave.
-DEFAULT_SYSTEM = (
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% endif %}"
-    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 # Gemma's and Llama's habits: bos, trim, exceptions, blocks on lines of their own, loop controls, tojson.
 FUSSY = """{{ bos_token }}
 {%- if messages[0]['role'] == 'system' %}
@@ -109,7 +102,7 @@ def learned(dataset: Dataset, index: int = 0) -> str:
 # -- chat templates -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("template", [CHATML, DEFAULT_SYSTEM, FUSSY, REWRITES])
+@pytest.mark.parametrize("template", [CHATML, FUSSY, REWRITES])
 @pytest.mark.parametrize("tools", [None, [{"name": "add", "description": "a < b"}]])
 @pytest.mark.parametrize("prompt", [False, True])
 def test_template_renders_as_transformers_does(template: str, tools: list[object] | None, prompt: bool) -> None:

@@ -45,6 +45,11 @@ def endpoint(place: Place) -> Iterator[Endpoint]:
         yield running
 
 
+def ask(endpoint: Endpoint, **asked: Any) -> Any:
+    """What OpenAI's client makes of the answer of the first adapter."""
+    return endpoint.client().chat.completions.create(**{"model": "first", "messages": ASK, **asked})
+
+
 # -- what clients ask for -----------------------------------------------------------------------------------
 
 
@@ -62,7 +67,7 @@ def test_a_chat_gets_the_answer_that_generate_gives(place: Place, endpoint: Endp
             "--max-new-tokens", 16, "--wire-dtype", "fp32", "--json",
         )  # fmt: skip
         wanted = json.loads(done.stdout)
-        found = endpoint.client().chat.completions.create(model=model, messages=ASK, max_tokens=16, temperature=0)
+        found = ask(endpoint, model=model, max_tokens=16, temperature=0)
         assert found.choices[0].message.content == wanted["answer"]
         assert (found.choices[0].finish_reason, found.model) == (wanted["finish_reason"], model)
         assert found.usage.prompt_tokens == wanted["prompt_tokens"]
@@ -73,9 +78,8 @@ def test_a_chat_gets_the_answer_that_generate_gives(place: Place, endpoint: Endp
 
 def test_a_stream_has_the_same_text_and_says_what_it_took(endpoint: Endpoint) -> None:
     asked: dict[str, Any] = {"model": "first", "messages": ASK, "max_completion_tokens": 30, "seed": 3}
-    whole = endpoint.client().chat.completions.create(**asked)
-    with_usage = {"stream": True, "stream_options": {"include_usage": True}}
-    chunks = list(endpoint.client().chat.completions.create(**asked, **with_usage))
+    whole = ask(endpoint, **asked)
+    chunks = list(ask(endpoint, **asked, stream=True, stream_options={"include_usage": True}))
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == whole.choices[0].message.content
     assert chunks[0].choices[0].delta.role == "assistant"
     assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
@@ -90,30 +94,28 @@ def test_a_stream_has_the_same_text_and_says_what_it_took(endpoint: Endpoint) ->
 
 
 def test_choices_stop_and_seed(endpoint: Endpoint) -> None:
-    client = endpoint.client()
-    asked: dict[str, Any] = {"model": "first", "messages": ASK, "max_tokens": 40, "temperature": 1.2}
-    once, again, other = (client.chat.completions.create(**asked, seed=seed, n=2) for seed in (5, 5, 8))
+    asked: dict[str, Any] = {"max_tokens": 40, "temperature": 1.2}
+    once, again, other = (ask(endpoint, **asked, seed=seed, n=2) for seed in (5, 5, 8))
     texts = [[choice.message.content for choice in each.choices] for each in (once, again, other)]
     assert texts[0] == texts[1]
     assert len({*texts[0], *texts[2]}) == 4
     assert once.usage.prompt_tokens == again.usage.prompt_tokens  # once for both choices
     stop = texts[0][0][4:6]
-    stopped = client.chat.completions.create(**asked, seed=5, stop=["nowhere", stop]).choices[0]
+    stopped = ask(endpoint, **asked, seed=5, stop=["nowhere", stop]).choices[0]
     assert stopped.message.content == texts[0][0][: texts[0][0].index(stop)]
     assert stopped.finish_reason == "stop"
 
 
 def test_logprobs_are_of_each_token(endpoint: Endpoint) -> None:
-    client = endpoint.client()
-    asked: dict[str, Any] = {"model": "first", "messages": ASK, "max_tokens": 12, "temperature": 0, "logprobs": True}
-    found = client.chat.completions.create(**asked, top_logprobs=3)
+    asked: dict[str, Any] = {"max_tokens": 12, "temperature": 0, "logprobs": True, "top_logprobs": 3}
+    found = ask(endpoint, **asked)
     content = found.choices[0].logprobs.content
     assert len(content) == found.usage.completion_tokens
     assert all(each.top_logprobs[0].logprob == each.logprob for each in content)  # the likeliest was taken
     assert all(len(each.top_logprobs) == 3 for each in content)
     streamed = [
         token
-        for chunk in client.chat.completions.create(**asked, top_logprobs=3, stream=True)
+        for chunk in ask(endpoint, **asked, stream=True)
         for token in (chunk.choices[0].logprobs.content if chunk.choices[0].logprobs else [])
     ]
     assert [each.logprob for each in streamed] == [each.logprob for each in content]
@@ -131,12 +133,10 @@ def test_completions_continue_texts(endpoint: Endpoint) -> None:
 
 
 def test_the_next_turn_sends_only_what_is_new(endpoint: Endpoint) -> None:
-    client = endpoint.client()
-    asked: dict[str, Any] = {"model": "first", "max_tokens": 8, "temperature": 0}
     messages = [{"role": "user", "content": "A question that nobody else asks"}]
-    first = client.chat.completions.create(**asked, messages=messages)
+    first = ask(endpoint, max_tokens=8, temperature=0, messages=messages)
     messages += [{"role": "assistant", "content": "whatever"}, {"role": "user", "content": "And then?"}]
-    second = client.chat.completions.create(**asked, messages=messages)
+    second = ask(endpoint, max_tokens=8, temperature=0, messages=messages)
     cached = second.usage.prompt_tokens_details.cached_tokens
     assert first.usage.prompt_tokens - 12 <= cached <= first.usage.prompt_tokens + 8
     assert first.usage.prompt_tokens_details.cached_tokens < 8
@@ -154,17 +154,12 @@ SCHEMA = {
 def test_an_answer_obeys_its_schema(endpoint: Endpoint, temperature: float) -> None:
     """Even of a model of random weights."""
     form = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA}}
-    found = endpoint.client().chat.completions.create(
-        model="first", messages=ASK, max_tokens=200, temperature=temperature, seed=1, response_format=form,
-        presence_penalty=2,
-    )  # fmt: skip
+    found = ask(endpoint, max_tokens=200, temperature=temperature, seed=1, response_format=form, presence_penalty=2)
     person = json.loads(found.choices[0].message.content)
     assert set(person) == {"name", "age"}
     assert isinstance(person["age"], int)
     assert found.choices[0].finish_reason == "stop"
-    found = endpoint.client().chat.completions.create(
-        model="first", messages=ASK, max_tokens=24, temperature=temperature, response_format={"type": "json_object"}
-    )
+    found = ask(endpoint, max_tokens=24, temperature=temperature, response_format={"type": "json_object"})
     assert found.choices[0].message.content.lstrip().startswith("{")
 
 
@@ -188,13 +183,12 @@ NOW = {"type": "function", "function": {"name": "now"}}
 )
 def test_a_call_can_be_forced(endpoint: Endpoint, tool_choice: Any, names: set[str], stream: bool) -> None:
     """Of a model of random weights; whatever ``response_format`` says, for the answer has no content."""
-    asked: dict[str, Any] = {
-        "model": "first", "messages": ASK, "max_tokens": 200, "temperature": 1.5, "tools": [SUM, NOW],
-        "tool_choice": tool_choice, "response_format": {"type": "json_object"},
-    }  # fmt: skip
     found = set()
     for seed in range(4):
-        answer = endpoint.client().chat.completions.create(**asked, seed=seed, stream=stream)
+        answer = ask(
+            endpoint, max_tokens=200, temperature=1.5, tools=[SUM, NOW], tool_choice=tool_choice, seed=seed,
+            stream=stream, response_format={"type": "json_object"},
+        )  # fmt: skip
         if stream:
             chunks = list(answer)
             (calls,) = [chunk.choices[0].delta.tool_calls for chunk in chunks if chunk.choices[0].delta.tool_calls]
@@ -213,8 +207,7 @@ def test_a_call_can_be_forced(endpoint: Endpoint, tool_choice: Any, names: set[s
 
 def test_tools_and_their_results_are_part_of_the_prompt(endpoint: Endpoint) -> None:
     def tokens(messages: list[dict[str, Any]], **more: Any) -> int:
-        found = endpoint.client().chat.completions.create(model="first", messages=messages, max_tokens=1, **more)
-        return int(found.usage.prompt_tokens)
+        return int(ask(endpoint, messages=messages, max_tokens=1, **more).usage.prompt_tokens)
 
     plain = tokens(ASK)
     assert tokens(ASK, tools=[TOOL]) > plain + len(json.dumps(TOOL)) - 10
@@ -233,20 +226,19 @@ def test_a_template_that_knows_no_tools_has_them_in_the_systems_message(place: P
     template = "{% for message in messages %}<s>{{ message.role }} {{ message.content }}</s>{% endfor %}"
     with endpoint_process(place.with_template(template, tmp_path / "bundle"), "--adapters", place.adapters) as running:
         eventually(running.is_ready)
-        create = running.client().chat.completions.create
-        asked: dict[str, Any] = {"model": "first", "max_tokens": 8, "temperature": 0}
+        asked: dict[str, Any] = {"max_tokens": 8, "temperature": 0}
         called = {"id": "c", "type": "function", "function": {"name": "sum", "arguments": '{"x": 7}'}}
         result = {"role": "tool", "tool_call_id": "c", "content": "8"}
         chat = [*ASK, {"role": "assistant", "content": None, "tool_calls": [called]}, result]
-        found = create(**asked, messages=chat, tools=[SUM])
+        found = ask(running, **asked, messages=chat, tools=[SUM])
         answer = {"role": "assistant", "content": '<tool_call>\n{"name": "sum", "arguments": {"x": 7}}\n</tool_call>'}
         turns = [*ASK, answer, {"role": "user", "content": "<tool_response>\n8\n</tool_response>"}]
-        same = create(**asked, messages=in_plain_words(turns, [SUM]))
+        same = ask(running, **asked, messages=in_plain_words(turns, [SUM]))
         assert found.choices == same.choices
         assert found.usage.prompt_tokens == same.usage.prompt_tokens
-        plain = create(**asked, messages=ASK).usage.prompt_tokens
-        assert create(**asked, messages=ASK, tools=[SUM], tool_choice="none").usage.prompt_tokens == plain
-        forced = create(**{**asked, "max_tokens": 99}, messages=ASK, tools=[SUM], tool_choice="required").choices[0]
+        plain = ask(running, **asked).usage.prompt_tokens
+        assert ask(running, **asked, tools=[SUM], tool_choice="none").usage.prompt_tokens == plain
+        forced = ask(running, max_tokens=99, temperature=0, tools=[SUM], tool_choice="required").choices[0]
         assert [call.function.name for call in forced.message.tool_calls] == ["sum"]
 
 
@@ -497,16 +489,14 @@ def test_each_of_many_chats_gets_what_it_gets_alone(place: Place) -> None:
     with endpoint_process(place, "--adapters", place.adapters, "--parallel", 8) as wide:
         eventually(wide.is_ready)
 
-        def ask(number: int) -> str:
-            found = wide.client().chat.completions.create(
-                model=("first", "second")[number % 2], max_tokens=24, seed=number,
-                messages=[{"role": "user", "content": f"Question {number}"}],
-            )  # fmt: skip
+        def answer(number: int) -> str:
+            model, messages = ("first", "second")[number % 2], [{"role": "user", "content": f"Question {number}"}]
+            found = ask(wide, model=model, messages=messages, max_tokens=24, seed=number)
             return str(found.choices[0].message.content)
 
-        alone = [ask(number) for number in range(8)]
+        alone = [answer(number) for number in range(8)]
         with ThreadPoolExecutor(8) as pool:
-            assert list(pool.map(ask, range(8))) == alone
+            assert list(pool.map(answer, range(8))) == alone
         assert len(set(alone)) == 8
 
 

@@ -26,6 +26,10 @@ KEYS: Final[dict[Form, str]] = {
     "text": "'text'",
     "documents": ".txt and .md files",
 }
+_NEEDED: Final[dict[Form, set[str]]] = {
+    "chat messages": {"messages"}, "ShareGPT": {"conversations"}, "prompt and completion": {"prompt", "completion"},
+    "Alpaca": {"instruction", "output"}, "text": {"text"},
+}  # fmt: skip
 # ShareGPT's words, and those of LLaMA-Factory for tools, as roles of chat templates.
 _ROLES: Final = {
     "human": "user", "gpt": "assistant", "bing": "assistant", "bard": "assistant", "chatgpt": "assistant",
@@ -91,18 +95,9 @@ def form_of(record: Record) -> Form:
     fields = record.fields
     if record.part is not None:
         return "documents"
-    found: list[Form] = []
-    if "messages" in fields:
-        found.append("chat messages")
-    if "conversations" in fields:
-        found.append("ShareGPT")
-    if "prompt" in fields and "completion" in fields:
-        is_chat = isinstance(fields["prompt"], list) or isinstance(fields["completion"], list)
-        found.append("prompt and completion as messages" if is_chat else "prompt and completion")
-    if "instruction" in fields and "output" in fields:
-        found.append("Alpaca")
-    if "text" in fields:
-        found.append("text")
+    found = [form for form, needed in _NEEDED.items() if needed <= fields.keys()]
+    if "prompt and completion" in found and list in (type(fields["prompt"]), type(fields["completion"])):
+        found[found.index("prompt and completion")] = "prompt and completion as messages"
     if len(found) == 1:
         return found[0]
     there = ", ".join(map(repr, fields)) or "nothing"
