@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, asynccontextmanager
@@ -99,24 +98,18 @@ class Slots:
     Args:
         count: how many requests are answered at a time.
         queue: how many wait; more are refused with 429.
+
+    Attributes:
+        busy: how many requests have a slot, or are about to; waiting: how many stand in line.
     """
 
     def __init__(self, count: int, queue: int) -> None:
         self._free = [Slot(number) for number in range(count)]
         self._all = tuple(self._free)
         self._queue = queue
-        self._waiting: deque[asyncio.Future[None]] = deque()
-        self._promised = 0  # free slots whose requests are known, and not which of them takes which
-
-    @property
-    def busy(self) -> int:
-        """How many are in use, or promised to a request."""
-        return len(self._all) - len(self._free) + self._promised
-
-    @property
-    def waiting(self) -> int:
-        """How many requests stand in line."""
-        return len(self._waiting)
+        self._turns = asyncio.Semaphore(count)  # who waits longest comes next, also before who comes just then
+        self.busy = 0
+        self.waiting = 0
 
     @asynccontextmanager
     async def take(self, adapter: ServedAdapter, encode: Callable[[], Awaitable[LongArray]]) -> AsyncIterator[Slot]:
@@ -125,49 +118,28 @@ class Slots:
 
         Raises ``RequestError`` (429) where the line is full, and what ``encode`` does.
         """
-        await self._wait_for_promise()
+        if self._turns.locked() and self.waiting >= self._queue:
+            text = f"{self.busy} answers are under way and {self.waiting} requests wait; come again"
+            raise RequestError(429, text, code="queue_full", retry_after_s=QUEUE_RETRY_S)
+        self.waiting += 1
+        try:
+            await self._turns.acquire()
+        finally:
+            self.waiting -= 1
+        self.busy += 1
         try:
             ids = await encode()
             # Of equal ones the one that was used longest ago gives way.
             slot = max(self._free, key=lambda each: (*each.fits(adapter, ids), -each.used_at))
             self._free.remove(slot)
+            slot.used_at = time.monotonic()
+            try:
+                yield slot
+            finally:
+                self._free.append(slot)
         finally:
-            self._promised -= 1
-            self._wake_next()
-        slot.used_at = time.monotonic()
-        try:
-            yield slot
-        finally:
-            self._free.append(slot)
-            self._wake_next()
-
-    async def _wait_for_promise(self) -> None:
-        """Wait in line until one of the free slots is this request's."""
-        if len(self._free) > self._promised:
-            self._promised += 1
-            return
-        if len(self._waiting) >= self._queue:
-            text = f"{self.busy} answers are under way and {len(self._waiting)} requests wait; come again"
-            raise RequestError(429, text, code="queue_full", retry_after_s=QUEUE_RETRY_S)
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append(turn)
-        try:
-            await turn
-        except asyncio.CancelledError:
-            if turn in self._waiting:
-                self._waiting.remove(turn)
-            elif not turn.cancelled():  # our turn came, and we left: the next one's
-                self._promised -= 1
-                self._wake_next()
-            raise
-
-    def _wake_next(self) -> None:
-        """Promise a free slot to who waits longest, so that nobody who comes now takes it first."""
-        while self._waiting and len(self._free) > self._promised:
-            turn = self._waiting.popleft()
-            if not turn.done():  # else it was cancelled a moment ago, and will not come
-                turn.set_result(None)
-                self._promised += 1
+            self.busy -= 1
+            self._turns.release()
 
     async def close(self) -> None:
         """Close all that is open, once what runs there has ended."""
