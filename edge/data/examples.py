@@ -97,10 +97,13 @@ class Example:
 
 def last_occurrence(ids: IntArray, tokens: Sequence[int]) -> int:
     """Where ``tokens`` begin for the last time in ``ids``; its length where they do not occur."""
-    if len(ids) < len(tokens):
+    starts = len(ids) - len(tokens) + 1
+    if starts <= 0:
         return len(ids)
-    windows = np.lib.stride_tricks.sliding_window_view(ids, len(tokens))
-    found = np.flatnonzero((windows == np.asarray(tokens)).all(axis=1))
+    matches = np.ones(starts, np.bool_)
+    for offset, token in enumerate(tokens):
+        matches &= ids[offset : offset + starts] == token
+    found = np.flatnonzero(matches)
     return int(found[-1]) if found.size else len(ids)
 
 
