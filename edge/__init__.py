@@ -1,6 +1,7 @@
 """The device: data, embedding, head, adapters, optimizer and checkpoints. No torch."""
 
 import os
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 # ONNX Runtime's packages report to its maker unless this is set before they are loaded. What a device does is its own.
@@ -14,23 +15,16 @@ if TYPE_CHECKING:
 
 __all__ = ["Datum", "SamplingClient", "Settings", "TrainingClient"]
 
+_PLACES = {
+    "Datum": ".client.datum",
+    "SamplingClient": ".client.sampling_client",
+    "Settings": ".settings",
+    "TrainingClient": ".client.training_client",
+}
+
 
 def __getattr__(name: str) -> Any:
     # Loaded when they are asked for: the commands need none of it.
-    if name == "TrainingClient":
-        from .client.training_client import TrainingClient
-
-        return TrainingClient
-    if name == "SamplingClient":
-        from .client.sampling_client import SamplingClient
-
-        return SamplingClient
-    if name == "Datum":
-        from .client.datum import Datum
-
-        return Datum
-    if name == "Settings":
-        from .settings import Settings
-
-        return Settings
+    if name in _PLACES:
+        return getattr(import_module(_PLACES[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

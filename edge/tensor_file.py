@@ -21,9 +21,7 @@ def safetensors_chunks(
     tensors: Mapping[str, npt.NDArray[Any]], metadata: Mapping[str, str]
 ) -> Iterator[bytes | memoryview]:
     """The bytes of a file, piece by piece, of tensors of integers and floats."""
-    whole = {
-        name: np.asarray(tensor, tensor.dtype.newbyteorder("<"), order="C") for name, tensor in tensors.items()
-    }
+    whole = {name: np.asarray(tensor, tensor.dtype.newbyteorder("<"), order="C") for name, tensor in tensors.items()}
     # Wide dtypes first, so that each tensor is aligned.
     order = sorted(whole, key=lambda name: (-whole[name].itemsize, name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)}

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ from dlora.cloud.admission.quotas import QuotaLimits, SessionQuota
 from dlora.cloud.exchange.kinds import SITE_KINDS
 from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.serving.transport import DeviceGoneError
-from dlora.edge.adapters.kind import Factors, GroupAdapters, LoadGraph, Parameter
+from dlora.edge.adapters.kind import GroupAdapters, LoadGraph, Parameter, SavedModule
 from dlora.edge.adapters.units import DEVICE_KINDS, AdapterSet
 from dlora.edge.data.batches import MicroBatch
 from dlora.edge.data.examples import Dataset
@@ -103,6 +103,10 @@ class CoreGroup(GroupAdapters):
         super().__init__(name)
         self.core = Parameter.of(np.zeros((COLUMNS, COLUMNS), np.float32))
 
+    @classmethod
+    def create(cls, spec: AdapterSpec, group: GroupSpec, *, scaling: float, random: np.random.Generator) -> Self:
+        return cls(group.targets[0].name)
+
     def parameters(self) -> dict[str, Parameter]:
         return {f"{self.name}.core": self.core}
 
@@ -123,22 +127,13 @@ class CoreGroup(GroupAdapters):
     def given_to_server(self) -> list[FloatArray]:
         raise NotImplementedError
 
-    def factors(self) -> list[Factors]:
+    def factors(self) -> list[SavedModule]:
         project_on, expand_by = self.adapter_state_values()
-        return [Factors(self.name, self.core.value @ project_on.T, expand_by.T.copy(), 1.0)]
+        return [SavedModule(self.name, self.core.value @ project_on.T, expand_by.T.copy())]
 
-    def load_factors(self, factors: Mapping[str, Factors]) -> None:
+    def load_factors(self, modules: Mapping[str, SavedModule], scaling: Mapping[str, float]) -> None:
         raise CheckpointError("a core starts from nothing")
 
-
-class DevicesCore:
-    def create(
-        self, spec: AdapterSpec, group: GroupSpec, *, scaling: float, random: np.random.Generator
-    ) -> GroupAdapters:
-        return CoreGroup(group.targets[0].name)
-
-    def draw_state(self, spec: AdapterSpec, group: GroupSpec, random: np.random.Generator) -> tuple[FloatArray, ...]:
-        raise NotImplementedError
 
 
 def every_second_row(adapters: AdapterSet, batch: MicroBatch) -> IntArray:
@@ -154,7 +149,7 @@ def servers_core(monkeypatch: pytest.MonkeyPatch) -> ServersCore:
     made = ServersCore()
     monkeypatch.setitem(KINDS, "core", CoreKind())
     monkeypatch.setitem(SITE_KINDS, "core", made)
-    monkeypatch.setitem(DEVICE_KINDS, "core", DevicesCore())
+    monkeypatch.setitem(DEVICE_KINDS, "core", CoreGroup)
     monkeypatch.setattr(AdapterSet, "crossing_positions", every_second_row)
     return made
 

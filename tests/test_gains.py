@@ -21,8 +21,8 @@ from transformers import PreTrainedModel
 from trunk_runs import trunk_config, trunk_training
 
 from dlora.cloud.model.base_model import BaseModel
-from dlora.edge.adapters.kind import Factors
-from dlora.edge.adapters.lora import Lora
+from dlora.edge.adapters.kind import SavedModule
+from dlora.edge.adapters.lora import LoraGroup
 from dlora.edge.adapters.peft import load_adapter
 from dlora.edge.data.batches import evaluation_batches
 from dlora.edge.training.checkpoint import load_latest
@@ -240,11 +240,11 @@ def test_an_adapter_of_another_tool_has_its_effect(plain: Place) -> None:
     group = next(group for group in load_manifest(plain.bundle).groups if group.targets[0].gain != 1.0)
     target = group.targets[0]
     random = np.random.default_rng(0)
-    adapters = Lora().create(AdapterSpec(r=2), group, scaling=2.0, random=random)
+    adapters = LoraGroup.create(AdapterSpec(r=2), group, scaling=2.0, random=random)
     lora_a, lora_b = (
         random.standard_normal(shape).astype(np.float32)
         for shape in ((2, group.in_features), (target.out_features, 2))
     )
-    adapters.load_factors({target.name: Factors(target.name, lora_a, lora_b, 3.0)})
+    adapters.load_factors({target.name: SavedModule(target.name, lora_a, lora_b)}, {target.name: 3.0})
     found = adapters.factors()[0]
-    np.testing.assert_allclose(found.scaling * found.lora_B, 3.0 * lora_b, rtol=1e-6)
+    np.testing.assert_allclose(2.0 * found.lora_B, 3.0 * lora_b, rtol=1e-6)

@@ -11,9 +11,8 @@ from transformers import get_scheduler
 from dlora.edge.adapters.units import AdapterSet
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.onnx_engine import OnnxEngine
-from dlora.edge.training.optimizer import AdamW
+from dlora.edge.training.optimizer import AdamW, learning_rate
 from dlora.edge.training.resolved import ChosenOptimizer
-from dlora.edge.training.schedule import learning_rate
 from dlora.protocol.adapters import AdapterSpec
 from dlora.protocol.errors import NonFiniteError
 from dlora.protocol.kill_revive import UnitState

@@ -11,7 +11,6 @@ from dlora.protocol.errors import CheckpointError, DataError, ModelMismatchError
 from dlora.protocol.groups import GroupSpec, with_gains
 from dlora.protocol.manifest import Manifest
 
-from .kind import Factors
 from .parts import PARTS_NAME, Parts
 from .peft import LoadedAdapter
 from .units import AdapterSet
@@ -57,9 +56,7 @@ def check_fit(manifest: Manifest, loaded: LoadedAdapter) -> None:
     _check_modules(manifest.groups, loaded, "take an adapter of the bundle's base model")
 
 
-def with_saved_gains(
-    groups: Sequence[GroupSpec], kind: str, loaded: LoadedAdapter | None
-) -> tuple[GroupSpec, ...]:
+def with_saved_gains(groups: Sequence[GroupSpec], kind: str, loaded: LoadedAdapter | None) -> tuple[GroupSpec, ...]:
     """``groups`` with the gains that an adapter of the same ``kind`` was trained with, as far as it has parts."""
     if loaded is None or loaded.parts is None or loaded.parts.kind != kind:
         return tuple(groups)
@@ -93,12 +90,8 @@ def load_weights(adapters: AdapterSet, loaded: LoadedAdapter, invocation: tuple[
             raise CheckpointError(f"the adapter{of} has rank {parts.r}; train with --rank {parts.r}")
         _load_parts(adapters, parts, of)
         return
-    factors = {
-        name: Factors(name, module.lora_A, module.lora_B, loaded.scaling[name])
-        for name, module in loaded.modules.items()
-    }
     for group in adapters.groups:
-        group.load_factors(factors)
+        group.load_factors(loaded.modules, loaded.scaling)
 
 
 def _check_modules(groups: Sequence[GroupSpec], loaded: LoadedAdapter, advice: str) -> None:

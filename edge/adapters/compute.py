@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any
 
 from dlora.edge.engine.engine import Engine
 from dlora.protocol.tensors import FloatArray, WireTensor
 from dlora.protocol.wire_codecs import decode_floats
 
 from .units import AdapterSet
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -37,11 +36,9 @@ class AdapterCompute:
     """
 
     def __init__(
-        self,
-        engine: Engine,
-        adapters: AdapterSet,
+        self, engine: Engine, adapters: AdapterSet,
         took: Callable[[str, float, float], None] = lambda what, started, ended: None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self._adapters = adapters
         self._took = took
         self.seconds = 0.0
@@ -51,19 +48,15 @@ class AdapterCompute:
 
     def forward(self, group: int, x: WireTensor) -> tuple[Sequence[FloatArray], Saved]:
         """What a group's adapters answer to x (rows, input_width): (rows, output_width) each."""
-
-        def compute() -> tuple[Sequence[FloatArray], Saved]:
-            outputs, for_backward = self._adapters.groups[group].forward(decode_floats(x), self._adapters.scale(group))
+        adapters, scale = self._adapters.groups[group], self._adapters.scale(group)
+        with self._timed(f"forward {group}"):
+            outputs, for_backward = adapters.forward(decode_floats(x), scale)
             return outputs, Saved(x, for_backward)
-
-        return self._timed(f"forward {group}", compute)
 
     def input_grad(self, group: int, grads: Sequence[FloatArray]) -> tuple[FloatArray, Any]:
         """dx (rows, input_width), and what ``weight_grads`` needs of it."""
-        return self._timed(
-            f"input gradient {group}",
-            lambda: self._adapters.groups[group].input_grad(grads, self._adapters.scale(group)),
-        )
+        with self._timed(f"input gradient {group}"):
+            return self._adapters.groups[group].input_grad(grads, self._adapters.scale(group))
 
     def weight_grads(
         self, group: int, saved: Saved, grads: Sequence[FloatArray], backward: Any
@@ -71,17 +64,14 @@ class AdapterCompute:
         """The gradients of a group's parameters, by name; none where its unit is not trained."""
         if not self._adapters.is_trained(group):
             return {}
-        return self._timed(
-            f"weight gradients {group}",
-            lambda: self._adapters.groups[group].weight_grads(
-                decode_floats(saved.x), saved.for_backward, grads, backward, self._adapters.scale(group)
-            ),
-        )
+        adapters, scale = self._adapters.groups[group], self._adapters.scale(group)
+        with self._timed(f"weight gradients {group}"):
+            return adapters.weight_grads(decode_floats(saved.x), saved.for_backward, grads, backward, scale)
 
-    def _timed(self, what: str, compute: Callable[[], T]) -> T:
+    @contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
         started = time.perf_counter()
-        result = compute()
+        yield
         ended = time.perf_counter()
         self.seconds += ended - started
         self._took(what, started, ended)
-        return result

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Self
 
 import numpy as np
 
@@ -53,19 +53,18 @@ class Parameter:
         self.add_grad(grad if self.gain == 1.0 else grad * np.float32(self.gain))
 
 
-class Factors(NamedTuple):
-    """What the adapters change of one target module's weight: ``dW = scaling · lora_B · lora_A``, the module's gain in
-    ``lora_B``.
+@dataclass(frozen=True)
+class SavedModule:
+    """The LoRA of one target module: ``dW = scaling · lora_B · lora_A``, the module's gain in ``lora_B``.
 
     Attributes:
-        name: full name of the module.
+        name: full name in the base model.
         lora_A: float32 (r, in_features); lora_B: float32 (out_features, r).
     """
 
     name: str
     lora_A: FloatArray
     lora_B: FloatArray
-    scaling: float
 
 
 class GroupAdapters(ABC):
@@ -83,6 +82,16 @@ class GroupAdapters(ABC):
         self.name = name
         self.adapter_state: tuple[WireTensor, ...] = ()
         self.first_gradient_norm = 0.0
+
+    @classmethod
+    @abstractmethod
+    def create(cls, spec: AdapterSpec, group: GroupSpec, *, scaling: float, random: np.random.Generator) -> Self:
+        """Fresh adapters of a group; groups are made in their order, from the same ``random``."""
+
+    @staticmethod
+    def draw_state(spec: AdapterSpec, group: GroupSpec, random: np.random.Generator) -> tuple[FloatArray, ...]:
+        """What the server is to keep of a group, drawn here: of the kind's ``state_shapes``."""
+        return ()
 
     @abstractmethod
     def parameters(self) -> dict[str, Parameter]:
@@ -110,8 +119,8 @@ class GroupAdapters(ABC):
         """The gradient of each parameter, by its name; ``forward`` and ``backward`` as those two gave them."""
 
     @abstractmethod
-    def factors(self) -> list[Factors]:
-        """The change of each target module, for PEFT's files."""
+    def factors(self) -> list[SavedModule]:
+        """The change of each target module, for PEFT's files; the scaling is that of all adapters."""
 
     @abstractmethod
     def given_to_server(self) -> list[FloatArray]:
@@ -119,8 +128,9 @@ class GroupAdapters(ABC):
         nearest to the output, but not the modules' gains, which the server multiplies by itself."""
 
     @abstractmethod
-    def load_factors(self, factors: Mapping[str, Factors]) -> None:
-        """Start from a saved adapter; modules that it lacks keep their start. Raises ``CheckpointError``."""
+    def load_factors(self, modules: Mapping[str, SavedModule], scaling: Mapping[str, float]) -> None:
+        """Start from a saved adapter, each module with its scaling; what it lacks keeps its start. Raises
+        ``CheckpointError``."""
 
     def check_made_state(self, state: Sequence[FloatArray]) -> None:  # noqa: B027  # most have nothing to check
         """Raise ``RemoteProtocolError`` for what a server cannot have made as the kind says."""
@@ -186,11 +196,7 @@ class GroupAdapters(ABC):
 
     def _state_names(self, count: int) -> list[str]:
         """Of the ``count`` tensors, and of their exponents."""
-        if not count:
-            return []
-        return [f"{self.name}.adapter_state.{index}" for index in range(count)] + [
-            f"{self.name}.adapter_state.exponents"
-        ]
+        return [f"{self.name}.adapter_state.{each}" for each in (*range(count), "exponents")] if count else []
 
     def scored_by_gradient(self) -> list[str]:
         """Names of the parameters whose gradient the score ``grad`` measures."""
@@ -219,15 +225,3 @@ class GroupAdapters(ABC):
             parameter.value, parameter.exp_avg, parameter.exp_avg_sq = found
         self._load_adapter_state(tensors, kept_by_server)
         self.first_gradient_norm = float(tensors.get(f"{self.name}.first_gradient_norm", np.zeros(1, np.float32))[0])
-
-
-class DeviceKind(Protocol):
-    """How the device makes the adapters of a kind."""
-
-    def create(
-        self, spec: AdapterSpec, group: GroupSpec, *, scaling: float, random: np.random.Generator
-    ) -> GroupAdapters:
-        """Fresh adapters of a group; groups are made in their order, from the same ``random``."""
-
-    def draw_state(self, spec: AdapterSpec, group: GroupSpec, random: np.random.Generator) -> tuple[FloatArray, ...]:
-        """What the server is to keep of a group, drawn here: of the kind's ``state_shapes``."""

@@ -19,15 +19,9 @@ _MAX_TEXT: Final = 300
 
 
 def model_card(
-    modules: int,
-    r: int,
-    lora_alpha: float,
-    base_model_name: str,
-    target_modules: Sequence[str] = (),
-    *,
-    acts_on_answers: bool,
-    record: AdapterRecord | None = None,
-) -> str:
+    modules: int, r: int, lora_alpha: float, base_model_name: str, target_modules: Sequence[str] = (), *,
+    acts_on_answers: bool, record: AdapterRecord | None = None,
+) -> str:  # fmt: skip
     """The card's text.
 
     Args:

@@ -35,6 +35,7 @@ from dlora.protocol.structure_words import structure_words
 from dlora.protocol.tensors import FloatArray
 from dlora.protocol.version import ADAPTER_FORMAT, SOFTWARE_VERSION
 
+from .kind import SavedModule
 from .model_card import CARD_NAME, model_card
 from .parts import Parts, load_parts, save_parts
 
@@ -59,20 +60,6 @@ _UNSUPPORTED: Final = {
     "monteclora_config": "MonteCLoRA",
     "velora_config": "VeLoRA",
 }
-
-
-@dataclass(frozen=True)
-class SavedModule:
-    """The LoRA of one target module.
-
-    Attributes:
-        name: full name in the base model.
-        lora_A: float32 (r, in_features); lora_B: float32 (out_features, r).
-    """
-
-    name: str
-    lora_A: FloatArray
-    lora_B: FloatArray
 
 
 @dataclass(frozen=True)
@@ -101,19 +88,10 @@ class LoadedAdapter:
 
 
 def save_adapter(
-    directory: Path,
-    modules: Sequence[SavedModule],
-    *,
-    r: int,
-    lora_alpha: float,
-    base_model_name: str,
-    target_modules: Sequence[str] = (),
-    fan_in_fan_out: bool = False,
-    parts: Parts | None = None,
-    invocation: tuple[int, ...] = (),
-    base_fingerprint: str | None = None,
-    training: TrainingRecord | None = None,
-) -> None:
+    directory: Path, modules: Sequence[SavedModule], *, r: int, lora_alpha: float, base_model_name: str,
+    target_modules: Sequence[str] = (), fan_in_fan_out: bool = False, parts: Parts | None = None,
+    invocation: tuple[int, ...] = (), base_fingerprint: str | None = None, training: TrainingRecord | None = None,
+) -> None:  # fmt: skip
     """Write an adapter that ``PeftModel.from_pretrained`` loads.
 
     Args:
@@ -138,13 +116,9 @@ def save_adapter(
             raise ValueError(f"{module.name} has not rank {r}")
     make_directory(directory)
     config = _config(
-        sorted(module.name for module in modules),
-        r=r,
-        lora_alpha=lora_alpha,
-        base_model_name=base_model_name,
-        fan_in_fan_out=fan_in_fan_out,
-        invocation=invocation,
-    )
+        sorted(module.name for module in modules), r=r, lora_alpha=lora_alpha, base_model_name=base_model_name,
+        fan_in_fan_out=fan_in_fan_out, invocation=invocation,
+    )  # fmt: skip
     tensors = {}
     for module in modules:
         tensors[f"{_PREFIX}{module.name}.lora_A.weight"] = np.ascontiguousarray(module.lora_A, np.float32)
@@ -155,15 +129,10 @@ def save_adapter(
     record = None
     if base_fingerprint is not None:
         record = AdapterRecord(
-            format=ADAPTER_FORMAT,
-            software=SOFTWARE_VERSION,
-            base_model=base_model_name,
-            base_fingerprint=base_fingerprint,
-            kind=parts.kind if parts is not None else "lora",
-            rank=r,
-            weights_sha256=digest,
-            training=training,
-        )
+            format=ADAPTER_FORMAT, software=SOFTWARE_VERSION, base_model=base_model_name,
+            base_fingerprint=base_fingerprint, kind=parts.kind if parts is not None else "lora", rank=r,
+            weights_sha256=digest, training=training,
+        )  # fmt: skip
 
     old = _replaced_config(config_path)
     if old is not None and {**old, "target_modules": None} == {**config, "target_modules": None}:
@@ -248,14 +217,9 @@ def _write_record(directory: Path, record: AdapterRecord | None, *, replaces: Pa
 
 
 def _config(
-    names: list[str],
-    *,
-    r: int,
-    lora_alpha: float,
-    base_model_name: str,
-    fan_in_fan_out: bool,
+    names: list[str], *, r: int, lora_alpha: float, base_model_name: str, fan_in_fan_out: bool,
     invocation: tuple[int, ...],
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     # Defaults of whatever PEFT reads this are right for all else; keys that some version lacks would make it warn.
     return ({"alora_invocation_tokens": list(invocation)} if invocation else {}) | {
         "base_model_name_or_path": base_model_name,

@@ -21,12 +21,14 @@ from dlora.protocol.kill_revive import UnitState
 from dlora.protocol.tensors import ByteArray, FloatArray, IntArray
 from dlora.protocol.wire_codecs import encode_floats
 
-from .bottleneck import Bottleneck
-from .ffa import Ffa
-from .kind import DeviceKind, GroupAdapters, Parameter
-from .lora import Lora
+from .bottleneck import BottleneckGroup
+from .ffa import FfaGroup
+from .kind import GroupAdapters, Parameter
+from .lora import LoraGroup
 
-DEVICE_KINDS: Final[dict[str, DeviceKind]] = {"lora": Lora(), "ffa": Ffa(), "bottleneck": Bottleneck()}
+DEVICE_KINDS: Final[dict[str, type[GroupAdapters]]] = {
+    "lora": LoraGroup, "ffa": FfaGroup, "bottleneck": BottleneckGroup,
+}  # fmt: skip
 """By the names of ``dlora.protocol.adapters.KINDS``."""
 
 
@@ -57,15 +59,9 @@ class AdapterSet:
     """
 
     def __init__(
-        self,
-        adapter_spec: AdapterSpec,
-        group_specs: Sequence[GroupSpec],
-        groups: Sequence[GroupAdapters],
-        units: Sequence[Unit],
-        *,
-        scaling: float,
-        kill_every: int,
-    ) -> None:
+        self, adapter_spec: AdapterSpec, group_specs: Sequence[GroupSpec], groups: Sequence[GroupAdapters],
+        units: Sequence[Unit], *, scaling: float, kill_every: int,
+    ) -> None:  # fmt: skip
         self.adapter_spec = adapter_spec
         self.scaling = scaling
         self.group_specs = tuple(group_specs)
@@ -76,17 +72,9 @@ class AdapterSet:
 
     @classmethod
     def create(
-        cls,
-        adapter_spec: AdapterSpec,
-        groups: Sequence[GroupSpec],
-        *,
-        scaling: float,
-        seed: Seed,
-        unit: UnitKind,
-        kill_every: int,
-        draws_state: bool = False,
-        state_dtype: WireDtype = "fp32",
-    ) -> AdapterSet:
+        cls, adapter_spec: AdapterSpec, groups: Sequence[GroupSpec], *, scaling: float, seed: Seed,
+        unit: UnitKind, kill_every: int, draws_state: bool = False, state_dtype: WireDtype = "fp32",
+    ) -> AdapterSet:  # fmt: skip
         """Fresh adapters. Raises ``UsageError`` for a kind that there is not, or a rank that its groups cannot have.
 
         Args:
@@ -115,13 +103,8 @@ class AdapterSet:
 
     def for_recording(self) -> list[tuple[float, dict[str, FloatArray]]]:
         """Of each group what its effect is multiplied by, and what is trained, by full name."""
-        return [
-            (
-                self.scaling * self.scale(index),
-                {name: parameter.value for name, parameter in group.parameters().items()},
-            )
-            for index, group in enumerate(self.groups)
-        ]
+        values = ({name: each.value for name, each in group.parameters().items()} for group in self.groups)
+        return [(self.scaling * self.scale(index), named) for index, named in enumerate(values)]
 
     def trained_parameters(self) -> frozenset[str]:
         """The full names of what is trained in this step: that of active units."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ParamSpec, Self, TypeVar
 
 import numpy as np
 
@@ -26,12 +26,25 @@ from dlora.edge.wire.connecting import ConnectSettings, Retry
 from dlora.edge.wire.credentials import Credentials
 from dlora.edge.wire.identity import load_device_id
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 
 def connect_settings(credentials: Credentials | None, max_retry_s: float | None) -> ConnectSettings:
     """How a client reaches its server."""
     return ConnectSettings(
         credentials or Credentials(), load_device_id(warn=lambda _: None), Retry(max_s=max_retry_s)
     )
+
+
+def in_thread(method: Callable[P, T]) -> Callable[P, Coroutine[Any, Any, T]]:
+    """A method's twin for asyncio: the same in a thread."""
+
+    async def twin(*arguments: P.args, **options: P.kwargs) -> T:
+        return await asyncio.to_thread(method, *arguments, **options)
+
+    twin.__doc__ = f"``{method.__name__}`` in a thread."
+    return twin
 
 
 @dataclass(frozen=True)
@@ -57,19 +70,11 @@ class SamplingClient:
     @classmethod
     @contextmanager
     def create(
-        cls,
-        bundle: Path | str,
-        server: str | None = None,
-        *,
-        adapter: Path | str | None = None,
-        wire_dtype: str = "fp16",
-        context_length: int = 2048,
-        threads: int = 0,
-        engine: EngineChoice = "auto",
-        credentials: Credentials | None = None,
-        max_retry_s: float | None = None,
+        cls, bundle: Path | str, server: str | None = None, *, adapter: Path | str | None = None,
+        wire_dtype: str = "fp16", context_length: int = 2048, threads: int = 0, engine: EngineChoice = "auto",
+        credentials: Credentials | None = None, max_retry_s: float | None = None,
         tokenizer: PromptTokenizer | None = None,
-    ) -> Iterator[Self]:
+    ) -> Iterator[Self]:  # fmt: skip
         """A client of a bundle; ``server``: None: all blocks run here.
 
         Args:
@@ -91,18 +96,10 @@ class SamplingClient:
             yield cls(model, words)
 
     def sample(
-        self,
-        prompt: str | Sequence[dict[str, Any]] | Sequence[int],
-        *,
-        max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int | None = None,
-        stop: Sequence[str] = (),
-        logprobs: bool = False,
-        as_it_is: bool = False,
-    ) -> Sample:
+        self, prompt: str | Sequence[dict[str, Any]] | Sequence[int], *, max_new_tokens: int = 256,
+        temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int | None = None,
+        stop: Sequence[str] = (), logprobs: bool = False, as_it_is: bool = False,
+    ) -> Sample:  # fmt: skip
         """One answer to a text (a user's turn, where there is a chat template), a chat, or token ids.
 
         Args:
@@ -124,9 +121,7 @@ class SamplingClient:
         found = [float(choice.logprob or 0.0) for choice in chosen] if logprobs else None
         return Sample(answer.text, [choice.token for choice in chosen], found, answer.finish_reason)
 
-    async def sample_async(self, *arguments: Any, **options: Any) -> Sample:
-        """``sample`` in a thread."""
-        return await asyncio.to_thread(self.sample, *arguments, **options)
+    sample_async = in_thread(sample)
 
     def _encode(self, prompt: str | Sequence[Any], *, as_it_is: bool) -> Any:
         if isinstance(prompt, str):

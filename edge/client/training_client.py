@@ -5,55 +5,40 @@ The verbs are Tinker's (Thinking Machines, 2025); the adapters, the data and the
 
 from __future__ import annotations
 
-import asyncio
 import math
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Self
 
 import msgspec
 import numpy as np
 
-from dlora.edge.adapters.peft import LoadedAdapter, load_adapter
+from dlora.edge.adapters.peft import load_adapter
 from dlora.edge.data.batches import MicroBatch
-from dlora.edge.data.examples import Dataset
-from dlora.edge.data.loading import Reading, load_datasets
 from dlora.edge.data.prompt import PromptTokenizer, prompt_tokenizer
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.choose import make_engine
-from dlora.edge.engine.engine import Engine
-from dlora.edge.model.embedding_source import EmbeddingSource
 from dlora.edge.model.ends import LossGradient
-from dlora.edge.seeds import draw_seed
 from dlora.edge.settings import Optimizer, Settings
-from dlora.edge.training.adapter_training import AdapterTraining, OptimizerStep, trainer_state
-from dlora.edge.training.checkpoint import Checkpoint, load_latest
-from dlora.edge.training.defaults import DEFAULT_KIND, DEFAULTS
-from dlora.edge.training.resolve import resolve
-from dlora.edge.training.resolved import ChosenOptimizer, Resolved
-from dlora.edge.training.side import DeviceSide, MakeSide, ServerSide
+from dlora.edge.training.adapter_training import AdapterTraining, OptimizerStep
+from dlora.edge.training.checkpoint import Checkpoint
+from dlora.edge.training.resolved import ChosenOptimizer
 from dlora.edge.training.trainer import Trainer
-from dlora.edge.wire.connecting import ConnectSettings
-from dlora.edge.wire.connection import Connection
 from dlora.edge.wire.credentials import Credentials
-from dlora.protocol.errors import CheckpointError, UsageError
-from dlora.protocol.manifest import Manifest
+from dlora.protocol.errors import UsageError
 from dlora.protocol.tensors import FloatArray
 
 from .datum import Datum, pack_data
 from .losses import LossFunction
-from .sampling_client import Sample, SamplingClient, connect_settings
+from .opening import Opening, datasets_of, load_state, resolve_settings
+from .sampling_client import Sample, SamplingClient, connect_settings, in_thread
 
 Progress = Callable[[int, int], None]
 """Called with how many sequences are through, and of how many."""
-
-_NO_DATA: Final = "of a loop of one's own"
-
 
 @dataclass(frozen=True)
 class ForwardBackward:
@@ -80,7 +65,7 @@ class TrainingClient:
     """
 
     def __init__(
-        self, opening: _Opening, tokenizer: PromptTokenizer, checkpoint: Checkpoint | None, on_progress: Progress
+        self, opening: Opening, tokenizer: PromptTokenizer, checkpoint: Checkpoint | None, on_progress: Progress
     ) -> None:
         self.bundle = opening.bundle
         self.tokenizer = tokenizer
@@ -94,14 +79,9 @@ class TrainingClient:
     @classmethod
     @contextmanager
     def create(
-        cls,
-        settings: Settings,
-        *,
-        data: Sequence[Datum] | None = None,
-        state: Path | str | None = None,
-        credentials: Credentials | None = None,
-        on_progress: Progress = lambda done, total: None,
-    ) -> Iterator[Self]:
+        cls, settings: Settings, *, data: Sequence[Datum] | None = None, state: Path | str | None = None,
+        credentials: Credentials | None = None, on_progress: Progress = lambda done, total: None,
+    ) -> Iterator[Self]:  # fmt: skip
         """A client that trains new adapters, or those of ``init_adapter``, or goes on from ``state``.
 
         What settings leave open is chosen as ``dlora-edge train`` chooses it. That takes data: those of
@@ -126,21 +106,13 @@ class TrainingClient:
         bundle = Bundle.open(settings.device.bundle)
         init_path = settings.adapter.init_adapter
         init = None if init_path is None else load_adapter(init_path)
-        config, dataset = _resolved(settings, bundle.manifest, init, _datasets(settings, bundle, data))
-        checkpoint = None if state is None else _load_state(Path(state))
+        config, dataset = resolve_settings(settings, bundle.manifest, init, datasets_of(settings, bundle, data))
+        checkpoint = None if state is None else load_state(Path(state))
         with prompt_tokenizer(bundle) as tokenizer:  # before there is an engine
-            opening = _Opening(
-                bundle=bundle,
-                engine=make_engine(bundle, settings.device.engine, settings.device.threads),
-                config=config,
-                init=init,
-                dataset=dataset,
-                connecting=connect_settings(
-                    credentials or Credentials.of(settings.server), settings.server.max_retry_s
-                ),
-            )
-            client = cls(opening, tokenizer, checkpoint, on_progress)
-            with closing(client):
+            engine = make_engine(bundle, settings.device.engine, settings.device.threads)
+            connecting = connect_settings(credentials or Credentials.of(settings.server), settings.server.max_retry_s)
+            opening = Opening(bundle, engine, config, init, dataset, connecting)
+            with closing(cls(opening, tokenizer, checkpoint, on_progress)) as client:
                 yield client
 
     def close(self) -> None:
@@ -180,7 +152,9 @@ class TrainingClient:
         Raises what ``Connection`` raises, and ``UsageError`` where there are no data.
         """
         with self._lock:
-            return self._forward(data, batch_size or len(data))
+            total = float(_weights(data).sum(dtype=np.float64))
+            losses = [self._training.evaluate_batch(batch) for batch in self._packed(data, batch_size)]
+            return _result(data, np.concatenate(losses), total)
 
     def forward_backward(
         self, data: Sequence[Datum], *, batch_size: int | None = None, total_weight: float | None = None
@@ -195,7 +169,17 @@ class TrainingClient:
         that the server does not take, and ``UsageError`` where there are no data, or ``total_weight`` is not positive.
         """
         with self._lock, self._training.all_or_nothing():
-            return self._forward_backward(data, batch_size or len(data), total_weight)
+            weights = _weights(data)
+            total = float(weights.sum(dtype=np.float64)) if total_weight is None else total_weight
+            if not total > 0:
+                raise UsageError(f"weights that add up to {total:g}: give total_weight, what they are to be divided by")
+            if (weights == 1).all():  # the command's own way, bit for bit
+                losses = []
+                for batch in self._packed(data, batch_size):
+                    losses += self._training.forward_backward([batch], grad_scale=1.0 / total)
+            else:
+                losses = self._weighed(data, batch_size, (-weights / total).astype(np.float32))
+            return _result(data, np.concatenate(losses), total)
 
     def forward_backward_custom(
         self, data: Sequence[Datum], loss: LossFunction, *, batch_size: int | None = None
@@ -207,8 +191,23 @@ class TrainingClient:
 
         Raises as ``forward_backward`` does, and ``UsageError`` for a gradient of other shapes.
         """
+        value = 0.0
+
+        def gradient_of(logprobs: FloatArray) -> FloatArray:
+            nonlocal value
+            value, gradients = loss(data, _split(data, logprobs))
+            return _joined(data, gradients)
+
         with self._lock, self._training.all_or_nothing():
-            return self._forward_backward_custom(data, loss, batch_size or len(data))
+            if 0 < len(data) <= (batch_size or len(data)):
+                batch = pack_data(data, self._training.config.invocation)
+                if len(self._training.model.cut(batch)) == 1:
+                    (losses,) = self._training.forward_backward([batch], grad_scale=0.0, gradients=[gradient_of])
+                    self._on_progress(len(data), len(data))
+                    return ForwardBackward(value, _split(data, -losses))
+            before = self.forward(data, batch_size=batch_size)
+            self._weighed(data, batch_size, gradient_of(np.concatenate(before.logprobs)))
+            return ForwardBackward(value, before.logprobs)
 
     def optim_step(self, params: float | Optimizer | None = None) -> OptimizerStep:
         """Step AdamW with the gradients so far, and forget them.
@@ -240,7 +239,7 @@ class TrainingClient:
 
         Raises ``CheckpointError`` for a state of other adapters; nothing has changed then.
         """
-        checkpoint = _load_state(Path(directory))
+        checkpoint = load_state(Path(directory))
         with self._lock:
             self._training = self._open_training(checkpoint)
 
@@ -269,25 +268,11 @@ class TrainingClient:
         """How many steps are done."""
         return self._training.next_step
 
-    async def forward_async(self, *arguments: Any, **options: Any) -> ForwardBackward:
-        """``forward`` in a thread."""
-        return await asyncio.to_thread(self.forward, *arguments, **options)
-
-    async def forward_backward_async(self, *arguments: Any, **options: Any) -> ForwardBackward:
-        """``forward_backward`` in a thread."""
-        return await asyncio.to_thread(self.forward_backward, *arguments, **options)
-
-    async def forward_backward_custom_async(self, *arguments: Any, **options: Any) -> ForwardBackward:
-        """``forward_backward_custom`` in a thread."""
-        return await asyncio.to_thread(self.forward_backward_custom, *arguments, **options)
-
-    async def optim_step_async(self, params: float | Optimizer | None = None) -> OptimizerStep:
-        """``optim_step`` in a thread."""
-        return await asyncio.to_thread(self.optim_step, params)
-
-    async def sample_async(self, prompt: str | Sequence[Any], **options: Any) -> Sample:
-        """``sample`` in a thread."""
-        return await asyncio.to_thread(self.sample, prompt, **options)
+    forward_async = in_thread(forward)
+    forward_backward_async = in_thread(forward_backward)
+    forward_backward_custom_async = in_thread(forward_backward_custom)
+    optim_step_async = in_thread(optim_step)
+    sample_async = in_thread(sample)
 
     # -- inside --------------------------------------------------------------------------------------------
 
@@ -308,45 +293,7 @@ class TrainingClient:
         self._sampling.close()
         self._sampling, self._sampler = ExitStack(), None
 
-    def _forward(self, data: Sequence[Datum], batch_size: int) -> ForwardBackward:
-        total = float(_weights(data).sum(dtype=np.float64))
-        losses = [self._training.evaluate_batch(batch) for batch in self._packed(data, batch_size)]
-        return _result(data, np.concatenate(losses), total)
-
-    def _forward_backward(
-        self, data: Sequence[Datum], batch_size: int, total_weight: float | None
-    ) -> ForwardBackward:
-        weights = _weights(data)
-        total = float(weights.sum(dtype=np.float64)) if total_weight is None else total_weight
-        if not total > 0:
-            raise UsageError(f"weights that add up to {total:g}: give total_weight, what they are to be divided by")
-        if (weights == 1).all():  # the command's own way, bit for bit
-            losses = []
-            for batch in self._packed(data, batch_size):
-                losses += self._training.forward_backward([batch], grad_scale=1.0 / total)
-        else:
-            losses = self._weighed(data, batch_size, (-weights / total).astype(np.float32))
-        return _result(data, np.concatenate(losses), total)
-
-    def _forward_backward_custom(
-        self, data: Sequence[Datum], loss: LossFunction, batch_size: int
-    ) -> ForwardBackward:
-        value = 0.0
-
-        def gradient_of(logprobs: FloatArray) -> FloatArray:
-            nonlocal value
-            value, gradients = loss(data, _split(data, logprobs))
-            return _joined(data, gradients)
-
-        if data and len(data) <= batch_size and len(self._training.model.cut(batch := self._pack(data))) == 1:
-            (losses,) = self._training.forward_backward([batch], grad_scale=0.0, gradients=[gradient_of])
-            self._on_progress(len(data), len(data))
-            return ForwardBackward(value, _split(data, -losses))
-        before = self._forward(data, batch_size)
-        self._weighed(data, batch_size, gradient_of(np.concatenate(before.logprobs)))
-        return ForwardBackward(value, before.logprobs)
-
-    def _weighed(self, data: Sequence[Datum], batch_size: int, gradient: FloatArray) -> list[FloatArray]:
+    def _weighed(self, data: Sequence[Datum], batch_size: int | None, gradient: FloatArray) -> list[FloatArray]:
         """Forward and backward, of a loss whose gradient by the log-probabilities, (labelled,), is known."""
         losses, start = list[FloatArray](), 0
         for batch in self._packed(data, batch_size):
@@ -356,112 +303,12 @@ class TrainingClient:
                 start += len(part.labels)
         return losses
 
-    def _pack(self, data: Sequence[Datum]) -> MicroBatch:
-        return pack_data(data, self._training.config.invocation)
-
-    def _packed(self, data: Sequence[Datum], size: int) -> Iterator[MicroBatch]:
+    def _packed(self, data: Sequence[Datum], batch_size: int | None) -> Iterator[MicroBatch]:
         """Micro-batches; once one is through, and the next is asked for, ``on_progress`` is told."""
+        size = batch_size or len(data)
         for start in range(0, len(data), size):
-            yield self._pack(data[start : start + size])
+            yield pack_data(data[start : start + size], self._training.config.invocation)
             self._on_progress(min(start + size, len(data)), len(data))
-
-
-@dataclass(frozen=True)
-class _Opening:
-    """How connections are opened: more than once, where a state is loaded or the adapters are sampled from."""
-
-    bundle: Bundle
-    engine: Engine
-    config: Resolved
-    init: LoadedAdapter | None
-    dataset: Dataset | None
-    connecting: ConnectSettings
-
-    @contextmanager
-    def make_training(self, checkpoint: Checkpoint | None) -> Iterator[AdapterTraining]:
-        """Adapters, new or from a checkpoint, connected to what they are trained against; they have to begin yet."""
-        config = self.config
-        if checkpoint is not None:  # whatever was drawn then, or found
-            run = trainer_state(checkpoint).run
-            config = msgspec.structs.replace(config, seed=run.seed)
-            if config.optimizer.lr is None:
-                config = config.with_rate(run.settings["optimizer.lr"])
-        with self._make_side() as make_side:
-            given: dict[str, Any] = {"init": self.init, "checkpoint": checkpoint}
-            if self.dataset is None:
-                yield AdapterTraining(self.bundle, self.engine, make_side, config, _NO_DATA, **given)
-            else:
-                yield Trainer(self.bundle, self.engine, make_side, config, self.dataset, begins=False, **given)
-
-    @contextmanager
-    def _make_side(self) -> Iterator[MakeSide]:
-        server = self.config.server.server
-        if server is None:
-            with closing(EmbeddingSource(self.bundle, self.engine)) as source:
-                yield partial(DeviceSide, source=source)
-        else:
-            with Connection(server, self.connecting) as connection:
-                yield partial(ServerSide, connection=connection)
-
-    def open_sampling(
-        self, adapter: Path, tokenizer: PromptTokenizer
-    ) -> AbstractContextManager[SamplingClient]:
-        """A client that samples with a saved adapter."""
-        config = self.config
-        return SamplingClient.create(
-            self.bundle.path,
-            config.server.server,
-            adapter=adapter,
-            wire_dtype=config.server.wire_dtype,
-            threads=config.device.threads,
-            engine=config.device.engine,
-            credentials=self.connecting.credentials,
-            max_retry_s=self.connecting.retry.max_s,
-            tokenizer=tokenizer,
-        )
-
-
-def _datasets(settings: Settings, bundle: Bundle, data: Sequence[Datum] | None) -> list[Dataset]:
-    """To train on, and held out, as the command has them; none: a loop of one's own brings its data."""
-    if data is not None:
-        if any(not datum.is_plain for datum in data):
-            raise UsageError("data that settings are chosen for must have the next token as each target, with weight 1")
-        return [Dataset.of([(datum.tokens, datum.rows) for datum in data])]  # type: ignore[misc]
-    return [] if settings.data.data is None else load_datasets(Reading.of(settings.data, bundle))
-
-
-def _resolved(
-    settings: Settings, manifest: Manifest, init: LoadedAdapter | None, datasets: Sequence[Dataset]
-) -> tuple[Resolved, Dataset | None]:
-    """As the command has it; without data, what takes none."""
-    if settings.training.seed is None:
-        drawn = draw_seed()
-    else:
-        drawn = (settings.training.seed,)
-    if datasets:
-        config, (dataset, *_) = resolve(settings, manifest, init, datasets)
-        return msgspec.structs.replace(config, seed=drawn), dataset
-    given: dict[str, Any] = {"active_from": settings.adapter.active_from or "start"}
-    if given["active_from"] != "start":
-        raise UsageError("active_from: where answers begin, data say; give some, or leave that out")
-    kind = settings.adapter.kind or DEFAULT_KIND
-    if DEFAULTS[kind].basis is not None and init is None:
-        given["basis"] = settings.adapter.basis or "weights"
-        if given["basis"] == "data":
-            raise UsageError("basis: a basis of data needs some; give data, or take weights")
-    if settings.optimizer.lr is None:
-        given["lr"] = DEFAULTS[kind].lr
-    if settings.training.steps is None:
-        given |= {"schedule": "constant", "warmup": 0.0}
-    config, _ = resolve(settings.replaced(**given), manifest, init, [])
-    return msgspec.structs.replace(config, seed=drawn), None
-
-
-def _load_state(directory: Path) -> Checkpoint:
-    checkpoint = load_latest(directory)
-    if checkpoint is None:
-        raise CheckpointError(f"{directory} has no saved state; give a directory of save_state")
-    return checkpoint
 
 
 def _known(gradient: FloatArray) -> LossGradient:

@@ -72,26 +72,17 @@ class ScoredModel:
 
 
 def generate_answers(
-    model: GeneratingModel,
-    tokenizer: PromptTokenizer,
-    questions: Sequence[Question],
-    *,
-    max_new_tokens: int,
-    stop: Sequence[str] = (),
-    on_answer: Callable[[], None] = lambda: None,
-) -> list[str]:
+    model: GeneratingModel, tokenizer: PromptTokenizer, questions: Sequence[Question], *, max_new_tokens: int,
+    stop: Sequence[str] = (), on_answer: Callable[[], None] = lambda: None,
+) -> list[str]:  # fmt: skip
     """What the model answers, always the likeliest token. Raises what ``TextAnswer`` does."""
     found = []
     context = Context(model)
     for question in questions:
         answer = TextAnswer(
-            context,
-            tokenizer,
-            np.frombuffer(question.prompt, np.int32).astype(np.int64),
-            Sampling(),
-            max_new_tokens=max_new_tokens,
-            stop=stop,
-        )
+            context, tokenizer, np.frombuffer(question.prompt, np.int32).astype(np.int64), Sampling(),
+            max_new_tokens=max_new_tokens, stop=stop,
+        )  # fmt: skip
         for _ in answer:
             pass
         found.append(answer.text)
@@ -100,11 +91,9 @@ def generate_answers(
 
 
 def likeliest_choices(
-    model: TrainableModel,
-    questions: Sequence[Question],
-    batch_size: int,
+    model: TrainableModel, questions: Sequence[Question], batch_size: int,
     on_examples: Callable[[int], None] = lambda _: None,
-) -> list[str]:
+) -> list[str]:  # fmt: skip
     """Of each question the choice whose tokens are the likeliest together, given the question; of equals the first."""
     candidates = [candidate for question in questions for candidate in question.candidates]
     dataset = Dataset.of(

@@ -6,20 +6,17 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
-from dlora.edge.adapters.compatibility import (
-    load_weights,
-    with_saved_gains,
-)
+from dlora.edge.adapters.compatibility import load_weights, with_saved_gains
+from dlora.edge.adapters.kind import SavedModule
 from dlora.edge.adapters.parts import Parts
-from dlora.edge.adapters.peft import LoadedAdapter, SavedModule, load_adapter, save_adapter
+from dlora.edge.adapters.peft import LoadedAdapter, load_adapter, save_adapter
 from dlora.edge.adapters.units import AdapterSet
 from dlora.edge.data.batches import MicroBatch
 from dlora.edge.data.examples import Dataset
@@ -33,6 +30,7 @@ from dlora.protocol.errors import CheckpointError, DloraError, NonFiniteError
 from dlora.protocol.groups import Gain, with_gains
 from dlora.protocol.kill_revive import UnitState
 from dlora.protocol.structure_words import structure_words
+from dlora.protocol.targets import target_names
 from dlora.protocol.tensors import FloatArray
 
 from .checkpoint import Checkpoint, save_checkpoint
@@ -98,16 +96,9 @@ class AdapterTraining:
 
     # Seven parameters: four that a run is made of, where its blocks are, and two that most runs leave out.
     def __init__(
-        self,
-        bundle: Bundle,
-        engine: Engine,
-        make_side: MakeSide,
-        config: Resolved,
-        data: str,
-        *,
-        init: LoadedAdapter | None = None,
-        checkpoint: Checkpoint | None = None,
-    ) -> None:
+        self, bundle: Bundle, engine: Engine, make_side: MakeSide, config: Resolved, data: str, *,
+        init: LoadedAdapter | None = None, checkpoint: Checkpoint | None = None,
+    ) -> None:  # fmt: skip
         manifest = bundle.manifest
         self.bundle = bundle
         self.config = config
@@ -116,21 +107,16 @@ class AdapterTraining:
             gains = trainer_state(checkpoint).gains
             self.groups = with_gains(self.groups, lambda name: gains.get(name, 1.0))
         self.adapters = AdapterSet.create(
-            config.spec,
-            self.groups,
-            scaling=config.scaling,
-            seed=config.seed,
-            unit=config.units.unit,
-            kill_every=config.units.kill_every,
-            draws_state=config.adapter.basis == "random",
-            state_dtype=config.codecs.adapter_state,
-        )
+            config.spec, self.groups,
+            scaling=config.scaling, seed=config.seed, unit=config.units.unit, kill_every=config.units.kill_every,
+            draws_state=config.adapter.basis == "random", state_dtype=config.codecs.adapter_state,
+        )  # fmt: skip
         check_units(config.units, len(self.adapters.units))
         if init is not None:
             load_weights(self.adapters, init, config.invocation)
             for unit in self.adapters.units:
-                targets = (target for group in unit.groups for target in self.groups[group].targets)
-                unit.has_learnt = any(target.name in init.modules for target in targets)
+                names = target_names(self.groups[group] for group in unit.groups)
+                unit.has_learnt = any(name in init.modules for name in names)
         self.identity = RunIdentity.of(config, manifest, data)
         self.steps_rerun = 0
         # Why the report of the last committed step could not be sent.
@@ -150,11 +136,9 @@ class AdapterTraining:
         self.open(self.config.data.max_length)
 
     def open(
-        self,
-        longest: int | None,
-        basis_steps: BasisSteps | None = None,
+        self, longest: int | None, basis_steps: BasisSteps | None = None,
         before_group: Callable[[int, int], None] = lambda done, groups: None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Begin, or go on.
 
         Args:
@@ -164,7 +148,7 @@ class AdapterTraining:
         Raises for what the server or this device would refuse at an unlucky step hours later.
         """
         self.side.check(longest)
-        with self._name_step_in_error():
+        with self._raising():
             self.side.open(basis_steps, before_group)
 
     @property
@@ -189,9 +173,32 @@ class AdapterTraining:
         Raises what ``Connection`` raises, ``NonFiniteError`` where the run diverges, ``DataError`` for an example that
         the server does not take.
         """
-        self._raise_failure()
-        with self._name_step_in_error():
-            return self._exchange(batches, grad_scale, gradients)
+        tries = 0
+        failures = list[Exception]()
+        safe = [_finishing(gradient, failures) for gradient in gradients]
+
+        def attempt() -> list[FloatArray]:
+            nonlocal tries
+            self.steps_rerun += tries > 0
+            tries += 1
+            forget()
+            failures.clear()
+            self.record_parameters()
+            if gradients:  # each is of its whole micro-batch
+                parts = list(batches)
+            else:  # anew for each session: another server may take less at once
+                parts = [part for batch in batches for part in self.model.cut(batch)]
+            losses = self.model.forward_backward(parts, step=self.session.step, grad_scale=grad_scale, gradients=safe)
+            if self._recorder is not None:
+                named = self.adapters.parameters().items()
+                self._recorder.add_gradients({name: parameter.grad for name, parameter in named})
+            return losses
+
+        with self._raising(), self.all_or_nothing() as forget:
+            losses = self.session.run(attempt)
+            if failures:
+                raise failures[0]
+            return losses
 
     @contextmanager
     def all_or_nothing(self) -> Iterator[Callable[[], None]]:
@@ -219,11 +226,11 @@ class AdapterTraining:
 
         Raises ``NonFiniteError`` where they are not finite; nothing has changed then.
         """
-        self._raise_failure()
-        rate = self.optimizer.lr(self.session.step) if learning_rate is None else learning_rate
-        started = time.perf_counter()
-        with self._name_step_in_error():
-            scores, norm = self._optimize(rate)
+        with self._raising():
+            rate = self.optimizer.lr(self.session.step) if learning_rate is None else learning_rate
+            started = time.perf_counter()
+            scores = self._scores()
+            norm = self.optimizer.step(self.adapters, lr=rate)
         seconds = time.perf_counter() - started
         self.spans.add("optimizer", COMPUTE, started, started + seconds)
         self.adapters.zero_grad()
@@ -236,23 +243,24 @@ class AdapterTraining:
 
     def evaluate_batch(self, batch: MicroBatch) -> FloatArray:
         """Cross-entropies float32 (labelled,) of a micro-batch, with the adapters as they are. Raises likewise."""
-        self._raise_failure()
-        with self._name_step_in_error():
+        with self._raising():
             return self.model.evaluate(batch)[0]
 
     def evaluate(self, dataset: Dataset, progress: Callable[[int, int], None] | None = None) -> Evaluation:
         """Loss and accuracy on a data set, with the adapters as they are. Raises as ``forward_backward`` does."""
-        self._raise_failure()
-        if self._recorder is not None:
-            self._recorder.add_parameters(self.adapters.for_recording())
-        with self._name_step_in_error():
+        with self._raising():
+            self.record_parameters()
             return evaluate(self.model, dataset, self.config.training.batch_size, progress)
 
     def wait_for_signal(self) -> None:
         """Wait for the signal to the last report, so that what is saved now is what the next step starts from."""
-        self._raise_failure()
-        with self._name_step_in_error():
+        with self._raising():
             self.session.wait_for_signal()
+
+    def record_parameters(self) -> None:
+        """Put what adapters are now into the recording, where there is one."""
+        if self._recorder is not None:
+            self._recorder.add_parameters(self.adapters.for_recording())
 
     @property
     def traffic(self) -> tuple[int, int]:
@@ -264,15 +272,11 @@ class AdapterTraining:
         units, session = self.adapters.units, self.session
         assert session.ticket is not None
         state = TrainerState(
-            next_step=self.next_step,
-            run=self.identity,
-            ticket=session.ticket,
-            states=[int(unit.state) for unit in units],
-            fade_ages=[unit.fade_age for unit in units],
-            adam_steps=[unit.adam_steps for unit in units],
-            unanswered=session.unanswered is not None,
+            next_step=self.next_step, run=self.identity, ticket=session.ticket,
+            states=[int(unit.state) for unit in units], fade_ages=[unit.fade_age for unit in units],
+            adam_steps=[unit.adam_steps for unit in units], unanswered=session.unanswered is not None,
             gains=self.adapters.gains,
-        )
+        )  # fmt: skip
         tensors = self.adapters.state()
         if session.unanswered is not None:
             tensors[_SCORES] = session.unanswered
@@ -290,8 +294,8 @@ class AdapterTraining:
             scale = np.float32(self.adapters.scale(index))
             if scale > 0:
                 modules += [
-                    SavedModule(name, lora_A, lora_B * scale if scale < 1 else lora_B)
-                    for name, lora_A, lora_B, _ in group.factors()
+                    replace(module, lora_B=module.lora_B * scale) if scale < 1 else module
+                    for module in group.factors()
                 ]
         tensors, config = self.adapters.parts(), self.config
         parts = None
@@ -310,23 +314,20 @@ class AdapterTraining:
     def _save_modules(
         self, directory: Path, modules: list[SavedModule], parts: Parts | None, training: TrainingRecord | None
     ) -> None:
+        config, manifest = self.config, self.bundle.manifest
+        asked = target_modules_of(config.adapter.target_modules or None) or manifest.defaults.target_modules
         save_adapter(
-            directory,
-            modules,
-            r=self.config.adapter.rank,
-            lora_alpha=self.config.adapter.alpha,
-            base_model_name=self.bundle.manifest.base_model.name,
-            target_modules=target_modules_of(self.config.adapter.target_modules or None)
-            or self.bundle.manifest.defaults.target_modules,
-            fan_in_fan_out=self.bundle.manifest.base_model.architecture == "gpt2",
-            parts=parts,
-            invocation=self.config.invocation,
-            base_fingerprint=self.bundle.manifest.base_model.fingerprint,
-            training=training,
-        )
+            directory, modules, r=config.adapter.rank, lora_alpha=config.adapter.alpha,
+            base_model_name=manifest.base_model.name, target_modules=asked,
+            fan_in_fan_out=manifest.base_model.architecture == "gpt2", parts=parts, invocation=config.invocation,
+            base_fingerprint=manifest.base_model.fingerprint, training=training,
+        )  # fmt: skip
 
     @contextmanager
-    def _name_step_in_error(self) -> Iterator[None]:
+    def _raising(self) -> Iterator[None]:
+        """Raise first what the last report failed with; within, an error names the step."""
+        if self._failure is not None:
+            raise self._failure
         try:
             yield
         except NonFiniteError as error:
@@ -341,63 +342,20 @@ class AdapterTraining:
                 f"{than}: this run would diverge again"
             ) from None
 
-    def _raise_failure(self) -> None:
-        if self._failure is not None:
-            raise self._failure
-
-    def _exchange(
-        self, batches: Sequence[MicroBatch], grad_scale: float, gradients: Sequence[LossGradient]
-    ) -> list[FloatArray]:
-        tries = 0
-        failures = list[Exception]()
-        safe = [_finishing(gradient, failures) for gradient in gradients]
-
-        def attempt() -> list[FloatArray]:
-            nonlocal tries
-            self.steps_rerun += tries > 0
-            tries += 1
-            forget()
-            failures.clear()
-            if self._recorder is not None:
-                self._recorder.add_parameters(self.adapters.for_recording())
-            if gradients:  # each is of its whole micro-batch
-                parts = list(batches)
-            else:  # anew for each session: another server may take less at once
-                parts = [part for batch in batches for part in self.model.cut(batch)]
-            losses = self.model.forward_backward(
-                parts, step=self.session.step, grad_scale=grad_scale, gradients=safe
-            )
-            if self._recorder is not None:
-                named = self.adapters.parameters().items()
-                self._recorder.add_gradients({name: parameter.grad for name, parameter in named})
-            return losses
-
-        with self.all_or_nothing() as forget:
-            losses = self.session.run(attempt)
-            if failures:
-                raise failures[0]
-            return losses
-
-    def _optimize(self, learning_rate: float) -> tuple[FloatArray, float]:
-        """Step AdamW; returns one score a unit, 0 for units that are not trained, and the gradients' norm."""
-        scores = self._first_scores()
-        if not scores.any():
-            for index, unit in enumerate(self.adapters.units):
-                if unit.state is UnitState.ACTIVE:
-                    scores[index] = unit_score(self.config.units.score, self.adapters.of_unit(unit))
-        norm = self.optimizer.step(self.adapters, lr=learning_rate)
-        # A weight may be finite whose square is not.
-        return np.clip(scores, None, np.finfo(np.float32).max).astype(np.float32), norm
-
-    def _first_scores(self) -> npt.NDArray[np.float64]:
-        """Zeros; in the first step, what the basis pass says of each unit, where that is what units are scored by."""
+    def _scores(self) -> FloatArray:
+        """One a unit, before AdamW steps, 0 for units that are not trained; in the first step, what the basis pass says
+        of each, where that is what units are scored by."""
         scores = np.zeros(len(self.adapters.units), np.float64)
         has_norms = all(group.first_gradient_norm for group in self.adapters.groups)
-        if self.next_step == 0 and has_norms and self.config.units.score == "grad":
-            for index, unit in enumerate(self.adapters.units):
-                norms = [group.first_gradient_norm for group in self.adapters.of_unit(unit)]
-                scores[index] = self.adapters.scaling * math.hypot(*norms)
-        return scores
+        takes_norms = self.next_step == 0 and has_norms and self.config.units.score == "grad"
+        for index, unit in enumerate(self.adapters.units):
+            groups = list(self.adapters.of_unit(unit))
+            if takes_norms:
+                scores[index] = self.adapters.scaling * math.hypot(*(group.first_gradient_norm for group in groups))
+            elif unit.state is UnitState.ACTIVE:
+                scores[index] = unit_score(self.config.units.score, groups)
+        # A weight may be finite whose square is not.
+        return np.clip(scores, None, np.finfo(np.float32).max).astype(np.float32)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         state = trainer_state(checkpoint)

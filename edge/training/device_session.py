@@ -17,18 +17,12 @@ T = TypeVar("T")
 
 
 class DeviceSession:
-    """What ``TrainSession`` is with a server, without one: the same controller, asked at once.
-
-    Attributes:
-        step: the step that comes next, counted from the beginning of this part of the run.
-        ticket: the controller's state.
-        unanswered: None: a report is answered when it is made.
-    """
+    """A ``RunSession`` as ``TrainSession`` is with a server, without one: the same controller, asked at once."""
 
     def __init__(self, adapters: AdapterSet, config: Resolved) -> None:
         self.step = 0
         self.ticket: bytes | None = None
-        self.unanswered: FloatArray | None = None
+        self.unanswered: FloatArray | None = None  # a report is answered when it is made
         self._adapters = adapters
         self._config = config
         self._controller: Controller | None = None
@@ -66,7 +60,6 @@ class DeviceSession:
         return work()
 
     def report(self, scores: FloatArray) -> None:
-        """The step is committed: its scores, float32 (units,), decide which units are active in the next."""
         assert self._controller is not None
         states = self._controller.report(self.step, scores)
         self.step += 1

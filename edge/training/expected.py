@@ -91,12 +91,9 @@ def filling(config: Resolved, manifest: Manifest, texts: Iterable[LongArray]) ->
     total = Traffic(0, 0, 0)
     for index in range(len(packs)):
         total += encode_traffic(
-            packs.lengths(index),
-            width=width,
-            embedding_size=manifest.base_model.embedding_size,
-            codecs=codecs,
+            packs.lengths(index), width=width, embedding_size=manifest.base_model.embedding_size, codecs=codecs,
             send=config.server.send,
-        )
+        )  # fmt: skip
     return total, kept
 
 
@@ -108,9 +105,7 @@ def units_within(config: Resolved, manifest: Manifest, dataset: Dataset, bytes_p
     """
     groups = config.groups(manifest)
     widths = [crossing.total_width for crossing in crossings(config.spec, groups)]
-    units = sorted(
-        group_units(groups, config.units.unit), key=lambda unit: -sum(widths[group] for group in unit)
-    )
+    units = sorted(group_units(groups, config.units.unit), key=lambda unit: -sum(widths[group] for group in unit))
 
     def cost(count: int) -> int:
         live = sorted(group for unit in units[:count] for group in unit)
@@ -154,10 +149,7 @@ def set_up_mb(config: Resolved, manifest: Manifest, dataset: Dataset, *, has_sta
     """What setting up what the server keeps will put on the wire, in MB of 10**6 bytes: nothing for ``lora``."""
     codecs, groups, kind = config.codecs, config.groups(manifest), kind_of(config.spec)
     codec = codecs.of(TensorRole.ADAPTER_STATE)
-    sizes = [
-        [codec.nbytes(*shape) for shape in kind.state_shapes(config.spec, group)]
-        for group in groups
-    ]
+    sizes = [[codec.nbytes(*shape) for shape in kind.state_shapes(config.spec, group)] for group in groups]
     if not any(sizes):
         return 0.0
     traffic = adapter_state_traffic(sizes, made=kind.server_makes_state and not has_state)
@@ -218,15 +210,9 @@ def _mean_bytes(config: Resolved, manifest: Manifest, dataset: Dataset, live: Se
 
 
 def _mean_traffic(
-    config: Resolved,
-    manifest: Manifest,
-    dataset: Dataset,
-    live: Sequence[int],
-    *,
-    grad_accum: int | None = None,
-    trains: bool = True,
-    is_basis: bool = False,
-) -> Traffic:
+    config: Resolved, manifest: Manifest, dataset: Dataset, live: Sequence[int], *, grad_accum: int | None = None,
+    trains: bool = True, is_basis: bool = False,
+) -> Traffic:  # fmt: skip
     """Of a mean step in which the groups ``live`` take part, or that a basis is made of."""
     per_step = config.training.batch_size * (grad_accum or config.training.grad_accum)
     # Of a step: the last one of an epoch may be smaller.
@@ -249,12 +235,8 @@ def _mean_traffic(
         traffic = basis_traffic(rows=rows, **mean_micro_batch)
     else:
         traffic = micro_batch_traffic(
-            crossings(config.spec, config.groups(manifest)),
-            live=live,
-            with_grads=live if trains else (),
-            answered=live[1:] if trains else (),
-            rows=rows,
-            **mean_micro_batch,
-        )
+            crossings(config.spec, config.groups(manifest)), live=live, with_grads=live if trains else (),
+            answered=live[1:] if trains else (), rows=rows, **mean_micro_batch,
+        )  # fmt: skip
     count = int(micro_batches)
     return Traffic(count * traffic.bytes_up, count * traffic.bytes_down, count * traffic.round_trips)

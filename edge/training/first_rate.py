@@ -61,9 +61,7 @@ class FoundRate(NamedTuple):
 
 
 def find_rate(
-    loss_after: Callable[[float], float],
-    rate_of: Callable[[float], float],
-    before_try: Callable[[int, int], None],
+    loss_after: Callable[[float], float], rate_of: Callable[[float], float], before_try: Callable[[int, int], None]
 ) -> FoundRate:
     """Try first updates of several sizes, from ``FIRST_SIZE`` by doubles or halves while the loss falls.
 

@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import msgspec
@@ -86,7 +85,9 @@ class MetricsLog:
     def __init__(self, path: Path, first_step: int = 0) -> None:
         self._path = path
         make_directory(path.parent)
-        kept = [line for step, line in _lines(path) if step < first_step]
+        with storage_errors(path):
+            lines = read_regular(path).splitlines(keepends=True) if path.exists() else []
+        kept = [line for line in lines if (step := _step(line)) is not None and step < first_step]
         write_atomically(path, b"".join(kept))
         with storage_errors(path):
             self._file = path.open("ab", buffering=0)
@@ -108,9 +109,7 @@ class MetricsLog:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 
@@ -128,7 +127,7 @@ def iterate_metrics(path: Path) -> Iterator[StepMetrics]:
     try:
         with open_regular(path) as file:
             for line in file:
-                if line.endswith(b"\n") and _step(line) is not None:
+                if _step(line) is not None:
                     yield decoder.decode(line)
     except FileNotFoundError:
         return
@@ -138,24 +137,14 @@ def iterate_metrics(path: Path) -> Iterator[StepMetrics]:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def _lines(path: Path) -> list[tuple[int, bytes]]:
-    with storage_errors(path):
-        raw = read_regular(path) if path.exists() else b""
-    found = []
-    for line in raw.splitlines(keepends=True):
-        step = _step(line) if line.endswith(b"\n") else None
-        if step is not None:
-            found.append((step, line))
-    return found
-
-
 class _Step(msgspec.Struct):
     step: int
 
 
 def _step(line: bytes) -> int | None:
+    """The step of a whole line; None of one that is torn."""
     try:
-        return msgspec.json.decode(line, type=_Step).step
+        return msgspec.json.decode(line, type=_Step).step if line.endswith(b"\n") else None
     except (msgspec.MsgspecError, UnicodeDecodeError):
         return None
 

@@ -8,12 +8,12 @@ import numpy as np
 
 from dlora.edge.adapters.kind import Parameter
 from dlora.edge.adapters.units import AdapterSet
+from dlora.edge.choices import ScheduleName
 from dlora.edge.engine.engine import Engine, scalar
 from dlora.protocol.errors import NonFiniteError
 from dlora.protocol.kill_revive import UnitState
 
 from .resolved import ChosenOptimizer
-from .schedule import learning_rate
 
 
 class AdamW:
@@ -33,12 +33,9 @@ class AdamW:
         config = self.config
         assert config.lr is not None, "Trainer.find_rate comes before the first step"
         return learning_rate(
-            step,
-            base=config.lr,
-            schedule=config.schedule,
-            warmup_steps=config.warmup_steps(self._total_steps),
+            step, base=config.lr, schedule=config.schedule, warmup_steps=config.warmup_steps(self._total_steps),
             total_steps=self._total_steps,
-        )
+        )  # fmt: skip
 
     def step(self, adapters: AdapterSet, *, lr: float) -> float:
         """Clip, then step every active unit with this learning rate; returns the gradients' norm before clipping.
@@ -69,18 +66,30 @@ class AdamW:
             return
         config, shape = self.config, parameter.value.shape
         grad = parameter.grad if clip == 1.0 else parameter.grad * np.float32(clip)
-        outputs = self._graph(
-            {
-                "param": parameter.value.reshape(-1),
-                "grad": grad.reshape(-1),
-                "exp_avg": parameter.exp_avg.reshape(-1),
-                "exp_avg_sq": parameter.exp_avg_sq.reshape(-1),
-                "decay": scalar(1.0 - lr * config.weight_decay),
-                "beta1": scalar(config.beta1),
-                "beta2": scalar(config.beta2),
-                "step_size": scalar(lr / (1.0 - config.beta1**count)),
-                "sqrt_bias_correction2": scalar(math.sqrt(1.0 - config.beta2**count)),
-                "eps": scalar(config.eps),
-            }
-        )
+        scalars = {
+            "decay": 1.0 - lr * config.weight_decay,
+            "beta1": config.beta1,
+            "beta2": config.beta2,
+            "step_size": lr / (1.0 - config.beta1**count),
+            "sqrt_bias_correction2": math.sqrt(1.0 - config.beta2**count),
+            "eps": config.eps,
+        }
+        tensors = {
+            "param": parameter.value, "grad": grad, "exp_avg": parameter.exp_avg, "exp_avg_sq": parameter.exp_avg_sq,
+        }  # fmt: skip
+        flat = {name: tensor.reshape(-1) for name, tensor in tensors.items()}
+        outputs = self._graph({**flat, **{name: scalar(value) for name, value in scalars.items()}})
         parameter.value, parameter.exp_avg, parameter.exp_avg_sq = (output.reshape(shape) for output in outputs)
+
+
+def learning_rate(step: int, *, base: float, schedule: ScheduleName, warmup_steps: int, total_steps: int) -> float:
+    """The rate of ``step``, counted from 0, as Hugging Face's trainer has it: linear warm-up, then ``schedule`` down to
+    0 at the end."""
+    if step < warmup_steps:
+        return base * step / max(1, warmup_steps)
+    if schedule == "constant":
+        return base
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    if schedule == "linear":
+        return base * max(0.0, 1.0 - progress)
+    return base * max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))

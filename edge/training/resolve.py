@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 import msgspec
@@ -37,14 +37,9 @@ _CHEAP: Final = 0.1  # of the run
 
 
 def resolve(
-    settings: Settings,
-    manifest: Manifest,
-    init: LoadedAdapter | None,
-    loaded: Sequence[Dataset],
-    *,
-    known: tuple[int, ...] = (),
-    say: Callable[[str], None] = lambda _: None,
-) -> tuple[Resolved, list[Dataset]]:
+    settings: Settings, manifest: Manifest, init: LoadedAdapter | None, loaded: Sequence[Dataset], *,
+    known: tuple[int, ...] = (), say: Callable[[str], None] = lambda _: None,
+) -> tuple[Resolved, list[Dataset]]:  # fmt: skip
     """A run, and its data as they are trained and evaluated on.
 
     Args:
@@ -65,10 +60,7 @@ def resolve(
     open_adapter = msgspec.structs.replace(settings.adapter, active_from=active_from)
     adapter = choose_adapter(open_adapter, manifest, init, run.device_blocks)
     steps = total_steps(
-        dataset,
-        epochs=settings.training.epochs,
-        steps=settings.training.steps,
-        examples_a_step=run.examples_a_step,
+        dataset, epochs=settings.training.epochs, steps=settings.training.steps, examples_a_step=run.examples_a_step
     )
     run = msgspec.structs.replace(run, adapter=adapter, invocation=invocation, total_steps=steps)
     run = _with_units(run, manifest)
@@ -88,41 +80,29 @@ def resolve_without_data(settings: Settings, manifest: Manifest, init: LoadedAda
     device_blocks = choose_device_blocks(settings, manifest)
     adapter = choose_adapter(settings.adapter, manifest, init, device_blocks)
     resolve_max_length(settings.data.max_length, manifest)
-    defaults = DEFAULTS[adapter.kind]
-    optimizer = ChosenOptimizer(
-        **{
-            **msgspec.structs.asdict(settings.optimizer),
-            "weight_decay": _first(settings.optimizer.weight_decay, defaults.weight_decay if init is None else 0.0),
-        }
-    )
-    server = ChosenServer(
-        **{
-            **msgspec.structs.asdict(settings.server),
-            "wire_dtype": settings.server.wire_dtype or defaults.wire_dtype,
-        }
-    )
+    defaults, given = DEFAULTS[adapter.kind], settings.kill_revive
+    decay = _first(settings.optimizer.weight_decay, defaults.weight_decay if init is None else 0.0)
+    wire_dtype = settings.server.wire_dtype or defaults.wire_dtype
     usual = (DEFAULT_WARMUP_STEPS, DEFAULT_RAMP_FRACTION) if defaults.warms_up else (0, 0.0)
     kill_revive = msgspec.structs.replace(
-        settings.kill_revive,
-        warmup_steps=_first(settings.kill_revive.warmup_steps, usual[0]),
-        ramp_fraction=_first(settings.kill_revive.ramp_fraction, usual[1]),
-        on_kill="hold_forward" if device_blocks else settings.kill_revive.on_kill,
+        given,
+        warmup_steps=_first(given.warmup_steps, usual[0]),
+        ramp_fraction=_first(given.ramp_fraction, usual[1]),
+        on_kill="hold_forward" if device_blocks else given.on_kill,
     )
-    placement = settings.placement
+    placement, blocks = settings.placement, manifest.base_model.blocks
     if device_blocks:
-        cache_mb = DEFAULT_CACHE_MB if placement.cache_mb is None else placement.cache_mb
-        is_all = device_blocks == manifest.base_model.blocks
-        placement = msgspec.structs.replace(
-            placement, cache_mb=cache_mb, device_blocks="all" if is_all else str(device_blocks)
-        )
+        word = "all" if device_blocks == blocks else str(device_blocks)
+        cache_mb = _first(placement.cache_mb, DEFAULT_CACHE_MB)
+        placement = msgspec.structs.replace(placement, cache_mb=cache_mb, device_blocks=word)
     run = Resolved(
         **{name: getattr(settings, name) for name in ("device", "data", "training", "saving")},
         adapter=adapter,
-        optimizer=optimizer,
-        server=server,
+        optimizer=ChosenOptimizer(**{**msgspec.structs.asdict(settings.optimizer), "weight_decay": decay}),
+        server=ChosenServer(**{**msgspec.structs.asdict(settings.server), "wire_dtype": wire_dtype}),
         placement=placement,
         kill_revive=kill_revive,
-        blocks=manifest.base_model.blocks,
+        blocks=blocks,
         device_blocks=device_blocks,
         total_steps=settings.training.steps or MAX_STEPS,
         seed=() if settings.training.seed is None else (settings.training.seed,),
@@ -150,12 +130,16 @@ def check_together(settings: Settings) -> None:
 
 def option_that_evaluates(settings: Settings) -> str | None:
     """One that needs held-out data."""
-    given = {
-        "--eval-every": settings.saving.eval_every,
-        "--keep best": settings.saving.keep == "best",
-        "--patience": settings.saving.patience,
-    }
-    return next((option for option, is_given in given.items() if is_given), None)
+    saving = settings.saving
+    return _given({
+        "--eval-every": bool(saving.eval_every), "--keep best": saving.keep == "best",
+        "--patience": saving.patience is not None,
+    })  # fmt: skip
+
+
+def _given(options: Mapping[str, bool]) -> str | None:
+    """The first that was given."""
+    return next((option for option, is_given in options.items() if is_given), None)
 
 
 def choose_device_blocks(settings: Settings, manifest: Manifest) -> int:
@@ -173,13 +157,13 @@ def choose_device_blocks(settings: Settings, manifest: Manifest) -> int:
     if wanted < last and settings.server.server is None:
         raise UsageError(f"{word} needs --server, which runs the other blocks; --device-blocks all needs none")
     if not wanted:
-        for option, is_given in (
-            ("--cache-mb", placement.cache_mb is not None),
-            ("--cache-key-file", placement.cache_key_file is not None),
-            ("--keep-cache", placement.keep_cache),
-        ):
-            if is_given:
-                raise UsageError(f"{option} needs --device-blocks, with which hidden states are kept here")
+        option = _given({
+            "--cache-mb": placement.cache_mb is not None,
+            "--cache-key-file": placement.cache_key_file is not None,
+            "--keep-cache": placement.keep_cache,
+        })  # fmt: skip
+        if option is not None:
+            raise UsageError(f"{option} needs --device-blocks, with which hidden states are kept here")
         return 0
     if placement.keep_cache and wanted == last:
         raise UsageError("--keep-cache is for what a server gave, and no server is asked: leave that out")

@@ -132,13 +132,10 @@ class Resolved(Settings, frozen=True, kw_only=True):
         for field in fields_of():
             value = field.value_in(self)
             is_off = field.section == "kill_revive" and self.kill_revive.active_fraction == 1
-            if not field.makes_bits or value is None or is_off:
-                continue
-            found[field.parameter] = value
-        found["target_modules"] = self.adapter.target_modules
-        found["blocks"] = number_ranges({group.block for group in self.groups(manifest)})
-        found["steps"] = self.total_steps
-        return found
+            if field.makes_bits and value is not None and not is_off:
+                found[field.parameter] = value
+        blocks = number_ranges({group.block for group in self.groups(manifest)})
+        return {**found, "target_modules": self.adapter.target_modules, "blocks": blocks, "steps": self.total_steps}
 
 
 def check_units(config: KillReviveConfig, units: int) -> None:
@@ -201,18 +198,12 @@ class RunIdentity(msgspec.Struct, frozen=True, kw_only=True):
         modules = without_gains(config.groups(manifest))
         return cls(
             settings={field.path: field.value_in(config) for field in fields_of() if field.makes_bits},
-            units=config.units,
-            device_blocks=config.device_blocks,
-            total_steps=config.total_steps,
-            part_begins=config.part_begins,
-            seed=config.seed,
-            invocation=config.invocation,
-            keeps_outputs=config.keeps_outputs,
             base_model=manifest.base_model.fingerprint,
             head=manifest.head.dtype,
             block_dtype=manifest.device_blocks.dtype if config.device_blocks and manifest.device_blocks else "",
             groups=hashlib.sha256(msgspec.json.encode(modules, order="deterministic")).hexdigest(),
             data=data,
+            **{name: getattr(config, name) for name in _AS_RESOLVED},
         )
 
     def differences(self, other: RunIdentity) -> list[str]:
@@ -252,6 +243,9 @@ def check_identity(mine: RunIdentity, theirs: RunIdentity, out: Path = Path("DIR
         )
 
 
+_AS_RESOLVED: Final = (
+    "units", "device_blocks", "total_steps", "part_begins", "seed", "invocation", "keeps_outputs",
+)  # fmt: skip
 _MODULES: Final = ("target_modules", "blocks")  # words for what ``groups`` is the digest of
 # Digests say nothing to people.
 _WHOLE: Final = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol, TypeVar
 
@@ -53,37 +54,27 @@ class RunSession(Protocol):
         """Wait for the signal to the last report, where there is one."""
 
 
-class Side(Protocol):
+class Side(ABC):
     """A run's session, its model, and what they took.
 
     Attributes:
+        session: where the run stands; model: with the run's adapters; crossed: what crossed so far.
+        spans: what happens when, where somebody wants to know.
         recorder: keeps what crosses; None where nothing does, or nobody asks for that.
     """
 
-    @property
-    def session(self) -> RunSession:
-        """Where the run stands."""
+    session: RunSession
+    model: TrainableModel
+    crossed: Crossed
+    spans: Spans
+    recorder: Recorder | None = None
 
-    @property
-    def model(self) -> TrainableModel:
-        """The model, with the run's adapters."""
-
-    @property
-    def crossed(self) -> Crossed:
-        """What crossed so far."""
-
-    @property
-    def recorder(self) -> Recorder | None:
-        """Keeps what crosses; None where nothing does, or nobody asks for that."""
-
-    @property
-    def spans(self) -> Spans:
-        """What happens when, where somebody wants to know."""
-
+    @abstractmethod
     def check(self, longest: int | None) -> None:
         """Raise for what would be refused at an unlucky step hours later: a base model, a sequence of ``longest``
         tokens."""
 
+    @abstractmethod
     def open(self, basis_steps: BasisSteps | None, before_group: Callable[[int, int], None]) -> None:
         """Begin, or go on.
 
@@ -93,81 +84,70 @@ class Side(Protocol):
                 there are; what it raises ends the set-up.
         """
 
-    def keep_outputs(self, dataset: Dataset, examples_a_step: int) -> None:
+    def keep_outputs(self, dataset: Dataset, examples_a_step: int) -> None:  # noqa: B027  # without blocks: nothing
         """Keep what comes out of blocks on the device that are not trained for long enough, where that is wanted."""
 
 
 MakeSide = Callable[[Bundle, Engine, AdapterSet, Resolved], Side]
 
 
-class ServerSide:
-    """All blocks on a server: at every step it exchanges with the adapters. As ``Side`` has it.
+class ServerSide(Side):
+    """All blocks on a server: at every step it exchanges with the adapters.
 
     ``window``: how many micro-batches of a step may be under way at a time, where the server allows as many.
     """
 
+    session: TrainSession
+    model: SplitModel
+
     def __init__(
-        self,
-        bundle: Bundle,
-        engine: Engine,
-        adapters: AdapterSet,
-        config: Resolved,
-        *,
-        connection: Connection,
+        self, bundle: Bundle, engine: Engine, adapters: AdapterSet, config: Resolved, *, connection: Connection,
         window: int = 1,
-    ) -> None:
+    ) -> None:  # fmt: skip
         fingerprint = bundle.manifest.base_model.fingerprint
         self.crossed = connection
         self.recorder = connection.recorder
         self.spans = connection.spans
         self.session = TrainSession(connection, adapters, config, base_fingerprint=fingerprint, window=window)
-        self.model = SplitModel(
-            bundle, engine, self.session, invocation=config.invocation, send=config.server.send
-        )
+        self.model = SplitModel(bundle, engine, self.session, invocation=config.invocation, send=config.server.send)
         self._bundle = bundle
         self._connection = connection
 
     def check(self, longest: int | None) -> None:
-        """As ``Side`` has it. Raises ``ModelMismatchError`` and ``DataError``."""
         check_base_model(self._bundle, self._connection.welcome)
         if longest is not None:
             check_sequence_length(longest, self._connection.welcome)
 
     def open(self, basis_steps: BasisSteps | None, before_group: Callable[[int, int], None]) -> None:
-        """As ``Side`` has it, again wherever the session is lost. Raises what ``Connection`` raises."""
         if basis_steps is not None:
             self.session.basis_pass = lambda: sum(map(self.model.run_basis_pass, basis_steps()))
         self.session.before_group = before_group
         self.session.open()
 
-    def keep_outputs(self, dataset: Dataset, examples_a_step: int) -> None:
-        """Nothing: no block is here."""
 
-
-class DeviceSide:
-    """The last blocks here, and no server in a step. As ``Side`` has it.
+class DeviceSide(Side):
+    """The last blocks here, and no server in a step.
 
     ``source``: of what goes into the first of them.
     """
+
+    session: DeviceSession
+    model: TrunkModel
 
     def __init__(
         self, bundle: Bundle, engine: Engine, adapters: AdapterSet, config: Resolved, *, source: HiddenStateSource
     ) -> None:
         self.crossed = source.crossed
-        self.recorder: Recorder | None = None
         self.spans = Spans()
         self.session = DeviceSession(adapters, config)
         self.model = TrunkModel(bundle, engine, adapters, config.device_blocks, source)
 
     def check(self, longest: int | None) -> None:
-        """As ``Side`` has it. Raises ``DataError``."""
         if longest is not None:
             self.model.check_fits(longest)
 
     def open(self, basis_steps: BasisSteps | None, before_group: Callable[[int, int], None]) -> None:
-        """As ``Side`` has it: what is trained here has no basis."""
-        self.session.open()
+        self.session.open()  # what is trained here has no basis
 
     def keep_outputs(self, dataset: Dataset, examples_a_step: int) -> None:
-        """As ``Side`` has it."""
         self.model.keep_outputs(dataset, examples_a_step, self.session.unchanged_steps)

@@ -17,9 +17,10 @@ from .resolved import Resolved
 
 
 class TrainSession(ModelSession):
-    """The session of one run, or of its present part.
+    """The session of one run, or of its present part, as ``RunSession`` has it.
 
-    A report whose signal has not come is sent again in the next session, which begins before it.
+    A report whose signal has not come is sent again in the next session, which begins before it: ``ticket`` is the
+    controller's state before it then.
 
     Args:
         base_fingerprint: of the base model that the bundle pins.
@@ -27,19 +28,10 @@ class TrainSession(ModelSession):
     Attributes:
         basis_pass: what the server is to learn from, before it makes what it keeps of the groups, and how many
             micro-batches that were; None: nothing.
-        step: the step that comes next, counted from the beginning of this part of the run.
-        ticket: the controller's state, before the last report where that is unanswered.
-        unanswered: the scores of the last committed step, until its signal has come.
     """
 
     def __init__(
-        self,
-        connection: Connection,
-        adapters: AdapterSet,
-        config: Resolved,
-        *,
-        base_fingerprint: str,
-        window: int = 1,
+        self, connection: Connection, adapters: AdapterSet, config: Resolved, *, base_fingerprint: str, window: int
     ) -> None:
         super().__init__(connection, adapters)
         self.basis_pass: Callable[[], int] | None = None
@@ -59,11 +51,8 @@ class TrainSession(ModelSession):
             codecs=config.codecs,
             evaluation_codecs=config.codecs.for_evaluation(),
             purpose=m.Train(
-                kill_revive=config.units,
-                seed=seed_for_server(config.seed),
-                total_steps=config.steps,
-                next_step=self.step - (self.unanswered is not None),
-                ticket=self.ticket,
+                kill_revive=config.units, seed=seed_for_server(config.seed), total_steps=config.steps,
+                next_step=self.step - (self.unanswered is not None), ticket=self.ticket,
                 learnt=tuple(index for index, unit in enumerate(self.adapters.units) if unit.has_learnt),
             ),
             window=min(self._window, self.connection.welcome.window),
@@ -93,8 +82,7 @@ class TrainSession(ModelSession):
             self._send_report()
 
     def report(self, scores: FloatArray) -> None:
-        """The step is committed: report its scores, float32 (units,). Its signal comes with the next micro-batch, or
-        with ``wait_for_signal``."""
+        """The step is committed: its signal comes with the next micro-batch, or with ``wait_for_signal``."""
         self.step += 1
         self.unanswered = scores
         try:
@@ -104,7 +92,6 @@ class TrainSession(ModelSession):
             self.open()
 
     def wait_for_signal(self) -> None:
-        """Wait for the signal to the last report, where there is one."""
         while self.unanswered is not None:
             self.run(lambda: self.handle_signal(self.connection.receive(m.Signal)))
 
