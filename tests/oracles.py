@@ -28,13 +28,9 @@ ROUNDING: Final = {"fp32": 0.0, "fp16": 2e-3, "int8": 5e-2}
 
 
 def expected(
-    kind: str,
-    inputs: Mapping[str, Array],
-    *,
-    embedding_scale: float = 1.0,
-    logit_scale: float = 1.0,
+    kind: str, inputs: Mapping[str, Array], *, embedding_scale: float = 1.0, logit_scale: float = 1.0,
     softcap: float | None = None,
-) -> Arrays:
+) -> Arrays:  # fmt: skip
     """The outputs of a graph of this kind, by name."""
     given = {name: _wide(value) for name, value in inputs.items()}
     match kind:
@@ -125,17 +121,9 @@ def _adapter_weight_grad(x: Tensor, z: Tensor, grad: Tensor, dz: Tensor, scale: 
 
 
 def _adamw(
-    param: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    decay: Tensor,
-    beta1: Tensor,
-    beta2: Tensor,
-    step_size: Tensor,
-    sqrt_bias_correction2: Tensor,
-    eps: Tensor,
-) -> dict[str, Tensor]:
+    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, decay: Tensor, beta1: Tensor, beta2: Tensor,
+    step_size: Tensor, sqrt_bias_correction2: Tensor, eps: Tensor,
+) -> dict[str, Tensor]:  # fmt: skip
     """One step. The betas came as float32, and stand for the decimals that a user wrote."""
     decimal1, decimal2 = (round(float(beta), 7) for beta in (beta1, beta2))
     first = decimal1 * exp_avg + (1 - decimal1) * grad
@@ -145,15 +133,10 @@ def _adamw(
 
 
 def _head(
-    weight: Tensor,
-    hidden_states: Tensor,
-    logit_scale: float,
-    softcap: float | None,
-    row_scales: Tensor | None = None,
-    bias: Tensor | None = None,
-    labels: Tensor | None = None,
+    weight: Tensor, hidden_states: Tensor, logit_scale: float, softcap: float | None,
+    row_scales: Tensor | None = None, bias: Tensor | None = None, labels: Tensor | None = None,
     grad_scale: Tensor | None = None,
-) -> dict[str, Tensor]:
+) -> dict[str, Tensor]:  # fmt: skip
     if row_scales is not None:
         weight = weight * row_scales[:, None]
     hidden_states = hidden_states.requires_grad_()

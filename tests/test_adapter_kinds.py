@@ -7,25 +7,37 @@ at random, so that nobody can make it a second time. The device holds a 3×3 mat
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 from drawn import one_in
-from families import VOCABULARY, tiny_model
-from serving import RunningServer, config, random_dataset, serving, training
+from families import VOCABULARY
+from serving import config, random_dataset, serving
 from tiny import TinyFactory
 from torch import Tensor
+from training_runs import (
+    BLOCKS,
+    FROM_LOST,
+    Change,
+    Leaves,
+    Runs,
+    assert_gradients_are_torchs,
+    bits,
+    lose_sessions,
+    losses_of,
+    step_traffic,
+)
 from waiting import eventually
 
 from dlora.cloud.admission.quotas import QuotaLimits, SessionQuota
 from dlora.cloud.exchange.kinds import SITE_KINDS
 from dlora.cloud.model.base_model import BaseModel
-from dlora.cloud.serving.transport import DeviceGoneError
 from dlora.edge.adapters.kind import GroupAdapters, LoadGraph, Parameter, SavedModule
 from dlora.edge.adapters.units import DEVICE_KINDS, AdapterSet
 from dlora.edge.data.batches import MicroBatch
@@ -34,17 +46,14 @@ from dlora.edge.model.session import ModelSession
 from dlora.edge.training.checkpoint import load_latest
 from dlora.edge.training.resolved import Resolved
 from dlora.edge.training.trainer import Trainer
-from dlora.edge.wire.connecting import ConnectSettings, Retry
 from dlora.edge.wire.connection import Connection
-from dlora.protocol.adapters import KINDS, AdapterSpec, Crossing, crossings, kind_of, state_bytes
+from dlora.protocol.adapters import KINDS, AdapterSpec, Crossing, kind_of, state_bytes
 from dlora.protocol.errors import CheckpointError, NonFiniteError, RefusedError
 from dlora.protocol.groups import GroupSpec
 from dlora.protocol.tensors import FloatArray, IntArray
-from dlora.protocol.traffic import Traffic, adapter_state_traffic, micro_batch_traffic, report_traffic
-from dlora.protocol.wire_codecs import Codecs
+from dlora.protocol.traffic import Traffic, adapter_state_traffic, report_traffic
 
 COLUMNS = 3
-BLOCKS = 4
 
 
 # -- one file a side ---------------------------------------------------------------------------------------
@@ -135,7 +144,6 @@ class CoreGroup(GroupAdapters):
         raise CheckpointError("a core starts from nothing")
 
 
-
 def every_second_row(adapters: AdapterSet, batch: MicroBatch) -> IntArray:
     return np.arange(0, len(batch.ids), 2, dtype=np.int32)
 
@@ -155,13 +163,9 @@ def servers_core(monkeypatch: pytest.MonkeyPatch) -> ServersCore:
 
 
 @pytest.fixture(scope="module")
-def bundle(tiny: TinyFactory) -> Path:
-    return tiny(blocks=BLOCKS, head_dtype="fp32").bundle
-
-
-@pytest.fixture(scope="module")
-def base(tiny: TinyFactory) -> BaseModel:
-    return tiny(blocks=BLOCKS).base
+def runs(tiny: TinyFactory) -> Iterator[Runs]:
+    with Runs.of(tiny) as made:
+        yield made
 
 
 def run_of_cores(**changes: Any) -> Resolved:
@@ -174,70 +178,32 @@ KILLING = {
 }  # fmt: skip
 
 
-def bits(trainer: Trainer) -> dict[str, bytes]:
-    return {name: tensor.tobytes() for name, tensor in trainer.adapters.state().items()}
-
-
-def lose_sessions(server: RunningServer) -> None:
-    """What a server that is started again does not have any more."""
-    for live in server.server.service.sessions:
-        server.server.service.sessions.remove(live)
-        live.transport._loop.call_soon_threadsafe(live.transport.end, DeviceGoneError("lost"))
-
-
 @pytest.mark.usefixtures("servers_core")
-def test_gradients_are_those_of_the_whole_model_in_torch(bundle: Path, base: BaseModel) -> None:
-    dataset = random_dataset(VOCABULARY)
-    with serving(base) as server, training(bundle, server.url, run_of_cores(batch_size=1), dataset) as trainer:
+def test_gradients_are_those_of_the_whole_model_in_torch(runs: Runs) -> None:
+    with runs.train(run_of_cores(batch_size=1)) as trainer:
         random = np.random.default_rng(0)
         for parameter in trainer.adapters.parameters().values():
             parameter.value = random.normal(0, 0.5, parameter.value.shape).astype(np.float32)
-        (batch,) = trainer.batches.step_batches(0)
-        losses = trainer.model.forward_backward([batch], step=0, grad_scale=1.0)[0]
-        found = {name: parameter.grad for name, parameter in trainer.adapters.parameters().items()}
-    wanted_loss, wanted = whole_model(trainer, batch)
-    assert float(losses.sum()) == pytest.approx(wanted_loss, rel=1e-5)
-    assert set(found) == set(wanted)
-    for name, grad in wanted.items():
-        assert np.abs(grad).max() > 0
-        np.testing.assert_allclose(found[name], grad, rtol=1e-4, atol=1e-5 * np.abs(grad).max(), err_msg=name)
+        assert_gradients_are_torchs(trainer, changes_of_cores)
 
 
-def whole_model(trainer: Trainer, batch: MicroBatch) -> tuple[float, dict[str, np.ndarray]]:
-    """Loss and gradients of one sequence by autograd alone, with the change added to each module's output by a hook."""
-    model = tiny_model("llama", num_hidden_layers=BLOCKS).eval().requires_grad_(False)
-    cores: dict[str, Tensor] = {}
-    crosses = torch.zeros(len(batch.ids), 1)
-    crosses[::2] = 1
-    for group, spec in zip(trainer.adapters.groups, trainer.adapters.group_specs, strict=True):
-        project_on, expand_by = (torch.from_numpy(np.array(tensor)) for tensor in group.adapter_state_values())
-        ((name, parameter),) = group.parameters().items()
-        core = cores[name] = torch.from_numpy(np.array(parameter.value)).requires_grad_()
-        widths = [target.out_features for target in spec.targets]
-        for target, expand in zip(spec.targets, expand_by.split(widths, dim=-1), strict=True):
+def changes_of_cores(group: GroupAdapters, spec: GroupSpec, leaves: Leaves) -> list[Change]:
+    project_on, expand_by = (torch.from_numpy(np.array(tensor)) for tensor in group.adapter_state_values())
+    core = leaves[f"{group.name}.core"]
 
-            change = (project_on, core, expand * target.gain)
-            model.get_submodule(target.name).register_forward_hook(
-                lambda _, args, output, change=change: output + crosses * _through(args[0], *change)
-            )
-    logits = model(input_ids=torch.from_numpy(batch.ids)[None]).logits[0]
-    labels = torch.from_numpy(np.array(batch.labels))
-    loss = torch.nn.functional.cross_entropy(logits[batch.label_positions], labels, reduction="sum")
-    loss.backward()
-    return loss.item(), {name: core.grad.numpy() for name, core in cores.items() if core.grad is not None}
+    def change(expand: Tensor) -> Change:
+        return lambda x: (torch.arange(x.shape[-2]) % 2 == 0)[:, None] * (x @ project_on @ core.T @ expand)
+
+    parts = expand_by.split([target.out_features for target in spec.targets], dim=-1)
+    return [change(part * target.gain) for part, target in zip(parts, spec.targets, strict=True)]
 
 
-def _through(x: Tensor, project_on: Tensor, core: Tensor, expand: Tensor) -> Tensor:
-    return x @ project_on @ core.T @ expand
-
-
-def test_core_kind_learns_with_kill_and_revive(bundle: Path, base: BaseModel, servers_core: ServersCore) -> None:
+def test_core_kind_learns_with_kill_and_revive(runs: Runs, servers_core: ServersCore) -> None:
     dataset = Dataset.of([([3 + index] * 6, [2, 3, 4]) for index in range(6)])
-    with serving(base) as server:
-        with training(bundle, server.url, run_of_cores(total_steps=12), dataset) as trainer:
-            losses = [trainer.run_step().loss for _ in range(12)]
-        with training(bundle, server.url, run_of_cores(total_steps=24, kill_revive=KILLING), dataset) as trainer:
-            units = [trainer.run_step().units for _ in range(24)]
+    with runs.train(run_of_cores(total_steps=12), dataset) as trainer:
+        losses = [trainer.run_step().loss for _ in range(12)]
+    with runs.train(run_of_cores(total_steps=24, kill_revive=KILLING), dataset) as trainer:
+        units = [trainer.run_step().units for _ in range(24)]
     assert losses[-1] < 0.9 * losses[0]
     assert servers_core.made == 2 * BLOCKS
     history = list(itertools.pairwise(units))
@@ -248,52 +214,40 @@ def test_core_kind_learns_with_kill_and_revive(bundle: Path, base: BaseModel, se
 @pytest.mark.parametrize("kill_revive", [{}, KILLING], ids=["all", "killing"])
 @pytest.mark.parametrize("after", one_in(3, range(1, 7)))
 def test_lost_server_changes_no_bit(
-    bundle: Path, base: BaseModel, servers_core: ServersCore, kill_revive: dict[str, Any], after: int
+    runs: Runs, servers_core: ServersCore, kill_revive: dict[str, Any], after: int
 ) -> None:
     """Another server has another draw, and gets the first one's back."""
-    dataset, run = random_dataset(VOCABULARY), run_of_cores(total_steps=8, kill_revive=kill_revive)
-    found = []
-    with serving(base) as server:
-        for is_lost in (False, True):
-            torch.manual_seed(3)
-            with training(bundle, server.url, run, dataset, ConnectSettings(retry=Retry(max_s=30))) as trainer:
-                losses = []
-                for step in range(8):
-                    if is_lost and step == after:
-                        lose_sessions(server)
-                    losses.append(trainer.run_step().loss)
-                trainer.wait_for_signal()
-                found.append((losses, bits(trainer)))
+    run, found = run_of_cores(total_steps=8, kill_revive=kill_revive), []
+    for lost_after in (None, after):
+        torch.manual_seed(3)
+        steps, left = runs.steps(run, 8, lost_after)
+        found.append((losses_of(steps), left))
     assert found[0] == found[1]
     assert servers_core.made == 2 * BLOCKS, "made once a run, never again"
 
 
 def test_checkpoint_resumes_at_another_server(
-    bundle: Path, base: BaseModel, servers_core: ServersCore, tmp_path: Path
+    tiny: TinyFactory, runs: Runs, servers_core: ServersCore, tmp_path: Path
 ) -> None:
-    dataset, run = random_dataset(VOCABULARY), run_of_cores(total_steps=8, kill_revive=KILLING)
-    with serving(base) as server, training(bundle, server.url, run, dataset) as trainer:
+    run = run_of_cores(total_steps=8, kill_revive=KILLING)
+    with runs.train(run) as trainer:
         for step in range(8):
             if step == 5:
                 trainer.save_checkpoint(tmp_path)
             trainer.run_step()
         trainer.wait_for_signal()
-    checkpoint = load_latest(tmp_path)
-    assert checkpoint is not None
-    with serving(base) as server, training(bundle, server.url, run, dataset, checkpoint=checkpoint) as resumed:
-        for _ in range(3):
-            resumed.run_step()
-        resumed.wait_for_signal()
-    assert bits(resumed) == bits(trainer)
+    with Runs.of(tiny) as other:
+        _, resumed = other.steps(run, 3, checkpoint=load_latest(tmp_path))
+    assert resumed == bits(trainer)
     assert servers_core.made == BLOCKS
 
 
 @pytest.mark.usefixtures("servers_core")
 @pytest.mark.parametrize("kill_revive", [{}, KILLING], ids=["all", "killing"])
 @pytest.mark.parametrize("wire_dtype", ["fp32", "fp16"])
-def test_counted_bytes_match_the_formula(bundle: Path, base: BaseModel, wire_dtype: Any, kill_revive: Any) -> None:
+def test_counted_bytes_match_the_formula(runs: Runs, wire_dtype: Any, kill_revive: Any) -> None:
     run = run_of_cores(total_steps=10, grad_accum=2, wire_dtype=wire_dtype, kill_revive=kill_revive)
-    with serving(base) as server, training(bundle, server.url, run, random_dataset(VOCABULARY)) as trainer:
+    with runs.train(run) as trainer:
         assert trainer.session.ticket is not None
         report = report_traffic(BLOCKS, len(trainer.session.ticket))
         waiting = 0
@@ -302,29 +256,15 @@ def test_counted_bytes_match_the_formula(bundle: Path, base: BaseModel, wire_dty
             metrics = trainer.run_step()
             wanted = sum((expected(trainer, batch, metrics.units) for batch in batches), Traffic(0, 0, 0))
             wanted += Traffic(report.bytes_up, waiting, 0)
-            assert (metrics.bytes_up, metrics.bytes_down, metrics.round_trips) == (
-                wanted.bytes_up, wanted.bytes_down, wanted.round_trips,
-            )  # fmt: skip
+            assert (metrics.bytes_up, metrics.bytes_down, metrics.round_trips) == msgspec.structs.astuple(wanted)
             waiting = report.bytes_down
 
 
 def expected(trainer: Trainer, batch: MicroBatch, units: str) -> Traffic:
     live = [unit for unit, state in enumerate(units) if state != "0"]
     with_grads = [unit for unit in live if unit >= units.index("1")]
-    base_model = trainer.bundle.manifest.base_model
-    return micro_batch_traffic(
-        crossings(trainer.config.spec, trainer.adapters.group_specs),
-        live=live,
-        with_grads=with_grads,
-        answered=with_grads[1:],
-        tokens=len(batch.ids),
-        sequences=len(batch.sequence_lengths),
-        labelled=len(batch.labels),
-        embedding_size=base_model.embedding_size,
-        hidden_size=base_model.hidden_size,
-        codecs=Codecs.all(trainer.config.server.wire_dtype),
-        rows=-(-len(batch.ids) // 2),
-    )
+    rows = -(-len(batch.ids) // 2)
+    return step_traffic(trainer, batch, live=live, with_grads=with_grads, answered=with_grads[1:], rows=rows)
 
 
 def count_set_up_traffic(monkeypatch: pytest.MonkeyPatch) -> list[Traffic]:
@@ -344,17 +284,13 @@ def count_set_up_traffic(monkeypatch: pytest.MonkeyPatch) -> list[Traffic]:
 
 
 @pytest.mark.usefixtures("servers_core")
-def test_set_up_traffic_matches_the_formula(
-    bundle: Path, base: BaseModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_set_up_traffic_matches_the_formula(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     """Made by the first server, and given back to the next."""
     counted = count_set_up_traffic(monkeypatch)
-    connecting = ConnectSettings(retry=Retry(max_s=30))
-    dataset = random_dataset(VOCABULARY)
-    with serving(base) as server, training(bundle, server.url, run_of_cores(), dataset, connecting) as run:
+    with runs.train(run_of_cores(), connecting=FROM_LOST) as run:
         run.run_step()
         run.wait_for_signal()
-        lose_sessions(server)
+        lose_sessions(runs.server)
         run.run_step()
         run.wait_for_signal()
         sizes = [[tensor.nbytes for tensor in group.adapter_state] for group in run.adapters.groups]
@@ -362,18 +298,16 @@ def test_set_up_traffic_matches_the_formula(
 
 
 @pytest.mark.usefixtures("servers_core")
-def test_server_state_counts_in_the_quota(bundle: Path, base: BaseModel) -> None:
-    dataset, run = random_dataset(VOCABULARY), run_of_cores()
-    with serving(base) as server:
-        with training(bundle, server.url, run, dataset) as trainer:
+def test_server_state_counts_in_the_quota(tiny: TinyFactory) -> None:
+    run = run_of_cores()
+    with Runs.of(tiny) as own:
+        quotas = own.server.server.service.quotas
+        with own.train(run) as trainer:
             kept = [state_bytes(run.spec, group) for group in trainer.adapters.group_specs]
-            assert server.server.service.quotas.live_bytes == sum(kept) > 0
-        eventually(lambda: server.server.service.quotas.live_bytes == 0)
-        server.server.service.quotas.limits = QuotaLimits(live_bytes=sum(kept) - 1)
-        with (
-            pytest.raises(RefusedError, match="the adapters that it keeps takes"),
-            training(bundle, server.url, run, dataset) as trainer,
-        ):
+            assert quotas.live_bytes == sum(kept) > 0
+        eventually(lambda: quotas.live_bytes == 0)
+        quotas.limits = QuotaLimits(live_bytes=sum(kept) - 1)
+        with pytest.raises(RefusedError, match="the adapters that it keeps takes"), own.train(run) as trainer:
             trainer.run_step()
 
 
@@ -381,9 +315,9 @@ def test_server_state_counts_in_the_quota(bundle: Path, base: BaseModel) -> None
 def test_a_model_of_many_groups_is_set_up(tiny: TinyFactory) -> None:
     """More groups than frames may be unacknowledged: made, and given back."""
     model = tiny(blocks=12)
-    run, dataset = run_of_cores(total_steps=2), random_dataset(VOCABULARY)
     with serving(model.base) as server:
-        with training(model.bundle, server.url, run, dataset, ConnectSettings(retry=Retry(max_s=30))) as trainer:
+        many = Runs(model.bundle, server)
+        with many.train(run_of_cores(total_steps=2), connecting=FROM_LOST) as trainer:
             trainer.run_step()
             lose_sessions(server)
             trainer.run_step()
@@ -391,6 +325,15 @@ def test_a_model_of_many_groups_is_set_up(tiny: TinyFactory) -> None:
 
 
 # -- several micro-batches at a time -------------------------------------------------------------------------
+
+MANY = random_dataset(VOCABULARY, examples=18)
+
+
+@pytest.fixture(scope="module")
+def wide(tiny: TinyFactory) -> Iterator[Runs]:
+    """Whose server allows two at a time."""
+    with Runs.of(tiny, window=2) as made:
+        yield made
 
 
 @pytest.fixture
@@ -411,47 +354,30 @@ def most_under_way(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("kind", ["lora", "core"])
 @pytest.mark.parametrize("kill_revive", [{}, KILLING], ids=["all", "killing"])
 def test_a_window_of_two_micro_batches_changes_no_bit(
-    bundle: Path, base: BaseModel, kind: str, kill_revive: dict[str, Any], most_under_way: list[int]
+    wide: Runs, kind: str, kill_revive: dict[str, Any], most_under_way: list[int]
 ) -> None:
-    dataset = random_dataset(VOCABULARY, examples=18)
+    """Nor where the server is lost meanwhile."""
     run = config(kind=kind, rank=COLUMNS, total_steps=4, grad_accum=3, batch_size=2, kill_revive=kill_revive)
     found, most = [], []
-    with serving(base, window=2) as server:
-        for window in (1, 2):
-            torch.manual_seed(3)
-            most_under_way.clear()
-            with training(bundle, server.url, run, dataset, window=window) as trainer:
-                losses = [trainer.run_step().loss for _ in range(4)]
-                evaluation = trainer.evaluate(dataset)
-                trainer.wait_for_signal()
-                found.append((losses, bits(trainer), evaluation))
-            most.append(max(most_under_way))
-    assert found[0] == found[1]
-    assert most == [1, 2]
-
-
-@pytest.mark.usefixtures("servers_core")
-@pytest.mark.parametrize("kind", ["lora", "core"])
-def test_a_window_of_two_survives_a_lost_server(bundle: Path, base: BaseModel, kind: str) -> None:
-    dataset = random_dataset(VOCABULARY, examples=18)
-    run = config(kind=kind, rank=COLUMNS, total_steps=4, grad_accum=3, batch_size=2)
-    found = []
-    with serving(base, window=2) as server:
-        for is_lost in (False, True):
-            torch.manual_seed(3)
-            connecting = ConnectSettings(retry=Retry(max_s=30))
-            with training(bundle, server.url, run, dataset, connecting, window=2) as trainer:
-                for step in range(4):
-                    if is_lost and step == 2:
-                        lose_sessions(server)
-                    trainer.run_step()
-                trainer.wait_for_signal()
-                found.append(bits(trainer))
-    assert found[0] == found[1]
+    for window, lost_after in ((1, None), (2, None), (2, 2)):
+        torch.manual_seed(3)
+        most_under_way.clear()
+        with wide.train(run, MANY, FROM_LOST, window=window) as trainer:
+            losses = []
+            for step in range(4):
+                if step == lost_after:
+                    lose_sessions(wide.server)
+                losses.append(trainer.run_step().loss)
+            evaluation = trainer.evaluate(MANY)
+            trainer.wait_for_signal()
+            found.append((losses, bits(trainer), evaluation))
+        most.append(max(most_under_way))
+    assert found[0] == found[1] == found[2]
+    assert most == [1, 2, 2]
 
 
 def test_a_failure_in_one_of_two_micro_batches_ends_the_session_at_once(
-    bundle: Path, base: BaseModel, monkeypatch: pytest.MonkeyPatch
+    wide: Runs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While the session's own thread waits for what the device says next."""
     forward = BaseModel.last_hidden_state
@@ -461,31 +387,20 @@ def test_a_failure_in_one_of_two_micro_batches_ends_the_session_at_once(
         hidden = forward(self, *given)
         return hidden * float("nan") if next(calls) == 2 else hidden
 
-    run = config(rank=COLUMNS, grad_accum=3, batch_size=2)
-    dataset = random_dataset(VOCABULARY, examples=18)
-    with serving(base, window=2) as server, training(bundle, server.url, run, dataset, window=2) as trainer:
+    with wide.train(config(rank=COLUMNS, grad_accum=3, batch_size=2), MANY, window=2) as trainer:
         monkeypatch.setattr(BaseModel, "last_hidden_state", fail_at_the_third)
         with pytest.raises(NonFiniteError, match="NaN or infinity in the base model's results"):
             trainer.run_step()
-        eventually(lambda: len(server.server.service.sessions) == 0)
+        eventually(lambda: len(wide.server.server.service.sessions) == 0)
 
 
-def test_a_server_with_a_smaller_window_is_used_with_that(bundle: Path, base: BaseModel) -> None:
+def test_a_server_with_a_smaller_window_is_used_with_that(runs: Runs) -> None:
     run = config(total_steps=2, grad_accum=3, batch_size=2)
-    dataset = random_dataset(VOCABULARY, examples=18)
-    found = []
-    with serving(base) as server:
-        for window in (1, 2):
-            with training(bundle, server.url, run, dataset, window=window) as trainer:
-                trainer.run_step()
-                trainer.wait_for_signal()
-                found.append(bits(trainer))
+    found = [runs.steps(run, 1, dataset=MANY, window=window)[1] for window in (1, 2)]
     assert found[0] == found[1]
 
 
-def test_two_micro_batches_share_a_quota_of_one(
-    bundle: Path, base: BaseModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_micro_batches_share_a_quota_of_one(tiny: TinyFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second waits for the first, which needs its device; nobody is sent away."""
     charged: list[int] = []
     charge = SessionQuota.charge
@@ -496,10 +411,9 @@ def test_two_micro_batches_share_a_quota_of_one(
 
     monkeypatch.setattr(SessionQuota, "charge", recording)
     run = config(total_steps=3, grad_accum=3, batch_size=2)
-    dataset = random_dataset(VOCABULARY, examples=18)
-    with serving(base, window=2) as server, training(bundle, server.url, run, dataset, window=2) as trainer:
+    with Runs.of(tiny, window=2) as own, own.train(run, MANY, window=2) as trainer:
         trainer.run_step()
-        server.server.service.quotas.limits = QuotaLimits(live_bytes=int(1.6 * max(charged)))
+        own.server.server.service.quotas.limits = QuotaLimits(live_bytes=int(1.6 * max(charged)))
         for _ in range(2):
             trainer.run_step()
         assert trainer.side.crossed.resumed == 0

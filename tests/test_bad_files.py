@@ -53,24 +53,15 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 def bundle_of(directory: Path, template: str | None = CHAT, **changes: object) -> Bundle:
     """A bundle, checked already, whose ``tokenizer.json`` has these fields."""
     tokenizer: dict[str, object] = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [],
-        "normalizer": None,
-        "pre_tokenizer": {"type": "WhitespaceSplit"},
-        "post_processor": None,
-        "decoder": None,
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
+        "pre_tokenizer": {"type": "WhitespaceSplit"}, "post_processor": None, "decoder": None,
         "model": {"type": "WordLevel", "vocab": {word: at for at, word in enumerate(WORDS)}, "unk_token": "<unk>"},
         **changes,
-    }
+    }  # fmt: skip
     spec = TokenizerSpec(
-        file="tokenizer.json",
-        chat_template=None if template is None else "chat.jinja",
-        bos_token="<s>",
-        eos_token="</s>",
-        eos_token_id=2,
-    )
+        file="tokenizer.json", chat_template=None if template is None else "chat.jinja", bos_token="<s>",
+        eos_token="</s>", eos_token_id=2,
+    )  # fmt: skip
     (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
     (directory / "chat.jinja").write_text(template or "")
     names = ("graph.onnx", "embedding.npy", "tokenizer.json", "chat.jinja")
@@ -154,10 +145,8 @@ TOKENIZERS: dict[str, tuple[type[DloraError], dict[str, object], str]] = {
         BundleError,
         {
             "post_processor": {
-                "type": "TemplateProcessing",
-                "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}],
-                "pair": [],
-                "special_tokens": {},
+                "type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}],
+                "pair": [], "special_tokens": {},
             }
         },
         "does not work",
@@ -235,9 +224,7 @@ def test_csv_file_may_be_longer_than_the_record_limit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("too_long", ["error", "skip", "truncate"])
-def test_chat_is_rendered_as_often_as_needed(
-    tmp_path: Path, too_long: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_chat_is_rendered_as_often_as_needed(tmp_path: Path, too_long: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from dlora.edge.data.reading import load_examples
     from dlora.edge.data.tokenizer import EdgeTokenizer
 

@@ -92,9 +92,7 @@ def gradients_of(own: TrainingClient) -> dict[str, FloatArray]:
 
 
 def test_weights_are_those_of_a_custom_loss(place: Place) -> None:
-    data = [
-        Datum(datum.tokens, weights=np.linspace(0.5, 2, len(datum.tokens))) for datum in some_data()
-    ]
+    data = [Datum(datum.tokens, weights=np.linspace(0.5, 2, len(datum.tokens))) for datum in some_data()]
 
     def loss(data: Sequence[Datum], logprobs: list[FloatArray]) -> tuple[float, list[FloatArray]]:
         total = sum(float(datum.label_weights.sum()) for datum in data)
@@ -256,11 +254,9 @@ def test_samples_are_of_the_adapters_as_they_are(place: Place, tmp_path: Path) -
 
 def test_mistakes_are_errors() -> None:
     for arguments, words in (
-        (([1, 2, 3], [1, 2]), "as many as its tokens"),
-        (([1, 2], None, [1.0]), "one for each"),
-        (([1, 2], [-100, -100]), "nothing of a datum counts"),
-        (([1, -2],), "token ids"),
-    ):
+        (([1, 2, 3], [1, 2]), "as many as its tokens"), (([1, 2], None, [1.0]), "one for each"),
+        (([1, 2], [-100, -100]), "nothing of a datum counts"), (([1, -2],), "token ids"),
+    ):  # fmt: skip
         with pytest.raises(DataError, match=words):
             Datum(*arguments)
 
@@ -295,9 +291,7 @@ def test_the_gradient_of_preferences_is_torchs(place: Place, model: Tiny) -> Non
         likely = wrapped(ids).logits[0, :-1].log_softmax(-1)
         sums.append(likely.gather(1, ids[0, 1:, None]).sum())
     before = [float(each.sum(dtype=np.float64)) for each in reference]
-    margins = [
-        0.5 * ((sums[at] - before[at]) - (sums[at + 1] - before[at + 1])) for at in range(0, len(data), 2)
-    ]
+    margins = [0.5 * ((sums[at] - before[at]) - (sums[at + 1] - before[at + 1])) for at in range(0, len(data), 2)]
     loss = torch.stack([-torch.nn.functional.logsigmoid(margin) for margin in margins]).mean()
     loss.backward()
     assert found.loss == pytest.approx(loss.item(), abs=1e-5)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,25 @@ import torch
 from answers import INVOCATION, random_answers
 from drawn import one_in
 from families import VOCABULARY, tiny_model
-from peft import PeftModel
 from safetensors import safe_open
 from safetensors.numpy import save_file
-from serving import RunningServer, config, open_model, random_dataset, randomize_all, serving, training
-from test_adapter_kinds import KILLING, bits, count_set_up_traffic, lose_sessions
+from serving import RunningServer, config, random_dataset, randomize_all
+from test_adapter_kinds import KILLING, count_set_up_traffic
 from tiny import TinyFactory
 from torch import Tensor
+from training_runs import (
+    BLOCKS,
+    DATA,
+    Change,
+    Leaves,
+    Runs,
+    assert_gradients_are_torchs,
+    lose_sessions,
+    loss_in_peft,
+    losses_of,
+    sizes_of,
+    step_traffic,
+)
 from waiting import eventually
 
 from dlora.cloud.admission.quotas import QuotaLimits
@@ -29,33 +42,23 @@ from dlora.cloud.exchange.basis import BasisPass
 from dlora.cloud.exchange.sketch import GroupSketch, sketch_bytes, weight_basis
 from dlora.cloud.exchange.target_modules import running_targets, wrap_target_modules
 from dlora.cloud.model.base_model import BaseModel
+from dlora.edge.adapters.kind import GroupAdapters
 from dlora.edge.adapters.parts import PARTS_NAME
 from dlora.edge.adapters.peft import load_adapter
-from dlora.edge.data.batches import MicroBatch, evaluation_batches
-from dlora.edge.data.examples import Dataset
+from dlora.edge.data.batches import MicroBatch
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.model.evaluation import evaluate
-from dlora.edge.training.checkpoint import load_latest
 from dlora.edge.training.resolved import Resolved
-from dlora.edge.training.trainer import Trainer
-from dlora.edge.wire.connecting import ConnectSettings, Retry
 from dlora.protocol.adapters import crossings, state_bytes
 from dlora.protocol.errors import CheckpointError, NonFiniteError, RefusedError, RemoteProtocolError, UsageError
 from dlora.protocol.groups import GroupSpec, TargetSpec
-from dlora.protocol.traffic import Traffic, adapter_state_traffic, basis_traffic, micro_batch_traffic, report_traffic
+from dlora.protocol.traffic import Traffic, adapter_state_traffic, basis_traffic, report_traffic
 from dlora.protocol.wire_codecs import TensorRole
 
-BLOCKS = 4
 KINDS = ["bottleneck", "ffa"]
 STEPS = 10  # of a run that would have more: with KILLING a unit fades in two of them,
 IN_FADE = 4  # before and after this one begins
 TOTAL = 16
-FROM_LOST = ConnectSettings(retry=Retry(max_s=30))
-
-
-@pytest.fixture(scope="module")
-def bundle(tiny: TinyFactory) -> Path:
-    return tiny(blocks=BLOCKS, head_dtype="fp32").bundle
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +67,9 @@ def base(tiny: TinyFactory) -> BaseModel:
 
 
 @pytest.fixture(scope="module")
-def server(base: BaseModel) -> Iterator[RunningServer]:
-    with serving(base) as running:
-        yield running
+def runs(tiny: TinyFactory) -> Iterator[Runs]:
+    with Runs.of(tiny) as made:
+        yield made
 
 
 def run_of(kind: str, **changes: Any) -> Resolved:
@@ -79,92 +82,59 @@ def run_of(kind: str, **changes: Any) -> Resolved:
 
 @pytest.mark.parametrize("stored", ["fp32", "int8"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients_are_those_of_torch(bundle: Path, server: RunningServer, kind: str, stored: str) -> None:
+def test_gradients_are_those_of_torch(runs: Runs, kind: str, stored: str) -> None:
     """Both sides compute with what is left of A and B, however they are stored."""
-    dataset = random_dataset(VOCABULARY)
     run = run_of(kind, lora_alpha=6.0, batch_size=1, wire_dtype=f"fp32,adapter_state={stored}")
-    with training(bundle, server.url, run, dataset) as trainer:
+    with runs.train(run) as trainer:
         assert {tensor.dtype for group in trainer.adapters.groups for tensor in group.adapter_state} == {stored}
         randomize_all(trainer)
-        (batch,) = trainer.batches.step_batches(0)
-        losses = trainer.model.forward_backward([batch], step=0, grad_scale=1.0)[0]
-        found = {name: parameter.grad for name, parameter in trainer.adapters.parameters().items()}
-    wanted_loss, wanted = whole_model(trainer, batch)
-    assert float(losses.sum()) == pytest.approx(wanted_loss, rel=1e-5)
-    assert set(found) == set(wanted)
-    for name, grad in wanted.items():
-        assert np.abs(grad).max() > 0, name
-        np.testing.assert_allclose(found[name], grad, rtol=1e-4, atol=1e-5 * np.abs(grad).max(), err_msg=name)
+        assert_gradients_are_torchs(trainer, partial(changes_of, run.scaling))
 
 
-def whole_model(trainer: Trainer, batch: MicroBatch) -> tuple[float, dict[str, np.ndarray]]:
-    """Loss and gradients of one sequence by autograd alone; a hook adds each module's change, as its kind has it."""
-    model = tiny_model("llama", num_hidden_layers=BLOCKS).eval().requires_grad_(False)
-    scaling, kind = trainer.config.scaling, trainer.config.adapter.kind
-    leaves = {
-        name: torch.from_numpy(np.array(parameter.value)).requires_grad_()
-        for name, parameter in trainer.adapters.parameters().items()
-    }
-    for group, spec in zip(trainer.adapters.groups, trainer.adapters.group_specs, strict=True):
-        state = [torch.from_numpy(np.array(tensor)) for tensor in group.adapter_state_values()]
-        first = 0
-        for target in spec.targets:
-            if kind == "bottleneck":
-                rows = state[1][first : first + target.out_features]
-                lora_b = rows @ leaves[f"{spec.targets[0].name}.core"]
-            else:
-                lora_b = leaves[f"{target.name}.lora_B"]
-            first += target.out_features
-            model.get_submodule(target.name).register_forward_hook(
-                _adding(state[0], lora_b, scaling * target.gain)
-            )
-    logits = model(input_ids=torch.from_numpy(batch.ids)[None]).logits[0]
-    labels = torch.from_numpy(np.array(batch.labels))
-    loss = torch.nn.functional.cross_entropy(logits[batch.label_positions], labels, reduction="sum")
-    loss.backward()
-    return loss.item(), {name: leaf.grad.numpy() for name, leaf in leaves.items() if leaf.grad is not None}
+def changes_of(scaling: float, group: GroupAdapters, spec: GroupSpec, leaves: Leaves) -> list[Change]:
+    """Of each module, as its kind has it."""
+    lora_a, *lora_b = (torch.from_numpy(np.array(tensor)) for tensor in group.adapter_state_values())
+    if lora_b:
+        rows = lora_b[0].split([target.out_features for target in spec.targets])
+        factors = [each @ leaves[f"{group.name}.core"] for each in rows]
+    else:
+        factors = [leaves[f"{target.name}.lora_B"] for target in spec.targets]
+
+    def change(factor: Tensor) -> Change:
+        return lambda x: x @ lora_a.T @ factor.T
+
+    return [change(scaling * target.gain * each) for target, each in zip(spec.targets, factors, strict=True)]
 
 
-def _adding(lora_a: Tensor, lora_b: Tensor, scaling: float) -> Callable[[Any, Any, Tensor], Tensor]:
-    return lambda _, args, output: output + scaling * (args[0] @ lora_a.T @ lora_b.T)
-
-
-@pytest.mark.parametrize(("wire_dtype", "tolerance"), [("fp32", 1e-4), ("fp16", 2e-3)])
+@pytest.mark.parametrize(
+    ("wire_dtype", "tolerance"), [("fp32", 1e-4), ("fp16", 2e-3), ("fp32,adapter_state=int8", 1e-4)]
+)
 @pytest.mark.parametrize("kind", KINDS)
-def test_peft_gives_the_loss_of_the_saved_adapter(
-    bundle: Path, server: RunningServer, kind: str, wire_dtype: str, tolerance: float, tmp_path: Path
+def test_saved_adapter_has_the_same_loss_in_peft_and_as_what_it_was_trained_as(
+    runs: Runs, kind: str, wire_dtype: str, tolerance: float, tmp_path: Path
 ) -> None:
-    dataset = random_dataset(VOCABULARY)
-    with training(bundle, server.url, run_of(kind, wire_dtype=wire_dtype), dataset) as trainer:
+    """For a kind's own traffic, in a session whose own codec is another; and as an ordinary LoRA, where that is all
+    that is left of it."""
+    run = run_of(kind, wire_dtype=wire_dtype)
+    with runs.train(run) as trainer:
         randomize_all(trainer)
         trainer.run_step()
-        loss = trainer.evaluate(dataset).loss
-        trainer.save_adapter(tmp_path)
-    model = PeftModel.from_pretrained(tiny_model("llama", num_hidden_layers=BLOCKS).eval(), tmp_path)
-    with torch.no_grad():
-        batches = list(evaluation_batches(dataset, 4))
-        assert peft_reference.loss_of(model, batches).item() == pytest.approx(loss, abs=tolerance)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_saved_adapter_is_used_as_what_it_was_trained_as(
-    bundle: Path, server: RunningServer, kind: str, tmp_path: Path
-) -> None:
-    """The same loss, for a kind's own traffic, and again as an ordinary LoRA, where that is all that is left of it."""
-    dataset = random_dataset(VOCABULARY)
-    with training(bundle, server.url, run_of(kind), dataset) as trainer:
-        randomize_all(trainer)
-        loss = trainer.evaluate(dataset).loss
+        loss = trainer.evaluate(DATA).loss
         trainer.save_adapter(tmp_path)
         own_width = crossings(trainer.config.spec, trainer.groups)[0].input_width
-    losses, widths = [], []
+        stored = {tensor.dtype for group in trainer.adapters.groups for tensor in group.adapter_state}
+    in_peft = loss_in_peft(tmp_path)
+    assert in_peft == pytest.approx(loss, abs=tolerance)
+    widths = []
     for _ in range(2):
-        with open_model(Bundle.open(bundle), server.url, tmp_path, wire_dtype="fp32") as model:
-            losses.append(evaluate(model, dataset, 4).loss)
+        with runs.open(tmp_path) as model:
+            assert evaluate(model, DATA, 4).loss == pytest.approx(in_peft, abs=1e-5)
+            if not widths:
+                kept = {tensor.dtype for group in model.session.adapters.groups for tensor in group.adapter_state}
+                assert kept == stored
             opened = model.session.connection.session.opened_with
             widths.append(crossings(opened.adapter, opened.groups)[0].input_width)
         (tmp_path / PARTS_NAME).unlink(missing_ok=True)
-    assert losses == pytest.approx([loss, loss], abs=1e-5)
     assert widths[0] == own_width < widths[1]
 
 
@@ -172,13 +142,11 @@ def test_saved_adapter_is_used_as_what_it_was_trained_as(
 
 
 @pytest.mark.parametrize("invocation", [(), INVOCATION], ids=["all rows", "answers"])
-def test_basis_is_what_the_data_vary_most_in(
-    bundle: Path, server: RunningServer, invocation: tuple[int, ...]
-) -> None:
+def test_basis_is_what_the_data_vary_most_in(runs: Runs, invocation: tuple[int, ...]) -> None:
     """Against torch, which holds all that goes into the modules, and all gradients of what comes out."""
-    dataset = random_answers() if invocation else random_dataset(VOCABULARY)
+    dataset = random_answers() if invocation else DATA
     run = run_of("bottleneck", rank=3, invocation=invocation)
-    with training(bundle, server.url, run, dataset) as trainer:
+    with runs.train(run, dataset) as trainer:
         steps = range(run.adapter.basis_steps or 0)
         batches = [batch for step in steps for batch in trainer.batches.step_batches(step)]
         model = tiny_model("llama", num_hidden_layers=BLOCKS).eval()
@@ -303,32 +271,28 @@ def test_sketch_is_smaller_than_a_large_models_weights() -> None:
     assert sketch_bytes(down, 64) < 4 * 11_008 * 4096 / 2
 
 
-def test_basis_pass_says_what_the_first_gradients_are(bundle: Path, server: RunningServer) -> None:
+def test_basis_pass_says_what_the_first_gradients_are(runs: Runs) -> None:
     """Of the same batch: the norm that the server gives with a basis is about that of the core's gradient in step 0."""
     run = run_of(
         "bottleneck", basis_steps=1, wire_dtype="fp32", optimizer={"lr": 3e-2, "max_grad_norm": 0.0},
         kill_revive={"score": "grad"},
     )  # fmt: skip
-    dataset = random_dataset(VOCABULARY)
-    with training(bundle, server.url, run, dataset) as trainer:
+    with runs.train(run) as trainer:
         norms = np.array([group.first_gradient_norm for group in trainer.adapters.groups])
         trainer.run_step()
         moments = [group.parameters()[f"{group.name}.core"].exp_avg for group in trainer.adapters.groups]
         np.testing.assert_allclose(run.scaling * norms, [np.linalg.norm(m) / 0.1 for m in moments], rtol=0.25)
         reported = trainer.session.unanswered
         assert reported is not None
-        by_unit = [
-            run.scaling * np.linalg.norm(norms[list(unit.groups)]) for unit in trainer.adapters.units
-        ]
+        by_unit = [run.scaling * np.linalg.norm(norms[list(unit.groups)]) for unit in trainer.adapters.units]
         np.testing.assert_allclose(reported, by_unit, rtol=1e-6)
         trainer.run_step()
         assert (trainer.session.unanswered != reported).any()
 
 
 @pytest.mark.parametrize("basis", ["weights", "random"])
-def test_other_bases(bundle: Path, server: RunningServer, base: BaseModel, basis: str) -> None:
-    dataset = random_dataset(VOCABULARY)
-    with training(bundle, server.url, run_of("bottleneck", basis=basis), dataset) as trainer:
+def test_other_bases(runs: Runs, base: BaseModel, basis: str) -> None:
+    with runs.train(run_of("bottleneck", basis=basis)) as trainer:
         for group, spec in zip(trainer.adapters.groups, trainer.adapters.group_specs, strict=True):
             lora_a, lora_b = (torch.from_numpy(np.array(tensor)) for tensor in group.adapter_state_values())
             weights = torch.cat([base.targets[target.name].module.weight for target in spec.targets]).detach()
@@ -345,29 +309,27 @@ def test_weight_basis_is_the_same_again(base: BaseModel) -> None:
     assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
 
 
-def test_too_large_a_rank_is_one_line(bundle: Path, server: RunningServer) -> None:
-    with (
-        pytest.raises(UsageError, match="wide, and a bottleneck is no wider than that: --rank 500 is too large"),
-        training(bundle, server.url, run_of("bottleneck", rank=500), random_dataset(VOCABULARY)),
-    ):
+def test_too_large_a_rank_is_one_line(runs: Runs) -> None:
+    words = "wide, and a bottleneck is no wider than that: --rank 500 is too large"
+    with pytest.raises(UsageError, match=words), runs.train(run_of("bottleneck", rank=500)):
         pass
 
 
-def test_a_window_of_two_makes_the_same_basis(bundle: Path, base: BaseModel) -> None:
+def test_a_window_of_two_makes_the_same_basis(tiny: TinyFactory) -> None:
     """One micro-batch of a basis pass at a time, whatever may be under way otherwise."""
     dataset, run = random_dataset(VOCABULARY, examples=24), run_of("bottleneck", basis_steps=8)
     found = set()
-    with serving(base, window=2) as server:
+    with Runs.of(tiny, window=2) as own:
         for window in (1, 2, 2, 2):
-            with training(bundle, server.url, run, dataset, window=window) as trainer:
+            with own.train(run, dataset, window=window) as trainer:
                 tensors = [tensor for group in trainer.adapters.groups for tensor in group.adapter_state]
                 found.add(b"".join(tensor.data.tobytes() for tensor in tensors))
     assert len(found) == 1
 
 
 @pytest.mark.parametrize("damage", [0.0, 2.0, 1e30])
-def test_basis_that_is_none_is_refused(bundle: Path, server: RunningServer, damage: float) -> None:
-    with training(bundle, server.url, run_of("bottleneck"), random_dataset(VOCABULARY)) as trainer:
+def test_basis_that_is_none_is_refused(runs: Runs, damage: float) -> None:
+    with runs.train(run_of("bottleneck")) as trainer:
         group = trainer.adapters.groups[0]
         lora_a, lora_b = group.adapter_state_values()
         group.check_made_state((lora_a, lora_b))
@@ -383,59 +345,36 @@ def test_basis_is_made_from_no_data_twice() -> None:
     assert run_of("bottleneck", basis_steps=8, total_steps=2).basis_pass_steps(60) == 2
 
 
-# -- learning, and coming back -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_learns_with_kill_and_revive(bundle: Path, server: RunningServer, kind: str) -> None:
-    dataset = Dataset.of([([3 + index] * 6, [2, 3, 4]) for index in range(6)])
-    with training(bundle, server.url, run_of(kind, total_steps=20), dataset) as trainer:
-        losses = [trainer.run_step().loss for _ in range(20)]
-    assert losses[-1] < 0.8 * losses[0]
-    with training(bundle, server.url, run_of(kind, total_steps=24, kill_revive=KILLING), dataset) as trainer:
-        units = [trainer.run_step().units for _ in range(24)]
-    assert any("0" in each for each in units)
-    history = list(itertools.pairwise(units))
-    assert any(before[unit] == "0" and after[unit] == "1" for before, after in history for unit in range(BLOCKS))
+# -- coming back ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kill_revive", [{}, KILLING], ids=["all", "killing"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_lost_server_changes_no_bit(
-    bundle: Path, server: RunningServer, kind: str, kill_revive: dict[str, Any]
+def test_lost_server_and_resumed_run_change_no_bit(
+    runs: Runs, kind: str, kill_revive: dict[str, Any], tmp_path: Path
 ) -> None:
-    run = run_of(kind, total_steps=TOTAL, kill_revive=kill_revive, wire_dtype="fp16")
-    dataset = random_dataset(VOCABULARY)
-    found = []
-    for lost_after in (None, *one_in(3, (0, IN_FADE, 7), 2 * KINDS.index(kind) + bool(kill_revive))):
-        with training(bundle, server.url, run, dataset, FROM_LOST) as trainer:
-            steps = []
-            for step in range(STEPS):
-                if step == lost_after:
-                    lose_sessions(server)
-                steps.append(trainer.run_step())
-            trainer.wait_for_signal()
-            found.append(([each.loss for each in steps], bits(trainer)))
-        assert ("2" in steps[IN_FADE - 1].units + steps[IN_FADE].units) is bool(kill_revive)
-    assert all(each == found[0] for each in found[1:])
+    for wire_dtype in ("fp16", f"fp32,adapter_state={'int8' if kill_revive else 'fp32'}"):
+        run = run_of(kind, total_steps=TOTAL, kill_revive=kill_revive, wire_dtype=wire_dtype)
+        whole, wanted = runs.steps(run, STEPS)
+        assert ("2" in whole[IN_FADE - 1].units + whole[IN_FADE].units) is bool(kill_revive)
+        if wire_dtype == "fp16":
+            for lost_after in one_in(3, (0, IN_FADE, 7), 2 * KINDS.index(kind) + bool(kill_revive)):
+                steps, found = runs.steps(run, STEPS, lost_after)
+                assert (losses_of(steps), found) == (losses_of(whole), wanted)
+        else:
+            assert runs.resumed_steps(run, STEPS, IN_FADE, tmp_path) == (losses_of(whole), wanted)
 
 
 @pytest.mark.parametrize("messages", one_in(3, range(1, 12)))
 def test_server_lost_while_it_is_set_up_changes_no_bit(
-    bundle: Path, server: RunningServer, messages: int, monkeypatch: pytest.MonkeyPatch
+    runs: Runs, messages: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After each message of the set-up: in the basis pass, between two groups, and after some have their state."""
-    dataset, run = random_dataset(VOCABULARY), run_of("bottleneck", blocks=(2, 3), total_steps=2)
-    found = []
-    for is_lost in (False, True):
-        with monkeypatch.context() as patch:
-            if is_lost:
-                lose_after(messages, server, patch)
-            with training(bundle, server.url, run, dataset, FROM_LOST) as trainer:
-                losses = [trainer.run_step().loss for _ in range(2)]
-                trainer.wait_for_signal()
-                found.append((losses, bits(trainer)))
-    assert found[0] == found[1]
+    run = run_of("bottleneck", blocks=(2, 3), total_steps=2)
+    whole, wanted = runs.steps(run, 2)
+    lose_after(messages, runs.server, monkeypatch)
+    steps, found = runs.steps(run, 2)
+    assert (losses_of(steps), found) == (losses_of(whole), wanted)
 
 
 def lose_after(messages: int, server: RunningServer, patch: pytest.MonkeyPatch) -> None:
@@ -454,121 +393,81 @@ def lose_after(messages: int, server: RunningServer, patch: pytest.MonkeyPatch) 
     patch.setattr(Connection, "send", counting)
 
 
-@pytest.mark.parametrize("kill_revive", [{}, KILLING], ids=["all", "killing"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_resumed_run_is_the_uninterrupted_one(
-    bundle: Path, server: RunningServer, kind: str, kill_revive: dict[str, Any], tmp_path: Path
-) -> None:
-    stored = "int8" if kill_revive else "fp32"
-    run = run_of(kind, total_steps=TOTAL, kill_revive=kill_revive, wire_dtype=f"fp32,adapter_state={stored}")
-    dataset = random_dataset(VOCABULARY)
-    with training(bundle, server.url, run, dataset) as trainer:
-        whole = [trainer.run_step() for _ in range(STEPS)]
-        trainer.wait_for_signal()
-        wanted = bits(trainer)
-    assert all(("2" in each.units) is bool(kill_revive) for each in whole[IN_FADE - 1 : IN_FADE + 1])
-    with training(bundle, server.url, run, dataset) as trainer:
-        losses = [trainer.run_step().loss for _ in range(IN_FADE)]
-        trainer.save_checkpoint(tmp_path)
-    with training(bundle, server.url, run, dataset, checkpoint=load_latest(tmp_path)) as trainer:
-        losses += [trainer.run_step().loss for _ in range(STEPS - IN_FADE)]
-        trainer.wait_for_signal()
-        assert (losses, bits(trainer)) == ([each.loss for each in whole], wanted)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_adapter_saved_in_a_fade_is_as_weak_as_the_run_has_it(
-    bundle: Path, server: RunningServer, kind: str, tmp_path: Path
-) -> None:
+def test_adapter_saved_in_a_fade_is_as_weak_as_the_run_has_it(runs: Runs, kind: str, tmp_path: Path) -> None:
     """In PEFT, and used as what it was trained as."""
-    dataset, run = random_dataset(VOCABULARY), run_of(kind, total_steps=TOTAL, kill_revive=KILLING)
-    with training(bundle, server.url, run, dataset) as trainer:
+    with runs.train(run_of(kind, total_steps=TOTAL, kill_revive=KILLING)) as trainer:
         randomize_all(trainer)
         for _ in range(IN_FADE):
             trainer.run_step()
         trainer.wait_for_signal()
-        loss = trainer.evaluate(dataset).loss
+        loss = trainer.evaluate(DATA).loss
         (unit,) = [unit for unit in trainer.adapters.units if unit.state == 2]
         assert 0 < trainer.adapters.scale(unit.groups[0]) < 1
         trainer.save_adapter(tmp_path)
-    model = PeftModel.from_pretrained(tiny_model("llama", num_hidden_layers=BLOCKS).eval(), tmp_path)
-    with torch.no_grad():
-        found = peft_reference.loss_of(model, list(evaluation_batches(dataset, 4))).item()
-    assert found == pytest.approx(loss, abs=1e-4)
-    with open_model(Bundle.open(bundle), server.url, tmp_path, wire_dtype="fp32") as used:
-        assert evaluate(used, dataset, 4).loss == pytest.approx(loss, abs=1e-5)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_adapter_with_factors_of_int8_is_the_same_in_peft(
-    bundle: Path, server: RunningServer, kind: str, tmp_path: Path
-) -> None:
-    """As it was made, and in a session whose own codec is another."""
-    dataset, run = random_dataset(VOCABULARY), run_of(kind, wire_dtype="fp32,adapter_state=int8")
-    with training(bundle, server.url, run, dataset) as trainer:
-        randomize_all(trainer)
-        trainer.save_adapter(tmp_path)
-    model = PeftModel.from_pretrained(tiny_model("llama", num_hidden_layers=BLOCKS).eval(), tmp_path)
-    with torch.no_grad():
-        found = peft_reference.loss_of(model, list(evaluation_batches(dataset, 4))).item()
-    with open_model(Bundle.open(bundle), server.url, tmp_path, wire_dtype="fp32") as used:
-        assert {tensor.dtype for group in used.session.adapters.groups for tensor in group.adapter_state} == {"int8"}
-        assert evaluate(used, dataset, 4).loss == pytest.approx(found, abs=1e-5)
+    assert loss_in_peft(tmp_path) == pytest.approx(loss, abs=1e-4)
+    with runs.open(tmp_path) as used:
+        assert evaluate(used, DATA, 4).loss == pytest.approx(loss, abs=1e-5)
 
 
 # -- starting from another -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_run_starts_from_an_adapter_of_its_own_kind(
-    bundle: Path, server: RunningServer, kind: str, tmp_path: Path
-) -> None:
+def test_run_starts_from_an_adapter_of_its_own_kind(runs: Runs, kind: str, tmp_path: Path) -> None:
     """It has that one's loss, at another scaling, and a basis of no other data."""
-    dataset = random_dataset(VOCABULARY)
-    with training(bundle, server.url, run_of(kind), dataset) as trainer:
-        randomize_all(trainer)
-        loss = trainer.evaluate(dataset).loss
-        trainer.save_adapter(tmp_path)
-        before = trainer.adapters.groups[0].adapter_state[0].data.tobytes()
-    other, init = random_dataset(VOCABULARY, seed=9), load_adapter(tmp_path)
-    with training(bundle, server.url, run_of(kind, lora_alpha=9.0), other, init=init) as trainer:
-        assert trainer.evaluate(dataset).loss == pytest.approx(loss, abs=1e-5)
-        assert trainer.adapters.groups[0].adapter_state[0].data.tobytes() == before
+    loss = runs.save_random(run_of(kind), tmp_path)
+    init = load_adapter(tmp_path)
+    assert init.parts is not None
+    with runs.train(run_of(kind, lora_alpha=9.0), random_dataset(VOCABULARY, seed=9), init=init) as trainer:
+        assert trainer.evaluate(DATA).loss == pytest.approx(loss, abs=1e-5)
+        group = trainer.adapters.groups[0]
+        kept = init.parts.tensors[f"{group.name}.adapter_state.0"]
+        assert group.adapter_state[0].data.tobytes() == kept.tobytes()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_run_starts_from_no_other(bundle: Path, server: RunningServer, kind: str, tmp_path: Path) -> None:
-    dataset = random_dataset(VOCABULARY)
-    with training(bundle, server.url, run_of(kind), dataset) as trainer:
-        trainer.save_adapter(tmp_path / "own")
-    with training(bundle, server.url, run_of("lora"), dataset) as trainer:
-        trainer.save_adapter(tmp_path / "lora")
+def test_run_starts_from_no_other(runs: Runs, kind: str, tmp_path: Path) -> None:
+    for name in (kind, "lora"):
+        runs.save_random(run_of(name), tmp_path / name)
     assert not (tmp_path / "lora" / PARTS_NAME).exists()
     for name, changes, message in (
         ("lora", {}, "start from this one with --kind lora"),
-        ("own", {"rank": 3}, "rank 4; train with --rank 4"),
-        ("own", {"target_modules": ("q_proj", "v_proj", "k_proj", "o_proj", "up_proj", "down_proj")}, "has no adapter"),
+        (kind, {"rank": 3}, "rank 4; train with --rank 4"),
+        (kind, {"target_modules": ("q_proj", "v_proj", "k_proj", "o_proj", "up_proj", "down_proj")}, "has no adapter"),
     ):
         init = load_adapter(tmp_path / name)
-        with (
-            pytest.raises(CheckpointError, match=message),
-            training(bundle, server.url, run_of(kind, **changes), dataset, init=init),
-        ):
+        with pytest.raises(CheckpointError, match=message), runs.train(run_of(kind, **changes), init=init):
             pass
     # The other way round it is a LoRA like any other.
-    init = load_adapter(tmp_path / "own")
-    with training(bundle, server.url, run_of("lora"), dataset, init=init) as trainer:
+    with runs.train(run_of("lora"), init=load_adapter(tmp_path / kind)) as trainer:
         assert trainer.run_step().loss > 0
 
 
-def test_parts_of_other_weights_are_passed_over(bundle: Path, server: RunningServer, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def saved(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Bottlenecks, by what they crossed in."""
+    directory = tmp_path_factory.mktemp("saved")
+    for wire_dtype in ("fp16", "fp32"):
+        runs.save_random(run_of("bottleneck", wire_dtype=wire_dtype), directory / wire_dtype)
+    return directory
+
+
+def with_other_parts(saved: Path, directory: Path, about: dict[str, str], exponents: np.ndarray | None = None) -> Path:
+    """A copy whose parts were made by hand."""
+    shutil.copytree(saved, directory, dirs_exist_ok=True)
+    with safe_open(saved / PARTS_NAME, "np") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if exponents is not None:
+        tensors[next(name for name in tensors if name.endswith(".exponents"))] = exponents
+    save_file(tensors, directory / PARTS_NAME, {**metadata, **about})
+    return directory
+
+
+def test_parts_of_other_weights_are_passed_over(runs: Runs, saved: Path, tmp_path: Path) -> None:
     """PEFT may have saved the adapter again since, or our own saving was cut short between the two files."""
-    dataset = random_dataset(VOCABULARY)
-    with training(bundle, server.url, run_of("bottleneck"), dataset) as trainer:
-        trainer.save_adapter(tmp_path)
-        parts = (tmp_path / PARTS_NAME).read_bytes()
-        randomize_all(trainer)
-        trainer.save_adapter(tmp_path)
+    parts = (saved / "fp16" / PARTS_NAME).read_bytes()
+    runs.save_random(run_of("bottleneck"), tmp_path)
     assert load_adapter(tmp_path).parts is not None
     (tmp_path / PARTS_NAME).write_bytes(parts)
     assert load_adapter(tmp_path).parts is None
@@ -580,14 +479,8 @@ def test_parts_of_other_weights_are_passed_over(bundle: Path, server: RunningSer
 @pytest.mark.parametrize(
     "changes", [{"r": "-3"}, {"scaling": "0.0"}, {"scaling": "nan"}, {"kind": "other"}, {"r": "x"}], ids=str
 )
-def test_parts_made_by_hand_are_refused(
-    bundle: Path, server: RunningServer, changes: dict[str, str], tmp_path: Path
-) -> None:
-    with training(bundle, server.url, run_of("bottleneck"), random_dataset(VOCABULARY)) as trainer:
-        trainer.save_adapter(tmp_path)
-    with safe_open(tmp_path / PARTS_NAME, "np") as file:
-        about, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    save_file(tensors, tmp_path / PARTS_NAME, {**about, **changes})
+def test_parts_made_by_hand_are_refused(saved: Path, changes: dict[str, str], tmp_path: Path) -> None:
+    with_other_parts(saved / "fp32", tmp_path, changes)
     with pytest.raises(CheckpointError, match="is damaged"):
         load_adapter(tmp_path)
 
@@ -598,21 +491,13 @@ def test_parts_made_by_hand_are_refused(
     ids=str,
 )
 def test_parts_with_exponents_that_cannot_be_are_refused(
-    bundle: Path, server: RunningServer, wire_dtype: str, exponents: list[float], tmp_path: Path
+    runs: Runs, saved: Path, wire_dtype: str, exponents: list[float], tmp_path: Path
 ) -> None:
     """Before anything is sent: a server that has nothing to do with it would refuse them."""
-    run, dataset = run_of("bottleneck", wire_dtype=wire_dtype), random_dataset(VOCABULARY)
-    with training(bundle, server.url, run, dataset) as trainer:
-        trainer.save_adapter(tmp_path)
-    with safe_open(tmp_path / PARTS_NAME, "np") as file:
-        about, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    name = next(name for name in tensors if name.endswith(".exponents"))
-    tensors[name] = np.array(exponents, np.int8 if isinstance(exponents[0], int) else np.float32)
-    save_file(tensors, tmp_path / PARTS_NAME, about)
-    with (
-        pytest.raises(CheckpointError, match="other parts than these groups"),
-        training(bundle, server.url, run, dataset, init=load_adapter(tmp_path)),
-    ):
+    dtype = np.int8 if isinstance(exponents[0], int) else np.float32
+    init = load_adapter(with_other_parts(saved / wire_dtype, tmp_path, {}, np.array(exponents, dtype)))
+    run = run_of("bottleneck", wire_dtype=wire_dtype)
+    with pytest.raises(CheckpointError, match="other parts than these groups"), runs.train(run, init=init):
         pass
 
 
@@ -621,74 +506,55 @@ def test_parts_with_exponents_that_cannot_be_are_refused(
 
 @pytest.mark.parametrize("wire_dtype", ["int8", "fp16", "fp32"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_traffic_is_the_formulas(
-    bundle: Path, server: RunningServer, kind: str, wire_dtype: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What setting up costs, and a step."""
+def test_traffic_is_the_formulas(runs: Runs, kind: str, wire_dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What setting up costs, and a step: of a bottleneck four ranks a token and group."""
     counted = count_set_up_traffic(monkeypatch)
-    dataset, run = random_dataset(VOCABULARY), run_of(kind, wire_dtype=wire_dtype)
-    codecs = run.codecs
-    with training(bundle, server.url, run, dataset) as trainer:
+    run = run_of(kind, wire_dtype=wire_dtype)
+    with runs.train(run) as trainer:
         metrics = trainer.run_step()
     base = trainer.bundle.manifest.base_model
-    widths = {"embedding_size": base.embedding_size, "hidden_size": base.hidden_size, "codecs": codecs}
-    sizes = [
-        [codecs.of(TensorRole.ADAPTER_STATE).nbytes(*tensor.shape) for tensor in group.adapter_state]
-        for group in trainer.adapters.groups
-    ]
+    widths = {"embedding_size": base.embedding_size, "hidden_size": base.hidden_size, "codecs": run.codecs}
+    codec = run.codecs.of(TensorRole.ADAPTER_STATE)
+    sizes = [[codec.nbytes(*tensor.shape) for tensor in group.adapter_state] for group in trainer.adapters.groups]
     set_up = adapter_state_traffic(sizes, made=kind == "bottleneck")
     if kind == "bottleneck":
+        each = {(crossing.input_width, crossing.output_widths) for crossing in crossings(run.spec, trainer.groups)}
+        assert each == {(4, (4,))}
         for step in range(run.adapter.basis_steps or 0):
             for batch in trainer.batches.step_batches(step):
-                set_up += basis_traffic(**_sizes(batch), **widths)
+                set_up += basis_traffic(**sizes_of(batch), **widths)
     assert counted == [set_up]
     (batch,) = trainer.batches.step_batches(0)
-    live = range(len(trainer.groups))
-    exchanged = {"live": live, "with_grads": live, "answered": live[1:]}
-    wanted = micro_batch_traffic(crossings(run.spec, trainer.groups), **exchanged, **_sizes(batch), **widths)
     # Its signal comes with the next step.
-    wanted += Traffic(report_traffic(len(trainer.adapters.units), 0).bytes_up, 0, 0)
-    assert (metrics.bytes_up, metrics.bytes_down, metrics.round_trips) == tuple(msgspec.structs.astuple(wanted))
+    wanted = step_traffic(trainer, batch) + Traffic(report_traffic(len(trainer.adapters.units), 0).bytes_up, 0, 0)
+    assert (metrics.bytes_up, metrics.bytes_down, metrics.round_trips) == msgspec.structs.astuple(wanted)
 
 
-def _sizes(batch: MicroBatch) -> dict[str, int]:
-    return {"tokens": len(batch.ids), "sequences": len(batch.sequence_lengths), "labelled": len(batch.labels)}
-
-
-def test_numbers_a_token_and_group_are_four_ranks(bundle: Path, server: RunningServer) -> None:
-    with training(bundle, server.url, run_of("bottleneck"), random_dataset(VOCABULARY)) as trainer:
-        for crossing in crossings(trainer.config.spec, trainer.groups):
-            assert (crossing.input_width, crossing.output_widths) == (4, (4,))
-
-
-def test_what_the_basis_takes_is_counted_and_given_back(bundle: Path, base: BaseModel) -> None:
-    dataset, run = random_dataset(VOCABULARY), run_of("bottleneck")
-    groups = run.groups(Bundle.open(bundle).manifest)
+def test_what_the_basis_takes_is_counted_and_given_back(tiny: TinyFactory, runs: Runs) -> None:
+    run = run_of("bottleneck")
+    groups = run.groups(Bundle.open(runs.bundle).manifest)
     kept = sum(state_bytes(run.spec, group) for group in groups)
     sketches = sum(sketch_bytes(group, run.adapter.rank) for group in groups)
     limits = [(sketches - 1, "lower --rank"), (sketches + 1, "beside .* that it keeps for the session.*--batch-size")]
     for limit, message in limits:
         with (
-            serving(base, quotas=QuotaLimits(live_bytes=limit)) as server,
+            Runs.of(tiny, quotas=QuotaLimits(live_bytes=limit)) as own,
             pytest.raises(RefusedError, match=message),
-            training(bundle, server.url, run, dataset),
+            own.train(run),
         ):
             pass
-    with serving(base) as server, training(bundle, server.url, run, dataset) as trainer:
-        quotas = server.server.service.quotas
+    with Runs.of(tiny) as own, own.train(run) as trainer:
+        quotas = own.server.server.service.quotas
         eventually(lambda: quotas.live_bytes == kept)
         trainer.run_step()
         eventually(lambda: quotas.live_bytes == kept)
 
 
 @pytest.mark.parametrize("basis", ["data", "weights"])
-def test_what_the_basis_computes_is_charged(bundle: Path, base: BaseModel, basis: str) -> None:
+def test_what_the_basis_computes_is_charged(tiny: TinyFactory, basis: str) -> None:
     """Of micro-batches, and of making what the server keeps: after the first of them the quota is used up."""
+    limits = QuotaLimits(compute_s_per_hour=1e-6)
     run = run_of("bottleneck", basis=basis)
-    with (
-        serving(base, quotas=QuotaLimits(compute_s_per_hour=1e-6)) as server,
-        pytest.raises(RefusedError) as refused,
-        training(bundle, server.url, run, random_dataset(VOCABULARY)),
-    ):
+    with Runs.of(tiny, quotas=limits) as own, pytest.raises(RefusedError) as refused, own.train(run):
         pass
     assert refused.value.code == "quota_compute"

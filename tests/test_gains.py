@@ -115,9 +115,7 @@ def test_gains_are_those_of_texts(plain: Place) -> None:
     def measure(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
         return lambda _, given, output: gains.update({name: float(output.norm() / given[0].norm())})
 
-    hooks = [
-        plain.model.get_submodule(name).register_forward_hook(measure(name)) for name in plain.gains
-    ]
+    hooks = [plain.model.get_submodule(name).register_forward_hook(measure(name)) for name in plain.gains]
     plain.model(input_ids=torch.randint(3, VOCABULARY, (8, 9), generator=torch.Generator().manual_seed(7)))
     for hook in hooks:
         hook.remove()
@@ -154,12 +152,10 @@ def trained(place: Place, run: Any) -> tuple[list[float], Trainer]:
 
 
 RUNS: dict[str, dict[str, Any]] = {
-    "lora": {},
-    "ffa": {"kind": "ffa"},
-    "bottleneck": {"kind": "bottleneck", "lora_alpha": 4.0, "basis_steps": 2},
+    "lora": {}, "ffa": {"kind": "ffa"}, "bottleneck": {"kind": "bottleneck", "lora_alpha": 4.0, "basis_steps": 2},
     "bottleneck of weights": {"kind": "bottleneck", "lora_alpha": 4.0, "basis": "weights"},
     "bottleneck over int8": {"kind": "bottleneck", "lora_alpha": 4.0, "basis_steps": 2, "wire_dtype": "int8"},
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", RUNS)

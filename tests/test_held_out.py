@@ -118,16 +118,13 @@ def test_where_five_evaluations_are_cheap_the_held_out_loss_is_a_curve(place: Pl
 
 
 COSTLY: dict[str, tuple[dict[str, Any], int]] = {
-    "nobody says": ({}, 5),
-    "as often as it is asked": ({"eval_every": 3}, 3),
-    "not on the way": ({"eval_every": 0}, 0),
-    "for the best": ({"keep": "best"}, 2),
-    "a short run": ({"steps": 12}, 0),
-    "the wire of training is narrower": ({"wire_dtype": "int8"}, 0),
+    "nobody says": ({}, 5), "as often as it is asked": ({"eval_every": 3}, 3),
+    "not on the way": ({"eval_every": 0}, 0), "for the best": ({"keep": "best"}, 2),
+    "a short run": ({"steps": 12}, 0), "the wire of training is narrower": ({"wire_dtype": "int8"}, 0),
     "that wire, and a longer run": ({"wire_dtype": "int8", "steps": 26}, 7),
     "larger micro-batches": ({"steps": 6, "batch_size": 4}, 0),
     "a shorter run with larger ones": ({"steps": 11, "batch_size": 4}, 3),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", COSTLY)

@@ -150,9 +150,7 @@ def stalled_in_backward(url: str, base: BaseModel) -> Iterator[None]:
 
 def deltas(base: BaseModel, group: int, tokens: int) -> m.GroupDelta:
     targets = open_session(base).groups[group].targets
-    zeros = tuple(
-        encode_floats(np.zeros((tokens, target.out_features), np.float32), "fp32") for target in targets
-    )
+    zeros = tuple(encode_floats(np.zeros((tokens, target.out_features), np.float32), "fp32") for target in targets)
     return m.GroupDelta(step=0, micro_batch=0, group=group, deltas=zeros)
 
 

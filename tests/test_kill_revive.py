@@ -46,27 +46,18 @@ def run(controller: Controller, steps: int, seed: int = 0) -> np.ndarray:
 
 
 configs = st.builds(
-    KillReviveConfig,
-    active_fraction=st.sampled_from([0.0, 0.125, 0.3, 0.5, 0.9]),
-    unit=st.sampled_from(["block", "group"]),
-    score=st.sampled_from(["sensitivity", "grad", "random", "static"]),
-    warmup_fraction=st.sampled_from([0.0, 0.05, 1.0]),
-    warmup_steps=st.integers(0, 30),
-    ramp_fraction=st.sampled_from([0.0, 0.25, 0.6, 1.0]),
-    kill_every=st.integers(1, 12),
-    revive_every=st.integers(0, 12),
-    probation=st.integers(0, 12),
+    KillReviveConfig, active_fraction=st.sampled_from([0.0, 0.125, 0.3, 0.5, 0.9]),
+    unit=st.sampled_from(["block", "group"]), score=st.sampled_from(["sensitivity", "grad", "random", "static"]),
+    warmup_fraction=st.sampled_from([0.0, 0.05, 1.0]), warmup_steps=st.integers(0, 30),
+    ramp_fraction=st.sampled_from([0.0, 0.25, 0.6, 1.0]), kill_every=st.integers(1, 12),
+    revive_every=st.integers(0, 12), probation=st.integers(0, 12),
     on_kill=st.sampled_from(["fade", "bypass", "hold_forward", "give_to_server"]),
-    pinned=st.sampled_from([(), (1,), (0, 2), (1, 1)]),
-    static=st.just((0, 3)),
-)
+    pinned=st.sampled_from([(), (1,), (0, 2), (1, 1)]), static=st.just((0, 3)),
+)  # fmt: skip
 runs = {
-    "config": configs,
-    "blocks": st.integers(4, 9),
-    "groups_a_block": st.integers(1, 3),
-    "seed": st.integers(0, 2**32 - 1),
-    "total": st.integers(1, 120),
-}
+    "config": configs, "blocks": st.integers(4, 9), "groups_a_block": st.integers(1, 3),
+    "seed": st.integers(0, 2**32 - 1), "total": st.integers(1, 120),
+}  # fmt: skip
 
 
 @settings(max_examples=150, deadline=None)
@@ -452,14 +443,9 @@ def planted_hits(score: ScoreName, seed: int) -> tuple[float, float]:
     """Share of the important units that are active, in the last fifth of each of two phases."""
     toy, total = Toy(seed), 600
     config = KillReviveConfig(
-        active_fraction=1 / 3,
-        score=score,
-        warmup_steps=20,
-        ramp_fraction=0.1,
-        kill_every=10,
-        revive_every=10,
+        active_fraction=1 / 3, score=score, warmup_steps=20, ramp_fraction=0.1, kill_every=10, revive_every=10,
         probation=10,
-    )
+    )  # fmt: skip
     controller = Controller(config, make_groups(toy.units), seed=seed, total_steps=total, counts_costs=False)
     phases = ([0, 5], [3, 8])
     hits: list[list[float]] = [[], []]

@@ -45,9 +45,7 @@ def random_modules(targets: dict[str, tuple[int, int]], r: int = R, seed: int = 
     rng = np.random.default_rng(seed)
     return [
         SavedModule(
-            name,
-            rng.normal(size=(r, inputs)).astype(np.float32),
-            rng.normal(size=(outputs, r)).astype(np.float32),
+            name, rng.normal(size=(r, inputs)).astype(np.float32), rng.normal(size=(outputs, r)).astype(np.float32)
         )
         for name, (inputs, outputs) in targets.items()
     ]

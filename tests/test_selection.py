@@ -67,12 +67,10 @@ def test_default_is_pefts_or_else_queries_and_values(family: str) -> None:
         assert selected.notes == ()
         return
     dloras = {
-        "phi3": ("qkv_proj",),
-        "openai-gpt": ("c_attn",),
-        "persimmon": ("query_key_value",),
+        "phi3": ("qkv_proj",), "openai-gpt": ("c_attn",), "persimmon": ("query_key_value",),
         "qwen3_next": ("in_proj_qkvz", "q_proj", "v_proj"),
         **dict.fromkeys(("mamba", "falcon_mamba"), ("in_proj",)),
-    }
+    }  # fmt: skip
     assert selected.target_modules == dloras.get(family, ("q_proj", "v_proj"))
     (note,) = selected.notes
     assert note == (

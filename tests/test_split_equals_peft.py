@@ -45,10 +45,7 @@ def test_gradients_match_the_whole_model_in_every_family(
     bundle = tiny(family, head_dtype="fp32").bundle
     dataset = random_dataset(VOCABULARY)
     run = config(grad_accum=2, target_modules=targets)
-    with (
-        serving(tiny(family).base) as server,
-        training(bundle, server.url, run, dataset) as trainer,
-    ):
+    with serving(tiny(family).base) as server, training(bundle, server.url, run, dataset) as trainer:
         randomize(trainer)
         batches, split_loss = run_first_step(trainer)
     model = reference.with_adapters(tiny_model(family), trainer.adapters, run.adapter.rank, run.adapter.alpha)
@@ -84,10 +81,7 @@ def test_gradients_of_the_other_kinds_match_the_whole_model_in_every_family(
     assert invocation or kind == "ffa" or family == "mpt"
     run = config(kind=kind, grad_accum=2, target_modules=targets, invocation=invocation, basis_steps=2)
     dataset = random_answers() if kind == "bottleneck" else random_dataset(VOCABULARY)
-    with (
-        serving(tiny(family).base) as server,
-        training(bundle, server.url, run, dataset) as trainer,
-    ):
+    with serving(tiny(family).base) as server, training(bundle, server.url, run, dataset) as trainer:
         randomize_all(trainer)
         batches, split_loss = run_first_step(trainer)
         trainer.save_adapter(tmp_path)
@@ -123,15 +117,10 @@ def test_training_equals_peft_with_torch_adamw(
 ) -> None:
     bundle, dataset = tiny(family, head_dtype="fp32").bundle, random_dataset(VOCABULARY)
     run = config(
-        total_steps=12,
-        target_modules=targets,
-        blocks=blocks,
+        total_steps=12, target_modules=targets, blocks=blocks,
         optimizer={"weight_decay": 0.01, "schedule": "cosine", "warmup": 3},
-    )
-    with (
-        serving(tiny(family).base) as server,
-        training(bundle, server.url, run, dataset) as trainer,
-    ):
+    )  # fmt: skip
+    with serving(tiny(family).base) as server, training(bundle, server.url, run, dataset) as trainer:
         wanted = load_manifest(bundle).defaults.target_modules if targets == () else targets
         adapted = {each.name for group in trainer.adapters.groups for each in group.factors()}
         assert adapted == adapted_by_peft(family, wanted, blocks)
@@ -168,10 +157,7 @@ def test_the_saved_adapter_gives_peft_the_split_loss(
     bundle = tiny(head_dtype="fp32").bundle
     dataset, held_out = random_dataset(VOCABULARY), random_dataset(VOCABULARY, seed=1)
     run = config(total_steps=10, kill_revive=kill_revive)
-    with (
-        serving(tiny().base) as server,
-        training(bundle, server.url, run, dataset) as trainer,
-    ):
+    with serving(tiny().base) as server, training(bundle, server.url, run, dataset) as trainer:
         for _ in range(run.total_steps):
             trainer.run_step()
         trainer.save_adapter(tmp_path / "adapter")

@@ -8,15 +8,11 @@ import safetensors.numpy
 from dlora.edge.tensor_file import safetensors_chunks
 
 TENSORS = {
-    "b": np.arange(6, dtype=np.float32).reshape(2, 3),
-    "a": np.arange(5, dtype=np.float16),
-    "turned": np.arange(6, dtype=np.float32).reshape(2, 3).T,
-    "step": np.array(7, np.int64),
-    "big": np.arange(4, dtype=">f4"),
-    "none": np.zeros((0, 3), np.float32),
-    "states": np.arange(3, dtype=np.uint8),
-    "é": np.ones(1, np.float64),
-}
+    "b": np.arange(6, dtype=np.float32).reshape(2, 3), "a": np.arange(5, dtype=np.float16),
+    "turned": np.arange(6, dtype=np.float32).reshape(2, 3).T, "step": np.array(7, np.int64),
+    "big": np.arange(4, dtype=">f4"), "none": np.zeros((0, 3), np.float32),
+    "states": np.arange(3, dtype=np.uint8), "é": np.ones(1, np.float64),
+}  # fmt: skip
 
 
 def test_file_is_the_libraries() -> None:
