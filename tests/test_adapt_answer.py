@@ -13,45 +13,32 @@ import torch
 from answers import INVOCATION, answered, random_answers
 from families import VOCABULARY, tiny_model
 from generating import generated
-from peft import PeftModel
-from peft_reference import loss_of
+from peft_reference import loss_of, parameter
 from processes import run_edge
-from serving import RunningServer, config, open_model, randomize_all, serving, training
-from test_adapter_kinds import bits
+from serving import config, randomize_all, serving
 from test_cli import GOOD_ROW, Place, assert_fails
 from tiny import TinyFactory
+from training_runs import BLOCKS, Runs, in_peft, loss_in_peft, losses_of, step_traffic
 
-from dlora.cloud.model.base_model import BaseModel
 from dlora.edge.adapters.peft import load_adapter
 from dlora.edge.data.batches import evaluation_batches, pack
 from dlora.edge.data.examples import Dataset, last_occurrence
 from dlora.edge.data.invocation import find_invocation, uninvoked_line
-from dlora.edge.engine.bundle import Bundle
 from dlora.edge.model.context import Context
 from dlora.edge.model.evaluation import evaluate
 from dlora.edge.training.resolved import Resolved
-from dlora.protocol.adapters import crossings
+from dlora.protocol.choices import Send
 from dlora.protocol.errors import CheckpointError, ProtocolError, UsageError
-from dlora.protocol.traffic import Traffic, micro_batch_traffic, report_traffic
+from dlora.protocol.traffic import Traffic, report_traffic
 
-BLOCKS = 4
+ANSWERS = random_answers()
 KINDS = ["lora", "bottleneck", "ffa"]
 
 
 @pytest.fixture(scope="module")
-def bundle(tiny: TinyFactory) -> Path:
-    return tiny(blocks=BLOCKS, head_dtype="fp32").bundle
-
-
-@pytest.fixture(scope="module")
-def base(tiny: TinyFactory) -> BaseModel:
-    return tiny(blocks=BLOCKS).base
-
-
-@pytest.fixture(scope="module")
-def server(base: BaseModel) -> Iterator[RunningServer]:
-    with serving(base) as running:
-        yield running
+def runs(tiny: TinyFactory) -> Iterator[Runs]:
+    with Runs.of(tiny) as made:
+        yield made
 
 
 def run_of(kind: str, **changes: Any) -> Resolved:
@@ -59,11 +46,11 @@ def run_of(kind: str, **changes: Any) -> Resolved:
     return config(kind=kind, **{**settings, **changes})
 
 
-def test_start_says_what_becomes_of_conversations(tiny: TinyFactory, server: RunningServer, tmp_path: Path) -> None:
+def test_start_says_what_becomes_of_conversations(runs: Runs, tmp_path: Path) -> None:
     said = [{"role": role, "content": word} for role, word in (("user", "w1"), ("assistant", "w2 w3")) * 2]
     data = tmp_path / "data.jsonl"
     data.write_text((json.dumps({"messages": said}) + "\n") * 3)
-    place = Place(tiny(blocks=BLOCKS, head_dtype="fp32").bundle, data, server.url)
+    place = Place(runs.bundle, data, runs.server.url)
     done = run_edge(*place.train(tmp_path / "out", kind=None))
     assert done.code == 0, done.stderr
     assert "each answer is an example of its own: 6 of 3 conversations" in done.stderr
@@ -190,11 +177,10 @@ def test_rows_that_cross_end_with_the_last_label() -> None:
 @pytest.mark.parametrize(("wire_dtype", "tolerance"), [("fp32", 1e-4), ("fp16", 2e-3), ("int8", 2e-3)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_peft_gives_the_loss_of_the_saved_adapter(
-    bundle: Path, server: RunningServer, kind: str, wire_dtype: str, tolerance: float, tmp_path: Path
+    runs: Runs, kind: str, wire_dtype: str, tolerance: float, tmp_path: Path
 ) -> None:
     """In data where it is invoked, in some where it is not, and in some where it is invoked twice."""
-    dataset = random_answers()
-    with training(bundle, server.url, run_of(kind, wire_dtype=wire_dtype), dataset) as trainer:
+    with runs.train(run_of(kind, wire_dtype=wire_dtype), ANSWERS) as trainer:
         randomize_all(trainer)
         trainer.run_step()
         others = [([9, 10, 11, 12], [1, 2]), ([7, 8, 9, 7, 8, 10, 11], [1, 2, 4, 5])]
@@ -202,18 +188,16 @@ def test_peft_gives_the_loss_of_the_saved_adapter(
         loss = trainer.evaluate(held_out).loss
         trainer.save_adapter(tmp_path)
     assert load_adapter(tmp_path).invocation == INVOCATION
-    model = PeftModel.from_pretrained(tiny_model("llama", num_hidden_layers=BLOCKS).eval(), tmp_path)
-    with torch.no_grad():
-        assert loss_of(model, list(evaluation_batches(held_out, 2))).item() == pytest.approx(loss, abs=tolerance)
-    with open_model(Bundle.open(bundle), server.url, tmp_path, wire_dtype="fp32") as opened:
+    assert loss_in_peft(tmp_path, held_out) == pytest.approx(loss, abs=tolerance)
+    with runs.open(tmp_path) as opened:
         assert evaluate(opened, held_out, 3).loss == pytest.approx(loss, abs=tolerance)
     assert "cannot merge" in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_uninvoked_adapter_is_the_base_model(bundle: Path, server: RunningServer, kind: str) -> None:
+def test_uninvoked_adapter_is_the_base_model(runs: Runs, kind: str) -> None:
     """No row crosses at all."""
-    with training(bundle, server.url, run_of(kind), random_answers()) as trainer:
+    with runs.train(run_of(kind), ANSWERS) as trainer:
         randomize_all(trainer)
         uninvoked = Dataset.of([([9, 10, 11, 12], [1, 2]), ([8, 7, 9], [0, 1])])
         loss = trainer.evaluate(uninvoked).loss
@@ -223,40 +207,40 @@ def test_uninvoked_adapter_is_the_base_model(bundle: Path, server: RunningServer
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients_are_those_of_peft(bundle: Path, server: RunningServer, kind: str, tmp_path: Path) -> None:
+def test_gradients_are_those_of_peft(runs: Runs, kind: str, tmp_path: Path) -> None:
     """Of each module's lora_B, which PEFT has of every kind; of a core by way of it."""
-    dataset = random_answers()
-    with training(bundle, server.url, run_of(kind), dataset) as trainer:
+    with runs.train(run_of(kind), ANSWERS) as trainer:
         randomize_all(trainer)
         trainer.save_adapter(tmp_path)
         (batch,) = trainer.batches.step_batches(0)
         trainer.model.forward_backward([batch], step=0, grad_scale=1 / len(batch.labels))
         found = {name: parameter.grad for name, parameter in trainer.adapters.parameters().items()}
         states = {group.name: group.adapter_state_values() for group in trainer.adapters.groups}
-    model = PeftModel.from_pretrained(tiny_model("llama", num_hidden_layers=BLOCKS).eval(), tmp_path, is_trainable=True)
+    model = in_peft(tmp_path, is_trainable=True)
     loss_of(model, [batch]).backward()
     for spec in trainer.groups:
         grads = {
-            target.name: model.base_model.model.get_submodule(target.name).lora_B["default"].weight.grad.numpy()
-            * target.gain
+            f"{target.name}.lora_B": target.gain * parameter(model, f"{target.name}.lora_B").grad.numpy()
             for target in spec.targets
         }
         if kind == "bottleneck":
             stacked = np.concatenate(list(grads.values()))
             grads = {f"{spec.targets[0].name}.core": states[spec.targets[0].name][1].T @ stacked}
-        else:
-            grads = {f"{name}.lora_B": grad for name, grad in grads.items()}
         for name, grad in grads.items():
             np.testing.assert_allclose(found[name], grad, rtol=1e-3, atol=1e-4 * np.abs(grad).max(), err_msg=name)
 
 
-def test_generation_acts_from_the_prompts_invocation_on(bundle: Path, server: RunningServer, tmp_path: Path) -> None:
-    with training(bundle, server.url, run_of("bottleneck"), random_answers()) as trainer:
-        randomize_all(trainer)
-        trainer.save_adapter(tmp_path)
-    model = PeftModel.from_pretrained(tiny_model("llama", num_hidden_layers=BLOCKS).eval(), tmp_path)
+@pytest.fixture(scope="module")
+def saved(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("saved")
+    runs.save_random(run_of("bottleneck"), directory, ANSWERS)
+    return directory
+
+
+def test_generation_acts_from_the_prompts_invocation_on(runs: Runs, saved: Path) -> None:
+    model = in_peft(saved)
     ids = np.array([9, 10, 7, 8, 11, 12], np.int64)
-    with open_model(Bundle.open(bundle), server.url, tmp_path, wire_dtype="fp32") as opened, torch.no_grad():
+    with runs.open(saved) as opened, torch.no_grad():
         logits = Context(opened).logits(ids, last_occurrence(ids.astype(np.int32), opened.invocation))[0]
         wanted = model(input_ids=torch.from_numpy(ids)[None]).logits[0, -1].numpy()
         everywhere = Context(opened).logits(ids)[0]
@@ -264,73 +248,55 @@ def test_generation_acts_from_the_prompts_invocation_on(bundle: Path, server: Ru
     assert np.abs(everywhere - wanted).max() > 1e-3 * np.abs(wanted).max()
 
 
-def test_uninvoked_generation_is_the_base_models(bundle: Path, server: RunningServer, tmp_path: Path) -> None:
+def test_uninvoked_generation_is_the_base_models(runs: Runs, saved: Path) -> None:
     """Also at the tokens that it has produced, with and without a cache."""
-    with training(bundle, server.url, run_of("bottleneck"), random_answers()) as trainer:
-        randomize_all(trainer)
-        trainer.save_adapter(tmp_path)
     for context_length in (0, 20):
         answers = {}
-        for adapter in (None, tmp_path):
-            opening = open_model(
-                Bundle.open(bundle), server.url, adapter, wire_dtype="fp32", context_length=context_length
-            )
-            with opening as model:
+        for adapter in (None, saved):
+            with runs.open(adapter, context_length=context_length) as model:
                 for prompt in ((9, 10, 11), (9, 7, 8)):
                     answers[adapter, prompt] = generated(model, prompt, 6)
-        assert answers[None, (9, 10, 11)] == answers[tmp_path, (9, 10, 11)]
-        assert answers[None, (9, 7, 8)] != answers[tmp_path, (9, 7, 8)]
+        assert answers[None, (9, 10, 11)] == answers[saved, (9, 10, 11)]
+        assert answers[None, (9, 7, 8)] != answers[saved, (9, 7, 8)]
 
 
 # -- what crosses, and what fits -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("wire_dtype", ["int8", "fp16"])
-def test_only_answers_cross(bundle: Path, server: RunningServer, wire_dtype: str) -> None:
-    dataset, run = random_answers(), run_of("bottleneck", wire_dtype=wire_dtype)
-    with training(bundle, server.url, run, dataset) as trainer:
+@pytest.mark.parametrize(
+    ("wire_dtype", "send"), [("int8", "embeddings"), ("fp16", "embeddings"), ("fp32", "token-ids")]
+)
+def test_only_answers_cross(runs: Runs, wire_dtype: str, send: Send) -> None:
+    run = run_of("bottleneck", wire_dtype=wire_dtype, send=send)
+    with runs.train(run, ANSWERS) as trainer:
         metrics = trainer.run_step()
         (batch,) = trainer.batches.step_batches(0)
-    base = trainer.bundle.manifest.base_model
-    live = range(len(trainer.groups))
-    wanted = micro_batch_traffic(
-        crossings(run.spec, trainer.groups), live=live, with_grads=live, answered=live[1:], tokens=len(batch.ids),
-        sequences=3, labelled=len(batch.labels), embedding_size=base.embedding_size, hidden_size=base.hidden_size,
-        codecs=run.codecs, rows=3 * (len(INVOCATION) + 2),
-    )  # fmt: skip
+    wanted = step_traffic(trainer, batch, rows=3 * (len(INVOCATION) + 2), send=send)
     wanted += Traffic(report_traffic(len(trainer.adapters.units), 0).bytes_up, 0, 0)
     assert (metrics.bytes_up, metrics.bytes_down) == (wanted.bytes_up, wanted.bytes_down)
 
 
-def test_int8_run_evaluates_over_fp16(bundle: Path, server: RunningServer) -> None:
-    dataset = random_answers()
+def test_int8_run_evaluates_over_fp16(runs: Runs) -> None:
     bytes_of = {}
     for wire_dtype in ("int8", "fp16", "fp32"):
-        with training(bundle, server.url, run_of("bottleneck", wire_dtype=wire_dtype), dataset) as trainer:
+        with runs.train(run_of("bottleneck", wire_dtype=wire_dtype), ANSWERS) as trainer:
             before = trainer.traffic
-            trainer.evaluate(dataset)
+            trainer.evaluate(ANSWERS)
             bytes_of[wire_dtype] = [now - then for now, then in zip(trainer.traffic, before, strict=True)]
     assert bytes_of["int8"] == bytes_of["fp16"] != bytes_of["fp32"]
 
 
-def test_an_adapter_acts_where_it_did_when_a_run_starts_from_it(
-    bundle: Path, server: RunningServer, tmp_path: Path
-) -> None:
-    dataset = random_answers()
-    with training(bundle, server.url, run_of("lora"), dataset) as trainer:
-        trainer.save_adapter(tmp_path / "answers")
-    with training(bundle, server.url, run_of("lora", invocation=()), dataset) as trainer:
-        trainer.save_adapter(tmp_path / "all")
+def test_an_adapter_acts_where_it_did_when_a_run_starts_from_it(runs: Runs, tmp_path: Path) -> None:
+    runs.save_random(run_of("lora"), tmp_path / "answers", ANSWERS)
+    runs.save_random(run_of("lora", invocation=()), tmp_path / "all", ANSWERS)
     for name, invocation, message in (
         ("answers", (), "train with --active-from answer"),
         ("answers", (8,), "train with --active-from answer"),
         ("all", INVOCATION, "train with --active-from start"),
     ):
         init = load_adapter(tmp_path / name)
-        with (
-            pytest.raises(CheckpointError, match=message),
-            training(bundle, server.url, run_of("lora", invocation=invocation), dataset, init=init),
-        ):
+        run = run_of("lora", invocation=invocation)
+        with pytest.raises(CheckpointError, match=message), runs.train(run, ANSWERS, init=init):
             pass
 
 
@@ -338,32 +304,19 @@ def test_an_adapter_acts_where_it_did_when_a_run_starts_from_it(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_token_ids_in_place_of_embeddings_give_the_same_run(bundle: Path, server: RunningServer, kind: str) -> None:
+def test_token_ids_in_place_of_embeddings_give_the_same_run(runs: Runs, kind: str) -> None:
     """The tiny bundle's embeddings are the base model's, to the bit."""
     found = []
     for send in ("embeddings", "token-ids"):
-        run = run_of(kind, send=send, total_steps=3)
-        with training(bundle, server.url, run, random_answers()) as trainer:
-            metrics = [trainer.run_step() for _ in range(3)]
-            trainer.wait_for_signal()
-            found.append(([each.loss for each in metrics], bits(trainer)))
+        steps, bits = runs.steps(run_of(kind, send=send, total_steps=3), 3, dataset=ANSWERS)
+        found.append((losses_of(steps), bits))
     assert found[0] == found[1]
-    batch = trainer.batches.step_batches(0)[0]
-    base = trainer.bundle.manifest.base_model
-    live = range(len(trainer.groups))
-    wanted = micro_batch_traffic(
-        crossings(run.spec, trainer.groups), live=live, with_grads=live, answered=live[1:], tokens=len(batch.ids),
-        sequences=3, labelled=len(batch.labels), embedding_size=base.embedding_size, hidden_size=base.hidden_size,
-        codecs=run.codecs, rows=3 * (len(INVOCATION) + 2), send="token-ids",
-    )  # fmt: skip
-    report = report_traffic(len(trainer.adapters.units), 0).bytes_up
-    assert metrics[0].bytes_up == wanted.bytes_up + report
 
 
-def test_token_that_the_base_model_does_not_have_is_refused(bundle: Path, server: RunningServer) -> None:
+def test_token_that_the_base_model_does_not_have_is_refused(runs: Runs) -> None:
     beyond = Dataset.of([answered([VOCABULARY + 5], [9])])
     with (
-        training(bundle, server.url, run_of("lora", send="token-ids"), random_answers()) as trainer,
+        runs.train(run_of("lora", send="token-ids"), ANSWERS) as trainer,
         pytest.raises(ProtocolError, match="a token that the base model"),
     ):
         trainer.evaluate(beyond)

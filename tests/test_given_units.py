@@ -10,10 +10,9 @@ import msgspec
 import numpy as np
 import pytest
 from drawn import one_in
-from families import VOCABULARY
-from serving import RunningServer, config, open_model, random_dataset, randomize_all, serving, training
-from test_adapter_kinds import bits, lose_sessions
+from serving import config
 from tiny import TinyFactory
+from training_runs import DATA, Runs, losses_of
 from waiting import eventually
 
 from dlora.cloud.serving.session_loop import SessionLoop
@@ -21,13 +20,10 @@ from dlora.edge.adapters.peft import load_adapter
 from dlora.edge.model.evaluation import evaluate
 from dlora.edge.training.checkpoint import load_latest
 from dlora.edge.training.resolved import Resolved
-from dlora.edge.wire.connecting import ConnectSettings, Retry
 from dlora.protocol.adapters import parameter_bytes, state_bytes
 from dlora.protocol.kill_revive import UnitState
 
-BLOCKS: Final = 4
 STEPS: Final = 9
-FROM_LOST: Final = ConnectSettings(retry=Retry(max_s=30))
 # From step 0 on two of four, and others every second step: drawn, so that rounding decides nothing.
 RANDOM: Final = {
     "active_fraction": 0.5, "score": "random", "warmup_steps": 0, "warmup_fraction": 0.0, "ramp_fraction": 0.0,
@@ -36,14 +32,9 @@ RANDOM: Final = {
 
 
 @pytest.fixture(scope="module")
-def bundle(tiny: TinyFactory) -> Path:
-    return tiny(blocks=BLOCKS, head_dtype="fp32").bundle
-
-
-@pytest.fixture(scope="module")
-def server(tiny: TinyFactory) -> Iterator[RunningServer]:
-    with serving(tiny(blocks=BLOCKS).base) as running:
-        yield running
+def runs(tiny: TinyFactory) -> Iterator[Runs]:
+    with Runs.of(tiny) as made:
+        yield made
 
 
 def run_of(kind: str, on_kill: str, **changes: Any) -> Resolved:
@@ -58,20 +49,17 @@ def run_of(kind: str, on_kill: str, **changes: Any) -> Resolved:
     ("lora", ()), ("lora", (5,)), ("ffa", (5,)), ("ffa", ()), ("bottleneck", ()), ("bottleneck", (5,)),
 ]), ids=str)  # fmt: skip
 def test_server_computes_what_the_device_would(
-    bundle: Path, server: RunningServer, kind: str, invocation: tuple[int, ...], tmp_path: Path
+    runs: Runs, kind: str, invocation: tuple[int, ...], tmp_path: Path
 ) -> None:
     """Step for step the losses of a run whose killed units are held, which computes them on the device."""
-    dataset = random_dataset(VOCABULARY)
-    with training(bundle, server.url, run_of(kind, "fade", kill_revive={}, invocation=invocation), dataset) as trainer:
-        randomize_all(trainer)
-        trainer.save_adapter(tmp_path / "init")
+    runs.save_random(run_of(kind, "fade", kill_revive={}, invocation=invocation), tmp_path / "init")
     init = load_adapter(tmp_path / "init")
     found, units = {}, {}
     for on_kill in ("hold_forward", "give_to_server", "bypass"):
         run = run_of(kind, on_kill, invocation=invocation)
-        with training(bundle, server.url, run, dataset, init=init) as trainer:
+        with runs.train(run, init=init) as trainer:
             rows = [trainer.run_step() for _ in range(STEPS)]
-            found[on_kill] = np.array([*(row.loss for row in rows), trainer.evaluate(dataset).loss])
+            found[on_kill] = np.array([*(row.loss for row in rows), trainer.evaluate(DATA).loss])
             units[on_kill] = [row.units for row in rows]
             trainer.save_adapter(tmp_path / on_kill)
     # AdamW doubles what rounding begins with.
@@ -84,120 +72,87 @@ def test_server_computes_what_the_device_would(
     # What is saved has the units that the server applied.
     saved = load_adapter(tmp_path / "give_to_server")
     assert set(saved.modules) == set(load_adapter(tmp_path / "hold_forward").modules)
-    with open_model(trainer.bundle, server.url, tmp_path / "give_to_server", wire_dtype="fp32", threads=1) as model:
-        used = evaluate(model, dataset, run.training.batch_size).loss
+    with runs.open(tmp_path / "give_to_server", threads=1) as model:
+        used = evaluate(model, DATA, run.training.batch_size).loss
     assert used == pytest.approx(found["give_to_server"][-1], rel=2e-5)
 
 
 @pytest.mark.parametrize("score", ["static", "sensitivity", "grad"])
-def test_units_of_an_adapter_to_start_from_keep_their_effect(
-    bundle: Path, server: RunningServer, score: str, tmp_path: Path
-) -> None:
+def test_units_of_an_adapter_to_start_from_keep_their_effect(runs: Runs, score: str, tmp_path: Path) -> None:
     """Also those that are never active: the first step has all of it."""
-    dataset = random_dataset(VOCABULARY)
-    with training(bundle, server.url, run_of("bottleneck", "fade", kill_revive={}), dataset) as trainer:
-        randomize_all(trainer)
-        trainer.save_adapter(tmp_path)
-        wanted = trainer.evaluate(dataset).loss
+    wanted = runs.save_random(run_of("bottleneck", "fade", kill_revive={}), tmp_path)
     static = {"static": (1, 3)} if score == "static" else {}
     for on_kill, keeps in (("give_to_server", True), ("bypass", False)):
         kill_revive = {**RANDOM, "score": score, "on_kill": on_kill, **static}
         run = run_of("bottleneck", on_kill, kill_revive=kill_revive, optimizer={"lr": 1e-6})
-        with training(bundle, server.url, run, dataset, init=load_adapter(tmp_path)) as trainer:
-            assert (trainer.evaluate(dataset).loss == pytest.approx(wanted, abs=1e-5)) is keeps
+        with runs.train(run, init=load_adapter(tmp_path)) as trainer:
+            assert (trainer.evaluate(DATA).loss == pytest.approx(wanted, abs=1e-5)) is keeps
             trainer.run_step()
             trainer.wait_for_signal()
             states = trainer.adapters.states()
             assert (states == UnitState.GIVEN).any() is np.bool_(keeps)
-            assert (trainer.evaluate(dataset).loss == pytest.approx(wanted, abs=2e-3)) is keeps
+            assert (trainer.evaluate(DATA).loss == pytest.approx(wanted, abs=2e-3)) is keeps
 
 
 @pytest.mark.parametrize("kind", ["lora", "ffa", "bottleneck"])
-def test_lost_server_and_resumed_run_change_no_bit(
-    bundle: Path, server: RunningServer, kind: str, tmp_path: Path
-) -> None:
-    dataset, run = random_dataset(VOCABULARY), run_of(kind, "give_to_server", wire_dtype="fp16")
-    with training(bundle, server.url, run, dataset) as trainer:
-        whole = [trainer.run_step().loss for _ in range(STEPS)]
-        trainer.wait_for_signal()
-        wanted = bits(trainer)
+def test_lost_server_and_resumed_run_change_no_bit(runs: Runs, kind: str, tmp_path: Path) -> None:
+    run = run_of(kind, "give_to_server", wire_dtype="fp16")
+    steps, bits = runs.steps(run, STEPS)
     other = ["lora", "ffa", "bottleneck"].index(kind)
     for lost_after in one_in(3, (0, 1, 3, 4, 7, 8), other):
-        with training(bundle, server.url, run, dataset, FROM_LOST) as trainer:
-            losses = []
-            for step in range(STEPS):
-                if step == lost_after:
-                    lose_sessions(server)
-                losses.append(trainer.run_step().loss)
-            trainer.wait_for_signal()
-            assert (losses, bits(trainer)) == (whole, wanted), lost_after
+        again, found = runs.steps(run, STEPS, lost_after)
+        assert (losses_of(again), found) == (losses_of(steps), bits), lost_after
     for saved_after in one_in(2, (1, 3), other):
-        directory = tmp_path / str(saved_after)
-        with training(bundle, server.url, run, dataset) as trainer:
-            losses = [trainer.run_step().loss for _ in range(saved_after)]
-            trainer.save_checkpoint(directory)
-        with training(bundle, server.url, run, dataset, checkpoint=load_latest(directory)) as trainer:
-            losses += [trainer.run_step().loss for _ in range(STEPS - saved_after)]
-            trainer.wait_for_signal()
-            assert (losses, bits(trainer)) == (whole, wanted), saved_after
+        resumed = runs.resumed_steps(run, STEPS, saved_after, tmp_path / str(saved_after))
+        assert resumed == (losses_of(steps), bits), saved_after
 
 
 @pytest.mark.parametrize("kind", ["lora", "bottleneck"])
-def test_all_that_a_server_may_be_given_counts_from_the_beginning(
-    bundle: Path, server: RunningServer, kind: str
-) -> None:
+def test_all_that_a_server_may_be_given_counts_from_the_beginning(runs: Runs, kind: str) -> None:
     """So that a run that begins is not refused in the middle."""
-    dataset = random_dataset(VOCABULARY)
     for on_kill, is_given in (("give_to_server", True), ("bypass", False)):
         run = run_of(kind, on_kill)
-        with training(bundle, server.url, run, dataset) as trainer:
+        with runs.train(run) as trainer:
             wanted = sum(state_bytes(run.spec, group) for group in trainer.groups)
             wanted += is_given * sum(parameter_bytes(run.spec, group) for group in trainer.groups)
-            (live,) = [each for each in server.server.service.sessions if each.transport.parked_at is None]
+            (live,) = [each for each in runs.server.server.service.sessions if each.transport.parked_at is None]
             eventually(lambda: live.quota.held_bytes == wanted)  # noqa: B023  # once the sketches are gone
             trainer.run_step()
             assert live.quota.held_bytes == wanted
 
 
-def test_a_server_forgets_what_a_revived_unit_gave_it(
-    bundle: Path, server: RunningServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_server_forgets_what_a_revived_unit_gave_it(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     loops: list[SessionLoop] = []
     run_loop = SessionLoop.run
     monkeypatch.setattr(SessionLoop, "run", lambda self: loops.append(self) or run_loop(self))
-    run, dataset = run_of("bottleneck", "give_to_server"), random_dataset(VOCABULARY)
     counts = set()
-    with training(bundle, server.url, run, dataset) as trainer:
+    with runs.train(run_of("bottleneck", "give_to_server")) as trainer:
         for _ in range(STEPS):
             trainer.run_step()
             trainer.wait_for_signal()
             states = trainer.adapters.states()
-            units = zip(trainer.adapters.units, states, strict=True)
+            units = list(zip(trainer.adapters.units, states, strict=True))
             given = {group for unit, state in units if state == UnitState.GIVEN for group in unit.groups}
-            held = {group for unit, state in zip(trainer.adapters.units, states, strict=True)
-                    if state == UnitState.HELD for group in unit.groups}  # fmt: skip
+            held = {group for unit, state in units if state == UnitState.HELD for group in unit.groups}
             eventually(lambda: given <= loops[-1]._model.parameters.keys() <= given | held)  # noqa: B023
             counts.add(len(given))
     assert len(counts) > 1
 
 
 @pytest.mark.parametrize("score", ["grad", "random"])
-def test_a_longer_run_begins_with_what_was_active_at_the_end(
-    bundle: Path, server: RunningServer, score: str, tmp_path: Path
-) -> None:
+def test_a_longer_run_begins_with_what_was_active_at_the_end(runs: Runs, score: str, tmp_path: Path) -> None:
     """With all that it had learnt: nothing is lost between two parts, and no old basis pass chooses again."""
-    dataset = random_dataset(VOCABULARY)
     run = run_of("bottleneck", "bypass", kill_revive={**RANDOM, "score": score}, optimizer={"lr": 0.1})
-    with training(bundle, server.url, run, dataset) as trainer:
+    with runs.train(run) as trainer:
         for _ in range(STEPS):
             trainer.run_step()
         trainer.wait_for_signal()
-        wanted, states = trainer.evaluate(dataset).loss, trainer.adapters.states()
+        wanted, states = trainer.evaluate(DATA).loss, trainer.adapters.states()
         trainer.save_checkpoint(tmp_path)
     longer = msgspec.structs.replace(run, total_steps=2 * STEPS, part_begins=STEPS)
-    with training(bundle, server.url, longer, dataset, checkpoint=load_latest(tmp_path)) as trainer:
+    with runs.train(longer, checkpoint=load_latest(tmp_path)) as trainer:
         assert (trainer.adapters.states() == states).all()
-        assert trainer.evaluate(dataset).loss == pytest.approx(wanted, abs=1e-5)
+        assert trainer.evaluate(DATA).loss == pytest.approx(wanted, abs=1e-5)
         trainer.run_step()
         reported = trainer.session.unanswered
         assert reported is not None

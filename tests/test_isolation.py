@@ -17,8 +17,9 @@ import conversations
 import numpy as np
 import pytest
 from families import VOCABULARY
-from serving import RunningServer, config, final_weights, random_dataset, serving, training
+from serving import config, final_weights, random_dataset, serving, training
 from tiny import TinyFactory
+from waiting import eventually
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
@@ -97,19 +98,12 @@ def train_at_once(url: str, devices: list[Device]) -> list[tuple[dict[str, bytes
         return [each.result(120) for each in [threads.submit(device.train, url, ready) for device in devices]]
 
 
-def test_a_device_alone_gets_the_same_bits_twice(base: BaseModel, devices: list[Device], alone: list[object]) -> None:
+@pytest.mark.parametrize("which", [[1], [0, 1], [0, 0, 0]], ids=["again", "two at once", "equal ones at once"])
+def test_devices_get_the_same_bits_as_alone(
+    base: BaseModel, devices: list[Device], alone: list[object], which: list[int]
+) -> None:
     with serving(base) as server:
-        assert devices[1].train(server.url) == alone[1]
-
-
-def test_two_at_once_get_the_same_bits_as_alone(base: BaseModel, devices: list[Device], alone: list[object]) -> None:
-    with serving(base) as server:
-        assert train_at_once(server.url, devices) == alone
-
-
-def test_equal_devices_at_once_get_the_same_bits(base: BaseModel, devices: list[Device], alone: list[object]) -> None:
-    with serving(base) as server:
-        assert train_at_once(server.url, [devices[0]] * 3) == [alone[0]] * 3
+        assert train_at_once(server.url, [devices[each] for each in which]) == [alone[each] for each in which]
 
 
 # -- a third one that misbehaves -------------------------------------------------------------------------
@@ -184,15 +178,8 @@ def test_stalled_device_changes_no_bit_of_others(
     with serving(base, max_tokens=GLUTTONS_TOKENS, timeouts=SessionTimeouts(park_s=0)) as server:
         with stall(server.url, base):  # type: ignore[operator]
             assert train_at_once(server.url, devices) == alone
-            eventually_sessions(server, 1)
-        eventually_sessions(server, 0)
-
-
-def eventually_sessions(server: RunningServer, count: int) -> None:
-    deadline = time.monotonic() + 5
-    while server.server.health()["sessions"] != count:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+            eventually(lambda: server.server.health()["sessions"] == 1)
+        eventually(lambda: server.server.health()["sessions"] == 0)
 
 
 def test_a_step_leaves_no_graph_behind(base: BaseModel, devices: list[Device]) -> None:

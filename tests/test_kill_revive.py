@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import msgspec
@@ -11,11 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dlora.cloud.serving.ticket import load_ticket, ticket_of
-from dlora.edge.adapters.kind import Parameter
-from dlora.edge.adapters.lora import LoraGroup, LoraModule
-from dlora.edge.training.scores import unit_score
 from dlora.protocol.adapters import AdapterSpec, crossings
-from dlora.protocol.choices import ScoreName
 from dlora.protocol.controller import Controller, unit_costs
 from dlora.protocol.errors import RefusedError, RemoteProtocolError, UsageError
 from dlora.protocol.groups import GroupSpec, TargetSpec, group_units
@@ -396,74 +393,24 @@ def test_controller_without_groups_has_no_units() -> None:
     assert controller.report(0, np.zeros(0)).shape == (0,)
 
 
-class Toy:
-    """A sum of ``units`` adapters, each with its own input, of which only a few have something to learn.
-
-    Trained with Adam on the device's side of the rules: only ACTIVE units move, killed ones keep everything.
-    """
-
-    units, rank, width, lr = 12, 2, 6, 0.02
-
-    def __init__(self, seed: int) -> None:
-        self.rng = np.random.default_rng(seed)
-        shape_a, shape_b = (self.units, self.rank, self.width), (self.units, self.width, self.rank)
-        self.weights = [self.rng.standard_normal(shape_a) / self.width**0.5, np.zeros(shape_b)]
-        self.moments = [[np.zeros_like(w), np.zeros_like(w)] for w in self.weights]
-        self.steps = np.zeros(self.units)
-
-    def new_target(self, important: list[int]) -> None:
-        self.target = np.zeros((self.units, self.width, self.width))
-        low = self.rng.standard_normal((2, len(important), self.width, self.rank))
-        self.target[important] = low[0] @ low[1].transpose(0, 2, 1)
-
-    def step(self, states: np.ndarray, score: ScoreName) -> np.ndarray:
-        active = states == UnitState.ACTIVE
-        a, b = self.weights
-        x = self.rng.standard_normal((16, self.units, self.width))
-        effect = (b @ a) * active[:, None, None]
-        error = np.einsum("nui,uoi->no", x, effect - self.target) / len(x)
-        grad = np.einsum("no,nui->uoi", error, x)
-        grads = [b.transpose(0, 2, 1) @ grad, grad @ a.transpose(0, 2, 1)]
-        scores = np.zeros(self.units, np.float32)
-        for unit in np.flatnonzero(active):
-            a, b = (Parameter.of(each[unit]) for each in self.weights)
-            a.grad, b.grad = (each[unit] for each in grads)
-            scores[unit] = unit_score(score, [LoraGroup([LoraModule("one", a, b)], scaling=1.0)])
-        self.steps[active] += 1
-        count = self.steps[active][:, None, None]
-        for weight, g, (m, v) in zip(self.weights, grads, self.moments, strict=True):
-            m[active] = 0.9 * m[active] + 0.1 * g[active]
-            v[active] = 0.999 * v[active] + 0.001 * g[active] ** 2
-            hat_m, hat_v = m[active] / (1 - 0.9**count), v[active] / (1 - 0.999**count)
-            weight[active] -= self.lr * hat_m / (np.sqrt(hat_v) + 1e-8)
-        return scores
-
-
-def planted_hits(score: ScoreName, seed: int) -> tuple[float, float]:
-    """Share of the important units that are active, in the last fifth of each of two phases."""
-    toy, total = Toy(seed), 600
+def test_units_that_are_worth_most_are_found_and_others_when_that_changes() -> None:
+    """A unit's worth shows only while it is active; luck is 4 seats of 12, and one seat moves at a time."""
     config = KillReviveConfig(
-        active_fraction=1 / 3, score=score, warmup_steps=20, ramp_fraction=0.1, kill_every=10, revive_every=10,
+        active_fraction=1 / 3, score="grad", warmup_steps=20, ramp_fraction=0.1, kill_every=10, revive_every=10,
         probation=10,
     )  # fmt: skip
-    controller = Controller(config, make_groups(toy.units), seed=seed, total_steps=total, counts_costs=False)
-    phases = ([0, 5], [3, 8])
-    hits: list[list[float]] = [[], []]
-    for step in range(total):
-        phase = 2 * step // total
-        if step in (0, total // 2):
-            toy.new_target(list(phases[phase]))
-        states = controller.states
-        if step % (total // 2) >= 0.8 * total // 2:
-            hits[phase].append(float((states[list(phases[phase])] == UnitState.ACTIVE).mean()))
-        controller.report(step, toy.step(states, score))
-    return float(np.mean(hits[0])), float(np.mean(hits[1]))
-
-
-def test_scores_find_the_important_units_and_random_does_not() -> None:
-    scores: tuple[ScoreName, ...] = ("grad", "sensitivity", "random")
-    found = {score: np.mean([planted_hits(score, seed) for seed in range(6)], axis=0) for score in scores}
-    # Luck is 4 seats of 12, and one seat moves at a time.
-    assert (found["grad"] > 0.55).all(), found
-    assert (found["sensitivity"] > 0.7).all(), found
-    assert (found["random"] < 0.4).all(), found
+    hits = []
+    for seed, score in itertools.product(range(6), ("grad", "random")):
+        scored = msgspec.structs.replace(config, score=score)
+        controller = Controller(scored, make_groups(12), seed=seed, total_steps=600, counts_costs=False)
+        noise = np.random.default_rng(seed)
+        found = []
+        for step in range(600):
+            worthy = [0, 5] if step < 300 else [3, 8]
+            worth = np.where(np.isin(np.arange(12), worthy), 3.0, 1.0) * noise.uniform(0.5, 1.5, 12)
+            active = controller.states == UnitState.ACTIVE
+            if step % 300 >= 240:
+                found.append(active[worthy].mean())
+            controller.report(step, worth * active)
+        hits.append(np.mean(found))
+    assert np.mean(hits[0::2]) > 0.7 > 0.45 > np.mean(hits[1::2]), hits
