@@ -60,6 +60,16 @@ def some_data(count: int = 4, length: int = 7) -> list[Datum]:
     return [Datum(random.integers(3, VOCABULARY, length + index)) for index in range(count)]
 
 
+def step(own: TrainingClient, data: Sequence[Datum], params: Optimizer | float | None = None, **how: Any) -> None:
+    own.forward_backward(data, **how)
+    own.optim_step(params)
+
+
+def weights(own: TrainingClient, directory: Path) -> bytes:
+    own.save_adapter(directory)
+    return (directory / "adapter_model.safetensors").read_bytes()
+
+
 def test_a_loop_gives_the_commands_bits(place: Place, tmp_path: Path) -> None:
     """Plain cross-entropy, in the command's order of data."""
     words = place.train(
@@ -72,13 +82,12 @@ def test_a_loop_gives_the_commands_bits(place: Place, tmp_path: Path) -> None:
     batches = Batches(dataset, 2, 2, (0,))
     losses = []
     with client(place) as own:
-        for step in range(4):
-            data = [Datum.of(dataset[int(index)]) for index in batches.step_indices(step)]
+        for number in range(4):
+            data = [Datum.of(dataset[int(index)]) for index in batches.step_indices(number)]
             losses.append(own.forward_backward(data, batch_size=2).loss)
             own.optim_step()
-        own.save_adapter(tmp_path / "by-loop")
-    weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("by-command", "by-loop")]
-    assert weights[0] == weights[1]
+        by_loop = weights(own, tmp_path / "by-loop")
+    assert (tmp_path / "by-command" / "adapter_model.safetensors").read_bytes() == by_loop
     rows = [json.loads(line) for line in (tmp_path / "by-command" / "metrics.jsonl").read_text().splitlines()]
     assert losses == pytest.approx([row["loss"] for row in rows], rel=1e-6)
 
@@ -102,14 +111,12 @@ def test_weights_are_those_of_a_custom_loss(place: Place) -> None:
 
     found = []
     for batch_size in (4, 1):
-        with client(place) as own:
+        with client(place) as own, client(place) as other:
             _randomize(own)
+            _randomize(other)
             weighted = own.forward_backward(data, batch_size=batch_size)
-            found.append(gradients_of(own))
-        with client(place) as own:
-            _randomize(own)
-            custom = own.forward_backward_custom(data, loss, batch_size=batch_size)
-            found.append(gradients_of(own))
+            custom = other.forward_backward_custom(data, loss, batch_size=batch_size)
+            found += [gradients_of(own), gradients_of(other)]
         assert custom.loss == pytest.approx(weighted.loss, rel=1e-6)
         for one, other in zip(custom.logprobs, weighted.logprobs, strict=True):
             assert np.abs(one - other).max() < 1e-5
@@ -124,39 +131,22 @@ def _randomize(own: TrainingClient) -> None:
         parameter.value = random.normal(0, 0.05, parameter.value.shape).astype(np.float32)
 
 
-def test_state_goes_on_with_the_same_bits(place: Place, tmp_path: Path) -> None:
-    data = some_data()
+def test_a_state_goes_on_with_the_same_bits(place: Place, tmp_path: Path) -> None:
+    """In another client, and in the one that has saved it."""
+    data, params = some_data(), Optimizer(lr=2 * LR, weight_decay=0.1)
     with client(place) as own:
         for _ in range(2):
-            own.forward_backward(data)
-            own.optim_step()
+            step(own, data)
         own.save_state(tmp_path / "state")
-        own.forward_backward(data)
-        own.optim_step()
-        own.save_adapter(tmp_path / "whole")
+        step(own, data, params, batch_size=1)
+        whole = weights(own, tmp_path / "whole")
+        own.load_state(tmp_path / "state")
+        step(own, data, params, batch_size=1)
+        assert weights(own, tmp_path / "again") == whole
     with client(place, state=tmp_path / "state", seed=None) as own:
         assert own.next_step == 2
-        own.forward_backward(data)
-        own.optim_step()
-        own.save_adapter(tmp_path / "resumed")
-    weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "resumed")]
-    assert weights[0] == weights[1]
-
-
-def test_a_state_is_loaded_by_the_client_that_goes_on(place: Place, tmp_path: Path) -> None:
-    data, weights = some_data(), []
-    with client(place) as own:
-        own.forward_backward(data)
-        own.optim_step()
-        own.save_state(tmp_path / "state")
-        for name in ("first", "again"):
-            own.forward_backward(data, batch_size=1)
-            own.optim_step(Optimizer(lr=2 * LR, weight_decay=0.1))
-            own.save_adapter(tmp_path / name)
-            weights.append((tmp_path / name / "adapter_model.safetensors").read_bytes())
-            own.load_state(tmp_path / "state")
-        assert own.next_step == 1
-    assert weights[0] == weights[1]
+        step(own, data, params, batch_size=1)
+        assert weights(own, tmp_path / "resumed") == whole
     with pytest.raises(CheckpointError, match="no saved state"), client(place, state=tmp_path / "nowhere"):
         pass
     with pytest.raises(CheckpointError), client(place, state=tmp_path / "state", rank=2):
@@ -164,7 +154,7 @@ def test_a_state_is_loaded_by_the_client_that_goes_on(place: Place, tmp_path: Pa
 
 
 def test_a_state_that_is_refused_changes_nothing(place: Place, tmp_path: Path) -> None:
-    data, weights = some_data(), []
+    data, found = some_data(), []
     with client(place, rank=2) as other:
         other.save_state(tmp_path / "other")
     for tries in (False, True):
@@ -174,11 +164,9 @@ def test_a_state_that_is_refused_changes_nothing(place: Place, tmp_path: Path) -
                 with pytest.raises(CheckpointError):
                     own.load_state(tmp_path / "other")
             own.optim_step()
-            own.forward_backward(data)
-            own.optim_step()
-            own.save_adapter(tmp_path / str(tries))
-        weights.append((tmp_path / str(tries) / "adapter_model.safetensors").read_bytes())
-    assert weights[0] == weights[1]
+            step(own, data)
+            found.append(weights(own, tmp_path / str(tries)))
+    assert found[0] == found[1]
 
 
 def test_a_state_is_loaded_where_the_server_has_room_for_one(model: Tiny, place: Place, tmp_path: Path) -> None:
@@ -186,11 +174,9 @@ def test_a_state_is_loaded_where_the_server_has_room_for_one(model: Tiny, place:
         only = Place(model.bundle, place.data, server.url)
         with client(only, max_retry_s=20) as own:
             own.save_state(tmp_path)
-            own.forward_backward(some_data())
-            own.optim_step()
+            step(own, some_data())
             own.load_state(tmp_path)
-            own.forward_backward(some_data())
-            own.optim_step()
+            step(own, some_data())
             assert own.next_step == 1
 
 
@@ -236,8 +222,7 @@ def test_samples_are_of_the_adapters_as_they_are(place: Place, tmp_path: Path) -
             before = sampling.sample("w5 w6", max_new_tokens=4, as_it_is=True, logprobs=True)
         untrained = own.forward([datum]).loss
         for _ in range(40):
-            own.forward_backward([datum])
-            own.optim_step(0.1)
+            step(own, [datum], 0.1)
         with own.sampling_client() as sampling:
             after = asyncio.run(sampling.sample_async("w5 w6", max_new_tokens=4, as_it_is=True))
         assert len(before.tokens) == len(before.logprobs or ())

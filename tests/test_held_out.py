@@ -95,6 +95,10 @@ def test_patience_ends_a_run(place: Place, last: tuple[Path, dict[str, Any]], tm
     again = run_edge("resume", out, "--json")
     assert again.code == 0, again.stderr
     assert "this run is finished" in again.stderr
+    ended = summary["steps"]
+    assert f"--patience ended it at step {ended} of 20, and a larger one goes on" in again.stderr
+    longer = run_edge("resume", out, "--steps", 40)
+    assert_fails(longer, UsageError.exit_code, f"at step {ended} of 20", "with a larger --patience")
     # Who has more patience goes on.
     on = run_edge("resume", out, "--patience", 100, "--json")
     assert on.code == 0, on.stderr
@@ -138,11 +142,6 @@ def test_evaluations_that_nobody_asked_for_take_less_than_a_tenth_of_the_run(pla
     assert found.evaluate_every == every
 
 
-def test_keep_best_evaluates_during_the_run(place: Place, tmp_path: Path) -> None:
-    summary = train(place, tmp_path / "out", keep="best", eval_every=None)
-    assert [row["step"] for row in summary["evaluations"]] == list(range(0, 21, 2))
-
-
 @pytest.mark.parametrize("option", [{"keep": "best"}, {"patience": 3}, {"eval_every": 2}], ids=str)
 def test_options_that_need_held_out_data_are_refused_without(
     place: Place, tmp_path: Path, option: dict[str, object]
@@ -159,15 +158,6 @@ def test_run_that_patience_ended_at_its_last_step_can_be_made_longer(place: Plac
     longer = run_edge("resume", out, "--steps", 24, "--patience", 2, "--json")
     assert longer.code == 0, longer.stderr
     assert first["steps"] == 20 < json.loads(longer.stdout)["steps"]
-
-
-def test_run_ended_by_patience_says_how_to_continue(place: Place, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    ended = train(place, out, patience=2)["steps"]
-    again = run_edge("resume", out, "--json")
-    assert f"--patience ended it at step {ended} of 20, and a larger one goes on" in again.stderr
-    longer = run_edge("resume", out, "--steps", 40)
-    assert_fails(longer, UsageError.exit_code, f"at step {ended} of 20", "with a larger --patience")
 
 
 def test_evaluations_on_other_data_are_not_compared(

@@ -95,6 +95,8 @@ def test_command_merges_says_what_and_replaces_only_its_own(tiny: TinyFactory, l
     about = json.loads((tmp_path / "merged" / MERGED_NAME).read_text())
     assert about["base_fingerprint"] == tiny().base.fingerprint
     assert set(result["bytes"]) == {path.name for path in (tmp_path / "merged").iterdir()}
+    (tmp_path / "usual").write_text("")  # as the umask lets
+    assert {path.stat().st_mode for path in (tmp_path / "merged").iterdir()} == {(tmp_path / "usual").stat().st_mode}
     assert_fails(run_export(*words), UsageError.exit_code, "is already a merged model", "--force")
     again = run_export(*words, "--force")
     assert (again.code, "4 modules merged" in again.stdout) == (0, True), again.stderr
@@ -102,13 +104,7 @@ def test_command_merges_says_what_and_replaces_only_its_own(tiny: TinyFactory, l
     (tmp_path / "mine" / "config.json").write_text("{}")
     done = run_export(*words[:-1], tmp_path / "mine", "--force")
     assert_fails(done, UsageError.exit_code, "is not empty and not a merged model")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "mine"]
-
-
-def test_files_can_be_read_by_whom_the_umask_lets(tiny: TinyFactory, lora: Path, tmp_path: Path) -> None:
-    merge_adapter(MergeSettings(str(tiny().model), lora, tmp_path / "merged"))
-    (tmp_path / "usual").write_text("")
-    assert {path.stat().st_mode for path in (tmp_path / "merged").iterdir()} == {(tmp_path / "usual").stat().st_mode}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "mine", "usual"]
 
 
 def test_quantised_models_are_refused_but_for_floats_of_a_gguf_file(tiny: TinyFactory) -> None:
@@ -149,11 +145,12 @@ def test_adapter_of_another_base_model_is_refused(tiny: TinyFactory, lora: Path,
     assert list(tmp_path.iterdir()) == []
 
 
-def copied(lora: Path, directory: Path) -> Path:
-    directory.mkdir()
-    for path in lora.iterdir():
-        (directory / path.name).write_bytes(path.read_bytes())
-    return directory
+def edited(source: Path, target: Path, **changes: object) -> Path:
+    """A copy of an adapter with other settings of PEFT's."""
+    shutil.copytree(source, target)
+    path = target / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return target
 
 
 def test_damaged_or_strange_adapters_are_one_line(tiny: TinyFactory, lora: Path, tmp_path: Path) -> None:
@@ -162,21 +159,20 @@ def test_damaged_or_strange_adapters_are_one_line(tiny: TinyFactory, lora: Path,
             merge_adapter(MergeSettings(str(tiny(family).model), adapter, tmp_path / "out"))
         assert "\n" not in str(caught.value)
 
-    changed = copied(lora, tmp_path / "changed")
+    changed = edited(lora, tmp_path / "changed")
     damage(changed / WEIGHTS_NAME)
     fails(changed, "has not the SHA-256")
     fails(tmp_path / "nowhere", "no such directory")
-    nameless = copied(lora, tmp_path / "nameless")
+    nameless = edited(lora, tmp_path / "nameless")
     (nameless / RECORD_NAME).unlink()
     fails(nameless, "give the model that it was trained on", family="gpt2")
-    cut = copied(nameless, tmp_path / "cut")
-    config_file = cut / "adapter_config.json"
-    settings = json.loads(config_file.read_text())
-    config_file.write_text(json.dumps({**settings, "target_modules": settings["target_modules"][:1]}))
+    config_file = nameless / "adapter_config.json"
+    names = json.loads(config_file.read_text())["target_modules"]
+    cut = edited(nameless, tmp_path / "cut", target_modules=names[:1])
     fails(cut, "only the adapter has")
     (cut / WEIGHTS_NAME).rename(cut / "adapter_model.bin")
     fails(cut, "never loaded")
-    config_file.write_text('{"peft_type": "IA3"}')
+    (cut / "adapter_config.json").write_text('{"peft_type": "IA3"}')
     fails(cut, "only LORA is merged")
 
 
@@ -190,14 +186,6 @@ def test_values_beyond_half_precision_are_refused(tiny: TinyFactory, tmp_path: P
         merge_adapter(MergeSettings(str(tiny().model), tmp_path / "adapter", tmp_path / "out", "float16"))
     result = merge_adapter(MergeSettings(str(tiny().model), tmp_path / "adapter", tmp_path / "out", "bfloat16"))
     assert not result.is_checked
-
-
-def edited(source: Path, target: Path, **changes: object) -> Path:
-    """A copy of an adapter of PEFT's with other settings."""
-    shutil.copytree(source, target)
-    path = target / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-    return target
 
 
 def test_adapter_with_patterns_merges_to_the_same_bits(tiny: TinyFactory, tmp_path: Path) -> None:

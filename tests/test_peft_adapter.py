@@ -135,6 +135,11 @@ def test_we_load_what_peft_saves(tmp_path: Path, options: dict[str, Any], dtype:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+def assert_refused(directory: Path, text: str) -> None:
+    with pytest.raises(CheckpointError, match=text):
+        load_adapter(directory)
+
+
 def edit_config(directory: Path, **changes: object) -> None:
     path = directory / CONFIG_NAME
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
@@ -166,8 +171,7 @@ def edit_config(directory: Path, **changes: object) -> None:
 def test_unsupported_adapters_are_refused_by_name(tmp_path: Path, changes: dict[str, object], text: str) -> None:
     save(tmp_path, random_modules(LLAMA_TARGETS))
     edit_config(tmp_path, **changes)
-    with pytest.raises(CheckpointError, match=text):
-        load_adapter(tmp_path)
+    assert_refused(tmp_path, text)
 
 
 def test_each_pattern_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,19 +190,16 @@ def test_each_pattern_is_compiled_once(tmp_path: Path, monkeypatch: pytest.Monke
     edit_config(tmp_path / "slow", rank_pattern={".*.*.*zz": 4})
     assert len(load_adapter(tmp_path / "slow").modules) == 150
     edit_config(tmp_path / "slow", rank_pattern={f".*{at}.*zz": 4 for at in range(100)})
-    with pytest.raises(CheckpointError, match="too many patterns for 150 modules"):
-        load_adapter(tmp_path / "slow")
+    assert_refused(tmp_path / "slow", "too many patterns for 150 modules")
 
 
 def test_huge_or_piped_configuration_is_refused(tmp_path: Path) -> None:
     save(tmp_path, random_modules(LLAMA_TARGETS))
     (tmp_path / CONFIG_NAME).write_bytes(b" " * (17 << 20))
-    with pytest.raises(CheckpointError, match="too large"):
-        load_adapter(tmp_path)
+    assert_refused(tmp_path, "too large")
     (tmp_path / CONFIG_NAME).unlink()
     os.mkfifo(tmp_path / CONFIG_NAME)
-    with pytest.raises(CheckpointError, match="no regular file"):
-        load_adapter(tmp_path)
+    assert_refused(tmp_path, "no regular file")
 
 
 @pytest.mark.parametrize(
@@ -214,29 +215,22 @@ def test_huge_or_piped_configuration_is_refused(tmp_path: Path) -> None:
 def test_invalid_weights_are_refused(tmp_path: Path, tensors: dict[str, Any], text: str) -> None:
     save(tmp_path, random_modules(LLAMA_TARGETS))
     safetensors.numpy.save_file(tensors, tmp_path / WEIGHTS_NAME)
-    with pytest.raises(CheckpointError, match=text):
-        load_adapter(tmp_path)
+    assert_refused(tmp_path, text)
 
 
 def test_missing_and_damaged_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no such directory"):
-        load_adapter(tmp_path / "no")
-    with pytest.raises(CheckpointError, match=r"has no adapter_config\.json"):
-        load_adapter(tmp_path)
+    assert_refused(tmp_path / "no", "no such directory")
+    assert_refused(tmp_path, r"has no adapter_config\.json")
     save(tmp_path, random_modules(LLAMA_TARGETS))
     whole = (tmp_path / WEIGHTS_NAME).read_bytes()
     (tmp_path / WEIGHTS_NAME).write_bytes(whole[:-1])
-    with pytest.raises(CheckpointError, match="is damaged"):
-        load_adapter(tmp_path)
+    assert_refused(tmp_path, "is damaged")
     (tmp_path / WEIGHTS_NAME).unlink()
-    with pytest.raises(CheckpointError, match="has no adapter_model"):
-        load_adapter(tmp_path)
+    assert_refused(tmp_path, "has no adapter_model")
     (tmp_path / "adapter_model.bin").write_bytes(b"\x80\x04.")
-    with pytest.raises(CheckpointError, match="pickle"):
-        load_adapter(tmp_path)
+    assert_refused(tmp_path, "pickle")
     (tmp_path / CONFIG_NAME).write_text("{")
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        load_adapter(tmp_path)
+    assert_refused(tmp_path, "cannot be read")
 
 
 def states_of_a_save(
