@@ -13,7 +13,7 @@ import re
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, get_args, get_origin
 
@@ -39,23 +39,15 @@ SecretPath = Annotated[Path, Meta(extra={"secret": True})]
 """A file with a secret in it: a page says that there is one, and no more."""
 
 
-def basic(text: str, **about: Any) -> Meta:
-    """Of a field that ``--help`` shows.
-
-    ``about``: ``option``, its name on the command line where that is not the field's; ``metavar``; and ``makes_bits``,
-    whether it changes what a run trains, so that a checkpoint goes on only with the same.
-    """
-    return Meta(description=text, extra={"depth": "basic", **about})
+def _meta(depth: Depth, text: str, **about: Any) -> Meta:
+    """``about``: ``option``, its name on the command line where that is not the field's; ``metavar``; and
+    ``makes_bits``, whether it changes what a run trains, so that a checkpoint goes on only with the same."""
+    return Meta(description=text, extra={"depth": depth, **about})
 
 
-def more(text: str, **about: Any) -> Meta:
-    """Of a field that only ``--help-all`` shows."""
-    return Meta(description=text, extra={"depth": "more", **about})
-
-
-def rare(text: str, **about: Any) -> Meta:
-    """Of a field without an option."""
-    return Meta(description=text, extra={"depth": "rare", **about})
+basic = partial(_meta, "basic")
+more = partial(_meta, "more")
+rare = partial(_meta, "rare")
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

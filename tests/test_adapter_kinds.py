@@ -39,9 +39,10 @@ from dlora.cloud.admission.quotas import QuotaLimits, SessionQuota
 from dlora.cloud.exchange.kinds import SITE_KINDS
 from dlora.cloud.model.base_model import BaseModel
 from dlora.edge.adapters.kind import GroupAdapters, LoadGraph, Parameter, SavedModule
-from dlora.edge.adapters.units import DEVICE_KINDS, AdapterSet
+from dlora.edge.adapters.units import DEVICE_KINDS
+from dlora.edge.data import batches
 from dlora.edge.data.batches import MicroBatch
-from dlora.edge.data.examples import Dataset
+from dlora.edge.data.examples import Dataset, Example
 from dlora.edge.model.session import ModelSession
 from dlora.edge.training.checkpoint import load_latest
 from dlora.edge.training.resolved import Resolved
@@ -144,8 +145,8 @@ class CoreGroup(GroupAdapters):
         raise CheckpointError("a core starts from nothing")
 
 
-def every_second_row(adapters: AdapterSet, batch: MicroBatch) -> IntArray:
-    return np.arange(0, len(batch.ids), 2, dtype=np.int32)
+def every_second_row(examples: Sequence[Example], starts: IntArray) -> IntArray:
+    return np.arange(0, sum(len(each.ids) for each in examples), 2, dtype=np.int32)
 
 
 # -- the tests ---------------------------------------------------------------------------------------------
@@ -158,7 +159,7 @@ def servers_core(monkeypatch: pytest.MonkeyPatch) -> ServersCore:
     monkeypatch.setitem(KINDS, "core", CoreKind())
     monkeypatch.setitem(SITE_KINDS, "core", made)
     monkeypatch.setitem(DEVICE_KINDS, "core", CoreGroup)
-    monkeypatch.setattr(AdapterSet, "crossing_positions", every_second_row)
+    monkeypatch.setattr(batches, "_crossing_positions", every_second_row)
     return made
 
 

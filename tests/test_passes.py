@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dlora.edge.data.examples import Dataset
-from dlora.edge.training.passes import different_examples, halvings
+from dlora.edge.training.first_rate import different_examples, halvings
 
 
 def examples(count: int, answers: int, copies: int = 1) -> Dataset:

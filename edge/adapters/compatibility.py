@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from dlora.edge.engine.bundle import Bundle
 from dlora.protocol import messages as m
-from dlora.protocol.adapters import kind_of
 from dlora.protocol.errors import CheckpointError, DataError, ModelMismatchError
 from dlora.protocol.groups import GroupSpec, with_gains
 from dlora.protocol.manifest import Manifest
@@ -116,13 +115,9 @@ def _of(loaded: LoadedAdapter) -> str:
 
 def _load_parts(adapters: AdapterSet, parts: Parts, of: str) -> None:
     """Go on from what an adapter was trained as."""
-    kind, spec = kind_of(adapters.adapter_spec), adapters.adapter_spec
+    ratio = parts.scaling / adapters.scaling
     try:
-        loaded: set[str] = set()
-        for group, group_spec in zip(adapters.groups, adapters.group_specs, strict=True):
-            kept = kind.state_shapes(spec, group_spec)
-            ratio = parts.scaling / adapters.scaling
-            loaded |= group.load_parts(parts.tensors, ratio=ratio, kept_by_server=kept)
+        loaded = set[str]().union(*(group.load_parts(parts.tensors, ratio) for group in adapters.groups))
         if loaded != set(parts.tensors):
             raise ValueError("parts of groups that are not here")
     except ValueError as error:

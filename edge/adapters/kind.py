@@ -72,6 +72,7 @@ class GroupAdapters(ABC):
 
     Attributes:
         name: of its first target module.
+        state_shapes: of what the server keeps of the group.
         adapter_state: a copy of what the server keeps of the group, as it crosses, so that every server has the same
             bits; in int8 a quarter of the memory. Empty for kinds without, and until the first session has made it.
         first_gradient_norm: of its parameters' gradient in the basis pass, a mean over micro-batches; 0.0 where there
@@ -80,6 +81,7 @@ class GroupAdapters(ABC):
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.state_shapes: tuple[tuple[int, ...], ...] = ()
         self.adapter_state: tuple[WireTensor, ...] = ()
         self.first_gradient_norm = 0.0
 
@@ -144,16 +146,10 @@ class GroupAdapters(ABC):
         trained = {name: parameter.value * np.float32(scale) for name, parameter in self.parameters().items()}
         return trained | self._named_adapter_state()
 
-    def load_parts(
-        self, tensors: Mapping[str, Array], *, ratio: float, kept_by_server: Sequence[tuple[int, ...]]
-    ) -> set[str]:
+    def load_parts(self, tensors: Mapping[str, Array], ratio: float) -> set[str]:
         """Start from ``parts``, what was trained times ``ratio``; gives the names of its own. A group that has none
-        there keeps its start.
-
-        ``kept_by_server``: the shapes of what the server keeps. Raises ``ValueError`` where a tensor is missing, or of
-        another shape or dtype.
-        """
-        names = {*self.parameters(), *self._state_names(len(kept_by_server))}
+        there keeps its start. Raises ``ValueError`` where a tensor is missing, or of another shape or dtype."""
+        names = {*self.parameters(), *self._state_names()}
         found = names & set(tensors)
         if not found:
             return set()
@@ -164,7 +160,7 @@ class GroupAdapters(ABC):
             if (value.shape, value.dtype) != (parameter.value.shape, np.dtype(np.float32)):
                 raise ValueError(f"{name} has another shape or dtype")
             parameter.value = value if ratio == 1.0 else value * np.float32(ratio)
-        self._load_adapter_state(tensors, kept_by_server)
+        self._load_adapter_state(tensors)
         return names
 
     def _named_adapter_state(self) -> dict[str, Array]:
@@ -172,17 +168,17 @@ class GroupAdapters(ABC):
             return {}
         exponents = np.array([tensor.exponent for tensor in self.adapter_state], np.int8)
         arrays = [*(tensor.data for tensor in self.adapter_state), exponents]
-        return dict(zip(self._state_names(len(self.adapter_state)), arrays, strict=True))
+        return dict(zip(self._state_names(), arrays, strict=True))
 
-    def _load_adapter_state(self, tensors: Mapping[str, Array], kept_by_server: Sequence[tuple[int, ...]]) -> None:
+    def _load_adapter_state(self, tensors: Mapping[str, Array]) -> None:
         """Raises ``KeyError`` or ``ValueError`` where it is not what ``_named_adapter_state`` gives."""
-        if not kept_by_server:
+        if not self.state_shapes:
             return
-        *arrays, exponents = (tensors[name] for name in self._state_names(len(kept_by_server)))
+        *arrays, exponents = (tensors[name] for name in self._state_names())
         if (exponents.shape, exponents.dtype) != ((len(arrays),), np.dtype(np.int8)):
             raise ValueError(f"what the server keeps of {self.name} has other exponents")
         state = []
-        for array, exponent, shape in zip(arrays, exponents.tolist(), kept_by_server, strict=True):
+        for array, exponent, shape in zip(arrays, exponents.tolist(), self.state_shapes, strict=True):
             dtype = next((name for name in CODECS if DTYPES[name] == array.dtype), None)
             if dtype is None or array.ndim != len(shape) or not is_exponent(exponent, dtype):
                 raise ValueError(f"what the server keeps of {self.name} has another shape or dtype")
@@ -194,8 +190,9 @@ class GroupAdapters(ABC):
             raise ValueError(f"what the server keeps of {self.name} is not finite")
         self.adapter_state = tuple(state)
 
-    def _state_names(self, count: int) -> list[str]:
-        """Of the ``count`` tensors, and of their exponents."""
+    def _state_names(self) -> list[str]:
+        """Of the tensors that the server keeps, and of their exponents."""
+        count = len(self.state_shapes)
         return [f"{self.name}.adapter_state.{each}" for each in (*range(count), "exponents")] if count else []
 
     def scored_by_gradient(self) -> list[str]:
@@ -213,15 +210,12 @@ class GroupAdapters(ABC):
             state[f"{self.name}.first_gradient_norm"] = np.array([self.first_gradient_norm], np.float32)
         return state | self._named_adapter_state()
 
-    def load_state(self, tensors: Mapping[str, Array], *, kept_by_server: Sequence[tuple[int, ...]]) -> None:
-        """Go on from a ``state``. Raises ``KeyError`` or ``ValueError`` where a tensor is missing or of another shape.
-
-        ``kept_by_server``: the shapes of what the server keeps of the group.
-        """
+    def load_state(self, tensors: Mapping[str, Array]) -> None:
+        """Go on from a ``state``. Raises ``KeyError`` or ``ValueError`` where a tensor is missing or misshapen."""
         for name, parameter in self.parameters().items():
             found = [tensors[key] for key in (name, f"{name}.exp_avg", f"{name}.exp_avg_sq")]
             if any(tensor.shape != parameter.value.shape for tensor in found):
                 raise ValueError(f"{name} has another shape")
             parameter.value, parameter.exp_avg, parameter.exp_avg_sq = found
-        self._load_adapter_state(tensors, kept_by_server)
+        self._load_adapter_state(tensors)
         self.first_gradient_norm = float(tensors.get(f"{self.name}.first_gradient_norm", np.zeros(1, np.float32))[0])

@@ -107,10 +107,11 @@ def _training(training: TrainingRecord) -> list[str]:
         "| | |",
         "|---|---|",
     ]
-    before, after = (_loss(each) for each in (training.eval_loss_before, training.eval_loss_after))
-    if before or after:
+    losses = (training.eval_loss_before, training.eval_loss_after)
+    if any(each is not None for each in losses):
         count = f", over {training.eval_tokens:,} labels" if training.eval_tokens else ""
-        lines.append(f"| held-out loss before and after{count} | {before or '?'} → {after or '?'} |")
+        before, after = ("?" if each is None else f"{each:.4f}" for each in losses)
+        lines.append(f"| held-out loss before and after{count} | {before} → {after} |")
     lines += [
         f"| bytes on the wire a token, both ways | {training.bytes_per_token:,.0f} |",
         f"| round trips a step | {training.round_trips_per_step:,.1f} |",
@@ -136,9 +137,6 @@ def recipe_line(training: TrainingRecord) -> str:
             words.append(f"{value:g}" if isinstance(value, float) else str(value))
     return shlex.join(words)
 
-
-def _loss(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
 
 
 def _yaml(text: str) -> str:

@@ -29,14 +29,6 @@ def is_name(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
 
 
-def check_name(name: str) -> None:
-    """Raise ``UsageError`` unless an adapter may be called so."""
-    if not is_name(name):
-        raise UsageError(
-            f"{name[:80]!r} cannot be the name of an adapter: at most 64 letters, digits, '.', '_' and '-', of which "
-            "'.' and '-' do not come first"
-        )
-
 
 class AdapterStore:
     """The adapters in a directory, which need not exist."""
@@ -46,7 +38,13 @@ class AdapterStore:
 
     def entries(self) -> list[str]:
         """All that might be meant as an adapter, sorted; ``path`` says of each whether it can be used."""
-        return sorted(name for name in self._directories() if not name.startswith("."))
+        try:
+            found = [each.name for each in self.directory.iterdir() if each.is_symlink() or each.is_dir()]
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise UsageError(f"{self.directory} is no directory of adapters ({error.strerror})") from None
+        return sorted(name for name in found if not name.startswith("."))
 
     def names(self) -> list[str]:
         """The names of the adapters, sorted; one of them may still be damaged. Raises ``UsageError``."""
@@ -55,7 +53,11 @@ class AdapterStore:
     def path(self, name: str) -> Path:
         """An adapter's directory. Raises ``UsageError`` where there is none of that name, or it is no name, and
         ``CheckpointError`` for a link."""
-        check_name(name)
+        if not is_name(name):
+            raise UsageError(
+                f"{name[:80]!r} cannot be the name of an adapter: at most 64 letters, digits, '.', '_' and '-', of "
+                "which '.' and '-' do not come first"
+            )
         path = self.directory / name
         if path.is_symlink():
             raise CheckpointError(f"{path} is a symbolic link; remove it, and copy the adapter that it points to")
@@ -71,10 +73,3 @@ class AdapterStore:
         """What an adapter is. Raises ``CheckpointError`` where it cannot be used."""
         return about_adapter(self.path(name), name)
 
-    def _directories(self) -> list[str]:
-        try:
-            return [each.name for each in self.directory.iterdir() if each.is_symlink() or each.is_dir()]
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise UsageError(f"{self.directory} is no directory of adapters ({error.strerror})") from None

@@ -11,14 +11,13 @@ from typing import Final
 
 import numpy as np
 
-from dlora.edge.data.batches import MicroBatch
 from dlora.edge.engine.engine import Array
 from dlora.edge.seeds import Seed, adapter_generator
 from dlora.protocol.adapters import AdapterSpec, crossings, kind_of
 from dlora.protocol.choices import UnitKind, WireDtype
 from dlora.protocol.groups import GroupSpec, group_units
 from dlora.protocol.kill_revive import UnitState
-from dlora.protocol.tensors import ByteArray, FloatArray, IntArray
+from dlora.protocol.tensors import ByteArray, FloatArray
 from dlora.protocol.wire_codecs import encode_floats
 
 from .bottleneck import BottleneckGroup
@@ -49,6 +48,7 @@ class Unit:
     has_learnt: bool = False
 
 
+@dataclass(eq=False)
 class AdapterSet:
     """All adapters.
 
@@ -58,16 +58,14 @@ class AdapterSet:
         kill_every: steps that fading takes.
     """
 
-    def __init__(
-        self, adapter_spec: AdapterSpec, group_specs: Sequence[GroupSpec], groups: Sequence[GroupAdapters],
-        units: Sequence[Unit], *, scaling: float, kill_every: int,
-    ) -> None:  # fmt: skip
-        self.adapter_spec = adapter_spec
-        self.scaling = scaling
-        self.group_specs = tuple(group_specs)
-        self.groups = tuple(groups)
-        self.units = tuple(units)
-        self.kill_every = kill_every
+    adapter_spec: AdapterSpec
+    group_specs: tuple[GroupSpec, ...]
+    groups: Sequence[GroupAdapters]
+    units: Sequence[Unit]
+    scaling: float
+    kill_every: int
+
+    def __post_init__(self) -> None:
         self._unit_of = {group: unit for unit in self.units for group in unit.groups}
 
     @classmethod
@@ -85,12 +83,13 @@ class AdapterSet:
         crossings(adapter_spec, groups)
         random, kind = adapter_generator(seed), DEVICE_KINDS[adapter_spec.kind]
         made = [kind.create(adapter_spec, group, scaling=scaling, random=random) for group in groups]
-        if draws_state:
-            for group, adapters in zip(groups, made, strict=True):
+        for group, adapters in zip(groups, made, strict=True):
+            adapters.state_shapes = kind_of(adapter_spec).state_shapes(adapter_spec, group)
+            if draws_state:
                 drawn = kind.draw_state(adapter_spec, group, random)
                 adapters.adapter_state = tuple(encode_floats(tensor, state_dtype) for tensor in drawn)
         units = [Unit(indices) for indices in group_units(groups, unit)]
-        return cls(adapter_spec, groups, made, units, scaling=scaling, kill_every=kill_every)
+        return cls(adapter_spec, tuple(groups), made, units, scaling=scaling, kill_every=kill_every)
 
     @property
     def gains(self) -> dict[str, float]:
@@ -118,9 +117,8 @@ class AdapterSet:
 
     def load_state(self, tensors: Mapping[str, Array]) -> None:
         """Go on from a ``state``. Raises ``KeyError`` or ``ValueError`` for one of other adapters."""
-        kind = kind_of(self.adapter_spec)
-        for group, group_spec in zip(self.groups, self.group_specs, strict=True):
-            group.load_state(tensors, kept_by_server=kind.state_shapes(self.adapter_spec, group_spec))
+        for group in self.groups:
+            group.load_state(tensors)
 
     def parts(self) -> dict[str, Array]:
         """What groups with an effect consist of, by name, where the server keeps a part of them; see ``parts.py``."""
@@ -160,9 +158,6 @@ class AdapterSet:
         """uint8 (units,), a ``UnitState`` each."""
         return np.array([unit.state for unit in self.units], np.uint8)
 
-    def crossing_positions(self, batch: MicroBatch) -> IntArray | None:
-        """The rows of a micro-batch's tokens at which adapters act; None: all of them."""
-        return batch.crossing_positions
 
     def zero_grad(self) -> None:
         for parameter in self.parameters().values():

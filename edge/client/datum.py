@@ -24,13 +24,15 @@ class Datum:
             matter. None: the next token, and nothing after the last.
         weights: (tokens,), how much each target counts; 0: not at all. None: 1 each.
 
+    Attributes:
+        rows: the rows whose target counts, int32 (labelled,), ascending.
     Raises ``DataError`` where their lengths differ, or nothing counts.
     """
 
     tokens: Sequence[int] | npt.NDArray[np.integer]
     targets: Sequence[int] | npt.NDArray[np.integer] | None = None
     weights: Sequence[float] | npt.NDArray[np.floating] | None = None
-    _rows: IntArray = field(init=False, repr=False, compare=False)
+    rows: IntArray = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         tokens = np.asarray(self.tokens, np.int32)
@@ -48,7 +50,7 @@ class Datum:
         rows = np.flatnonzero(counts).astype(np.int32)
         if not len(rows):
             raise DataError("nothing of a datum counts: it needs a target whose weight is not 0")
-        object.__setattr__(self, "_rows", rows)
+        object.__setattr__(self, "rows", rows)
 
     @classmethod
     def of(cls, example: Example) -> Datum:
@@ -57,36 +59,32 @@ class Datum:
         targets[example.label_positions] = example.labels
         return cls(example.ids, targets)
 
-    @property
-    def rows(self) -> IntArray:
-        """The rows whose target counts, int32 (labelled,), ascending."""
-        return self._rows
 
     @property
     def labels(self) -> npt.NDArray[np.int64]:
         """The targets that count, int64 (labelled,)."""
         if self.targets is None:
-            return np.asarray(self.tokens, np.int64)[self._rows + 1]
-        return np.asarray(self.targets, np.int64)[self._rows]
+            return np.asarray(self.tokens, np.int64)[self.rows + 1]
+        return np.asarray(self.targets, np.int64)[self.rows]
 
     @property
     def is_plain(self) -> bool:
         """Whether each target that counts is the next token, with weight 1."""
-        rows = self._rows[self._rows + 1 < len(self.tokens)]
-        is_next = len(rows) == len(self._rows) and np.array_equal(self.labels, np.asarray(self.tokens)[rows + 1])
+        rows = self.rows[self.rows + 1 < len(self.tokens)]
+        is_next = len(rows) == len(self.rows) and np.array_equal(self.labels, np.asarray(self.tokens)[rows + 1])
         return bool(is_next and (self.label_weights == 1).all())
 
     def example(self, invocation: tuple[int, ...] = ()) -> Example:
         """As data sets have them."""
         ids = np.asarray(self.tokens, np.int32)
-        return Example(ids, self._rows, self.labels, last_occurrence(ids, invocation) if invocation else None)
+        return Example(ids, self.rows, self.labels, last_occurrence(ids, invocation) if invocation else None)
 
     @property
     def label_weights(self) -> FloatArray:
         """Their weights, float32 (labelled,)."""
         if self.weights is None:
-            return np.ones(len(self._rows), np.float32)
-        return np.asarray(self.weights, np.float32)[self._rows]
+            return np.ones(len(self.rows), np.float32)
+        return np.asarray(self.weights, np.float32)[self.rows]
 
 
 def pack_data(data: Sequence[Datum], invocation: tuple[int, ...] = ()) -> MicroBatch:

@@ -110,7 +110,7 @@ class DeviceMicroBatch:
                 parts.embedding(batch.ids, keep_table=self._mode == "decode"), TensorRole.EMBEDDINGS
             )
         parts.add_head("embedding", started)
-        positions = parts.adapters.crossing_positions(batch)
+        positions = batch.crossing_positions
         self._send(
             m.Embeddings(
                 step=self._step,

@@ -24,6 +24,8 @@ def is_right(how: AnswerScore, answer: str, question: Question, pattern: re.Patt
         pattern: for ``regex``; None: any of the question's choices, as LLM-Adapters scores its sets. Where it has a
             group, the group is what is found.
     """
+    if how == "likelihood":
+        return answer == question.key
     if how == "exact":
         return _squashed(answer) == _squashed(question.reference)
     if how == "contains":

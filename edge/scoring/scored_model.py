@@ -112,13 +112,8 @@ def rights_of(
     how: AnswerScore, answers: Sequence[str], questions: Sequence[Question], pattern: Pattern[str] | None
 ) -> npt.NDArray[np.bool_]:
     """Which answers count as right, bool (questions,)."""
-    if how == "likelihood":
-        pairs = zip(answers, questions, strict=True)
-        return np.array([answer == question.key for answer, question in pairs], np.bool_)
-    return np.array(
-        [is_right(how, answer, question, pattern) for answer, question in zip(answers, questions, strict=True)],
-        np.bool_,
-    )
+    pairs = zip(answers, questions, strict=True)
+    return np.array([is_right(how, answer, question, pattern) for answer, question in pairs], np.bool_)
 
 
 def _ends(found: Interval) -> list[float]:

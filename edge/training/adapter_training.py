@@ -47,8 +47,7 @@ class TrainerState(msgspec.Struct, frozen=True, kw_only=True):
     """What a checkpoint holds beside the tensors.
 
     Attributes:
-        next_step: the step that comes next.
-        run: whose step that is.
+        run: whose step comes next.
         ticket: the controller's state, before the report of the last step where that is ``unanswered``.
         fade_ages, adam_steps, states: one a unit.
         unanswered: whether the last step's report must be sent again; its scores are among the tensors.
@@ -131,8 +130,7 @@ class AdapterTraining:
         self.optimizer = AdamW(engine, config.optimizer, config.steps)
 
     def begin(self) -> None:
-        """Begin, or go on, without data: sequences are at most as long as ``--max-length`` says, or are looked at as
-        they come. Raises as ``open`` does."""
+        """Begin, or go on, with sequences as long as ``--max-length`` says. Raises as ``open`` does."""
         self.open(self.config.data.max_length)
 
     def open(
@@ -204,11 +202,11 @@ class AdapterTraining:
     def all_or_nothing(self) -> Iterator[Callable[[], None]]:
         """Within, gradients are added; an error takes away all that were, and leaves earlier ones of the step. Gives
         what takes them away, for another try."""
-        earlier = {name: parameter.grad for name, parameter in self.adapters.parameters().items()}
+        earlier = [(parameter, parameter.grad) for parameter in self.adapters.parameters().values()]
 
         def forget() -> None:
-            for name, parameter in self.adapters.parameters().items():
-                parameter.grad = earlier[name]
+            for parameter, grad in earlier:
+                parameter.grad = grad
 
         try:
             yield forget

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -138,16 +139,12 @@ def _delete_old(directory: Path, step: int) -> None:
     for found, path in list_checkpoints(directory):
         if found > step or kept == KEPT:
             remove_quietly(path)
-        elif found == step or _verifies(path, found):
+        elif found == step:
             kept += 1
-
-
-def _verifies(path: Path, step: int) -> bool:
-    try:
-        _load(path, step)
-    except (_DamagedError, CheckpointError):
-        return False
-    return True
+        else:
+            with suppress(_DamagedError, CheckpointError):
+                _load(path, found)
+                kept += 1
 
 
 def _digest(tensors: Mapping[str, Array], step: int, state: bytes) -> str:

@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class DeviceSession:
-    """A ``RunSession`` as ``TrainSession`` is with a server, without one: the same controller, asked at once."""
+    """What ``TrainSession`` is with a server, without one: the same controller, asked at once."""
 
     def __init__(self, adapters: AdapterSet, config: Resolved) -> None:
         self.step = 0

@@ -43,14 +43,9 @@ class AdamW:
         Raises ``NonFiniteError`` if the gradients are not finite; nothing has changed then.
         """
         active = [unit for unit in adapters.units if unit.state is UnitState.ACTIVE]
-        trained = [
-            (unit, parameter)
-            for unit in active
-            for group in adapters.of_unit(unit)
-            for parameter in group.parameters().values()
-        ]
-        parameters = [parameter for _, parameter in trained if parameter.grad is not None]
-        norm = math.sqrt(sum(float(np.vdot(p.grad, p.grad)) for p in parameters if p.grad is not None))
+        groups = [(unit, group) for unit in active for group in adapters.of_unit(unit)]
+        trained = [(unit, parameter) for unit, group in groups for parameter in group.parameters().values()]
+        norm = math.sqrt(sum(float(np.vdot(each.grad, each.grad)) for _, each in trained if each.grad is not None))
         if not math.isfinite(norm):
             raise NonFiniteError("NaN or infinity in the gradients")
         limit = self.config.max_grad_norm

@@ -13,7 +13,6 @@ import numpy as np
 
 from dlora.edge.adapters.kind import GroupAdapters
 from dlora.protocol.choices import ScoreName
-from dlora.protocol.tensors import FloatArray
 
 
 def unit_score(score: ScoreName, groups: Iterable[GroupAdapters]) -> float:
@@ -28,7 +27,8 @@ def unit_score(score: ScoreName, groups: Iterable[GroupAdapters]) -> float:
     """
     if score == "grad":
         grads = [group.parameters()[name].grad for group in groups for name in group.scored_by_gradient()]
-        return math.sqrt(math.fsum(_squares(grad) for grad in grads if grad is not None))
+        flat = [grad.astype(np.float64).reshape(-1) for grad in grads if grad is not None]
+        return math.sqrt(math.fsum(float(each @ each) for each in flat))
     if score == "sensitivity":
         parameters = [each for group in groups for each in group.parameters().values()]
         pairs = [(each.value, each.grad) for each in parameters if each.grad is not None]
@@ -36,7 +36,3 @@ def unit_score(score: ScoreName, groups: Iterable[GroupAdapters]) -> float:
         return total / max(1, sum(grad.size for _, grad in pairs))
     return 0.0
 
-
-def _squares(grad: FloatArray) -> float:
-    flat = grad.astype(np.float64).reshape(-1)
-    return float(flat @ flat)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol, TypeVar
 
 from dlora.edge.adapters.compatibility import check_base_model, check_sequence_length
 from dlora.edge.adapters.units import AdapterSet
@@ -20,38 +19,13 @@ from dlora.edge.wire.connection import Connection
 from dlora.edge.wire.recorder import Recorder
 from dlora.edge.wire.spans import Spans
 from dlora.edge.wire.usage import Crossed
-from dlora.protocol.tensors import FloatArray
 
 from .device_session import DeviceSession
 from .resolved import Resolved
 from .train_session import TrainSession
 
-T = TypeVar("T")
 BasisSteps = Callable[[], Iterable[Sequence[MicroBatch]]]
 """The micro-batches of each step whose data a basis is made from."""
-
-
-class RunSession(Protocol):
-    """Where a run stands, and what becomes of each committed step.
-
-    Attributes:
-        step: the step that comes next, counted from the beginning of this part of the run.
-        ticket: the controller's state.
-        unanswered: the scores of the last committed step, until its signal has come.
-    """
-
-    step: int
-    ticket: bytes | None
-    unanswered: FloatArray | None
-
-    def run(self, work: Callable[[], T]) -> T:
-        """Do some work; where the session is lost meanwhile, all of it again in another."""
-
-    def report(self, scores: FloatArray) -> None:
-        """The step is committed: its scores, float32 (units,), decide which units are active in the next."""
-
-    def wait_for_signal(self) -> None:
-        """Wait for the signal to the last report, where there is one."""
 
 
 class Side(ABC):
@@ -63,7 +37,7 @@ class Side(ABC):
         recorder: keeps what crosses; None where nothing does, or nobody asks for that.
     """
 
-    session: RunSession
+    session: TrainSession | DeviceSession
     model: TrainableModel
     crossed: Crossed
     spans: Spans

@@ -17,10 +17,9 @@ from .resolved import Resolved
 
 
 class TrainSession(ModelSession):
-    """The session of one run, or of its present part, as ``RunSession`` has it.
+    """The session of one run, or of its present part.
 
-    A report whose signal has not come is sent again in the next session, which begins before it: ``ticket`` is the
-    controller's state before it then.
+    A report whose signal has not come is sent again in the next session, which begins before it.
 
     Args:
         base_fingerprint: of the base model that the bundle pins.
@@ -28,6 +27,9 @@ class TrainSession(ModelSession):
     Attributes:
         basis_pass: what the server is to learn from, before it makes what it keeps of the groups, and how many
             micro-batches that were; None: nothing.
+        step: the step that comes next, counted from the beginning of this part of the run.
+        ticket: the controller's state, before the last report where that is unanswered.
+        unanswered: the scores of the last committed step, until its signal has come.
     """
 
     def __init__(
@@ -82,7 +84,8 @@ class TrainSession(ModelSession):
             self._send_report()
 
     def report(self, scores: FloatArray) -> None:
-        """The step is committed: its signal comes with the next micro-batch, or with ``wait_for_signal``."""
+        """The step is committed: its scores, float32 (units,), decide which units are active in the next. The signal to
+        them comes with the next micro-batch, or with ``wait_for_signal``."""
         self.step += 1
         self.unanswered = scores
         try:
@@ -92,6 +95,7 @@ class TrainSession(ModelSession):
             self.open()
 
     def wait_for_signal(self) -> None:
+        """Wait for the signal to the last report, where there is one."""
         while self.unanswered is not None:
             self.run(lambda: self.handle_signal(self.connection.receive(m.Signal)))
 

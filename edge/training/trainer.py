@@ -23,9 +23,8 @@ from dlora.protocol.kill_revive import LIVE, UnitState
 
 from .adapter_training import AdapterTraining
 from .checkpoint import Checkpoint
-from .first_rate import FoundRate, find_rate, probed_steps, rate_for_size
+from .first_rate import FoundRate, find_rate, halvings, probed_steps, rate_for_size
 from .metrics import StepMetrics
-from .passes import halvings
 from .resolved import Resolved, RunIdentity
 from .side import MakeSide
 
@@ -93,9 +92,9 @@ class Trainer(AdapterTraining):
         examples_a_step, total_steps = self.config.examples_a_step, self.config.total_steps
         steps = probed_steps(examples_a_step, total_steps)
         probed = [batch for step in steps for batch in self.batches.step_batches(step)]
-        parameters, units = self.adapters.parameters().values(), self.adapters.units
-        before = [(parameter.value, parameter.exp_avg, parameter.exp_avg_sq) for parameter in parameters]
-        adam_steps = [unit.adam_steps for unit in units]
+        parameters = self.adapters.parameters().values()
+        before = [(each, each.value, each.exp_avg, each.exp_avg_sq) for each in parameters]
+        adam_steps = [(unit, unit.adam_steps) for unit in self.adapters.units]
 
         def loss_after(size: float) -> float:
             self.optimizer.step(self.adapters, lr=size)
@@ -104,9 +103,9 @@ class Trainer(AdapterTraining):
                 loss = sum(float(self.evaluate_batch(batch).sum(dtype=np.float64)) for batch in probed)
             except NonFiniteError as error:  # in the middle of an exchange, which cannot be taken back
                 raise NonFiniteError(f"no learning rate was found: {error}; give one: --lr 1e-3") from None
-            for parameter, values in zip(parameters, before, strict=True):
+            for parameter, *values in before:
                 parameter.value, parameter.exp_avg, parameter.exp_avg_sq = values
-            for unit, count in zip(units, adam_steps, strict=True):
+            for unit, count in adam_steps:
                 unit.adam_steps = count
             return loss if math.isfinite(loss) else math.inf
 
@@ -135,9 +134,8 @@ class Trainer(AdapterTraining):
         usage_before = self.side.crossed.usage.copy()
         batches = self.batches.step_batches(step)
         labelled = sum(len(batch.labels) for batch in batches)
-        total = 0.0
-        for losses in self.forward_backward(batches, grad_scale=1.0 / labelled):
-            total += float(losses.sum(dtype=np.float64))
+        parts = self.forward_backward(batches, grad_scale=1.0 / labelled)
+        total = sum(float(losses.sum(dtype=np.float64)) for losses in parts)
         self.spans.add("micro-batches", STEPS, started, time.perf_counter())
         states = self.adapters.states()
         stepped = self.optim_step()
