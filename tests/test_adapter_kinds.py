@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import msgspec
 import numpy as np
 import pytest
 import torch
@@ -21,18 +20,7 @@ from families import VOCABULARY
 from serving import config, random_dataset, serving
 from tiny import TinyFactory
 from torch import Tensor
-from training_runs import (
-    BLOCKS,
-    FROM_LOST,
-    Change,
-    Leaves,
-    Runs,
-    assert_gradients_are_torchs,
-    bits,
-    lose_sessions,
-    losses_of,
-    step_traffic,
-)
+from training_runs import BLOCKS, FROM_LOST, Change, Leaves, Runs, assert_gradients_are_torchs, bits, lose_sessions
 from waiting import eventually
 
 from dlora.cloud.admission.quotas import QuotaLimits, SessionQuota
@@ -41,18 +29,16 @@ from dlora.cloud.model.base_model import BaseModel
 from dlora.edge.adapters.kind import GroupAdapters, LoadGraph, Parameter, SavedModule
 from dlora.edge.adapters.units import DEVICE_KINDS
 from dlora.edge.data import batches
-from dlora.edge.data.batches import MicroBatch
 from dlora.edge.data.examples import Dataset, Example
 from dlora.edge.model.session import ModelSession
 from dlora.edge.training.checkpoint import load_latest
 from dlora.edge.training.resolved import Resolved
-from dlora.edge.training.trainer import Trainer
 from dlora.edge.wire.connection import Connection
 from dlora.protocol.adapters import KINDS, AdapterSpec, Crossing, kind_of, state_bytes
 from dlora.protocol.errors import CheckpointError, NonFiniteError, RefusedError
 from dlora.protocol.groups import GroupSpec
 from dlora.protocol.tensors import FloatArray, IntArray
-from dlora.protocol.traffic import Traffic, adapter_state_traffic, report_traffic
+from dlora.protocol.traffic import Traffic, adapter_state_traffic
 
 COLUMNS = 3
 
@@ -221,8 +207,7 @@ def test_lost_server_changes_no_bit(
     run, found = run_of_cores(total_steps=8, kill_revive=kill_revive), []
     for lost_after in (None, after):
         torch.manual_seed(3)
-        steps, left = runs.steps(run, 8, lost_after)
-        found.append((losses_of(steps), left))
+        found.append(runs.steps(run, 8, lost_after))
     assert found[0] == found[1]
     assert servers_core.made == 2 * BLOCKS, "made once a run, never again"
 
@@ -238,34 +223,9 @@ def test_checkpoint_resumes_at_another_server(
             trainer.run_step()
         trainer.wait_for_signal()
     with Runs.of(tiny) as other:
-        _, resumed = other.steps(run, 3, checkpoint=load_latest(tmp_path))
-    assert resumed == bits(trainer)
+        resumed = other.steps(run, 3, checkpoint=load_latest(tmp_path))
+    assert resumed.bits == bits(trainer)
     assert servers_core.made == BLOCKS
-
-
-@pytest.mark.usefixtures("servers_core")
-@pytest.mark.parametrize("kill_revive", [{}, KILLING], ids=["all", "killing"])
-@pytest.mark.parametrize("wire_dtype", ["fp32", "fp16"])
-def test_counted_bytes_match_the_formula(runs: Runs, wire_dtype: Any, kill_revive: Any) -> None:
-    run = run_of_cores(total_steps=10, grad_accum=2, wire_dtype=wire_dtype, kill_revive=kill_revive)
-    with runs.train(run) as trainer:
-        assert trainer.session.ticket is not None
-        report = report_traffic(BLOCKS, len(trainer.session.ticket))
-        waiting = 0
-        for step in range(10):
-            batches = trainer.batches.step_batches(step)
-            metrics = trainer.run_step()
-            wanted = sum((expected(trainer, batch, metrics.units) for batch in batches), Traffic(0, 0, 0))
-            wanted += Traffic(report.bytes_up, waiting, 0)
-            assert (metrics.bytes_up, metrics.bytes_down, metrics.round_trips) == msgspec.structs.astuple(wanted)
-            waiting = report.bytes_down
-
-
-def expected(trainer: Trainer, batch: MicroBatch, units: str) -> Traffic:
-    live = [unit for unit, state in enumerate(units) if state != "0"]
-    with_grads = [unit for unit in live if unit >= units.index("1")]
-    rows = -(-len(batch.ids) // 2)
-    return step_traffic(trainer, batch, live=live, with_grads=with_grads, answered=with_grads[1:], rows=rows)
 
 
 def count_set_up_traffic(monkeypatch: pytest.MonkeyPatch) -> list[Traffic]:
@@ -397,7 +357,7 @@ def test_a_failure_in_one_of_two_micro_batches_ends_the_session_at_once(
 
 def test_a_server_with_a_smaller_window_is_used_with_that(runs: Runs) -> None:
     run = config(total_steps=2, grad_accum=3, batch_size=2)
-    found = [runs.steps(run, 1, dataset=MANY, window=window)[1] for window in (1, 2)]
+    found = [runs.steps(run, 1, dataset=MANY, window=window) for window in (1, 2)]
     assert found[0] == found[1]
 
 

@@ -23,7 +23,6 @@ from dlora.edge.data.batches import MicroBatch, evaluation_batches
 from dlora.edge.data.examples import Dataset
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.training.checkpoint import load_latest
-from dlora.edge.training.metrics import StepMetrics
 from dlora.edge.training.resolved import Resolved
 from dlora.edge.training.trainer import Trainer
 from dlora.edge.wire.connecting import ConnectSettings, Retry
@@ -37,6 +36,15 @@ FROM_LOST = ConnectSettings(retry=Retry(max_s=30))
 
 Leaves = dict[str, Tensor]
 Change = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Done:
+    """Some steps of a run, and all bits after them."""
+
+    losses: list[float]
+    units: list[str]
+    bits: dict[str, bytes]
 
 
 @dataclass(frozen=True)
@@ -68,10 +76,8 @@ class Runs:
             trainer.save_adapter(directory)
             return trainer.evaluate(dataset).loss
 
-    def steps(
-        self, run: Resolved, steps: int, lost_after: int | None = None, **how: Any
-    ) -> tuple[list[StepMetrics], dict[str, bytes]]:
-        """The first steps of a run, and all bits after them; with a server that forgets it all after some."""
+    def steps(self, run: Resolved, steps: int, lost_after: int | None = None, **how: Any) -> Done:
+        """The first steps of a run; with a server that forgets it all after some."""
         with self.train(run, connecting=FROM_LOST, **how) as trainer:
             found = []
             for step in range(steps):
@@ -79,21 +85,16 @@ class Runs:
                     lose_sessions(self.server)
                 found.append(trainer.run_step())
             trainer.wait_for_signal()
-            return found, bits(trainer)
+            return Done([each.loss for each in found], [each.units for each in found], bits(trainer))
 
-    def resumed_steps(
-        self, run: Resolved, steps: int, saved_after: int, directory: Path
-    ) -> tuple[list[float], dict[str, bytes]]:
-        """The losses and bits of a run that goes on from a checkpoint."""
+    def resumed_steps(self, run: Resolved, steps: int, saved_after: int, directory: Path) -> Done:
+        """The same of a run that goes on from a checkpoint."""
         with self.train(run) as trainer:
-            losses = [trainer.run_step().loss for _ in range(saved_after)]
+            before = [trainer.run_step() for _ in range(saved_after)]
             trainer.save_checkpoint(directory)
-        more, found = self.steps(run, steps - saved_after, checkpoint=load_latest(directory))
-        return [*losses, *(each.loss for each in more)], found
-
-
-def losses_of(steps: list[StepMetrics]) -> list[float]:
-    return [each.loss for each in steps]
+        more = self.steps(run, steps - saved_after, checkpoint=load_latest(directory))
+        losses, units = [each.loss for each in before], [each.units for each in before]
+        return Done([*losses, *more.losses], [*units, *more.units], more.bits)
 
 
 def bits(trainer: Trainer) -> dict[str, bytes]:

@@ -69,8 +69,7 @@ def load_weights(adapters: AdapterSet, loaded: LoadedAdapter, invocation: tuple[
 
     Raises ``CheckpointError`` where it does not fit. A saved scaling other than this run's is folded into B.
 
-    Args:
-        invocation: the tokens from which on ``adapters`` act; none: everywhere.
+    ``invocation``: the tokens from which on ``adapters`` act; none: everywhere.
     """
     if loaded.invocation != invocation:
         where = "everywhere; train with --active-from start" if not loaded.invocation else (

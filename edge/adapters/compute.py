@@ -28,11 +28,9 @@ class Saved:
 class AdapterCompute:
     """Forward and backward of exchange groups, one group at a time.
 
-    Args:
-        took: called with what was computed, and when that began and ended.
+    ``took``: called with what was computed, and when that began and ended.
 
-    Attributes:
-        seconds: spent computing so far.
+    ``seconds``: spent computing so far.
     """
 
     def __init__(

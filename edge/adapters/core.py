@@ -17,8 +17,7 @@ from .kind import GroupAdapters, LoadGraph, Parameter
 class Core:
     """``out = scale * z C^T``, with C (width, r) a parameter.
 
-    Args:
-        graph_key: of its graphs, as ``core_key`` gives it.
+    ``graph_key``: of its graphs, as ``core_key`` gives it.
     """
 
     def __init__(self, parameter: Parameter, graph_key: str) -> None:
@@ -50,8 +49,7 @@ class Core:
 class CoreGroup(GroupAdapters):
     """The cores of one exchange group: each makes one of the tensors that go to the server, of the same z (rows, r).
 
-    Args:
-        cores: by the full names of their parameters, in the order in which they cross.
+    ``cores``: by the full names of their parameters, in the order in which they cross.
     """
 
     def __init__(self, name: str, cores: Mapping[str, Core], scaling: float) -> None:

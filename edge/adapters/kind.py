@@ -26,8 +26,7 @@ LoadGraph = Callable[[str, str], Graph]
 class Parameter:
     """A trainable matrix, its gradient of the step under way, and its AdamW moments; float32, one shape.
 
-    Attributes:
-        gain: its target module's, of the matrix that is nearest to the output, B; of others 1.
+    ``gain``: its target module's, of the matrix that is nearest to the output, B; of others 1.
     """
 
     value: FloatArray

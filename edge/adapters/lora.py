@@ -23,8 +23,7 @@ from .kind import GroupAdapters, LoadGraph, Parameter, SavedModule
 class LoraModule:
     """The LoRA of one target module: ``delta = scaling * x A^T B^T``, which is added times the module's gain.
 
-    Attributes:
-        lora_A: (rank, in_features); lora_B: (out_features, rank), as PEFT has them.
+    ``lora_A``: (rank, in_features); ``lora_B``: (out_features, rank), as PEFT has them.
     """
 
     name: str

@@ -24,8 +24,7 @@ def dpo_loss(reference: Sequence[FloatArray], beta: float = 0.1) -> LossFunction
 
     where each is the sum of an answer's log-probabilities.
 
-    Args:
-        reference: the log-probabilities of the same data before training, as ``forward`` gives them.
+    ``reference``: the log-probabilities of the same data before training, as ``forward`` gives them.
     """
     before = np.array([each.sum(dtype=np.float64) for each in reference])
 

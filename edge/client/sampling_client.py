@@ -102,8 +102,7 @@ class SamplingClient:
     ) -> Sample:  # fmt: skip
         """One answer to a text (a user's turn, where there is a chat template), a chat, or token ids.
 
-        Args:
-            as_it_is: continue a text, and leave the chat template out.
+        ``as_it_is``: continue a text, and leave the chat template out.
 
         Raises ``DataError`` for a prompt that cannot be, and what ``Connection`` raises.
         """

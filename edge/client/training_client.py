@@ -212,8 +212,7 @@ class TrainingClient:
     def optim_step(self, params: float | Optimizer | None = None) -> OptimizerStep:
         """Step AdamW with the gradients so far, and forget them.
 
-        Args:
-            params: the learning rate, or AdamW's settings from now on; None: as before, with the schedule's rate.
+        ``params``: the learning rate, or AdamW's settings from now on; None: as before, with the schedule's rate.
 
         Raises ``NonFiniteError`` where they are not finite, and ``UsageError`` for settings without a rate; nothing has
         changed then.

@@ -20,9 +20,8 @@ def compile_pattern(text: str) -> re.Pattern[str]:
 def is_right(how: AnswerScore, answer: str, question: Question, pattern: re.Pattern[str] | None = None) -> bool:
     """Whether a generated ``answer`` counts as right.
 
-    Args:
-        pattern: for ``regex``; None: any of the question's choices, as LLM-Adapters scores its sets. Where it has a
-            group, the group is what is found.
+    ``pattern``: for ``regex``; None: any of the question's choices, as LLM-Adapters scores its sets. Where it has a
+    group, the group is what is found.
     """
     if how == "likelihood":
         return answer == question.key

@@ -27,8 +27,7 @@ class Interval(NamedTuple):
 def interval(sums: Numbers, counts: Numbers | None = None) -> Interval:
     """The mean of what examples hold, ``sums.sum() / counts.sum()``, with its interval.
 
-    Args:
-        sums: (examples,); counts: (examples,), how much each is a sum of; None: one.
+    ``sums``: (examples,); ``counts``: (examples,), how much each is a sum of; None: one.
 
     Where all examples are wholly right, or wholly wrong, resampling them says nothing; then it reaches as far as the
     rule of three has it: 3 / examples.

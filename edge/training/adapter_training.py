@@ -219,8 +219,7 @@ class AdapterTraining:
 
         Where only the report fails, that is raised by what is asked for next.
 
-        Args:
-            learning_rate: None: that of the schedule.
+        ``learning_rate``: None: that of the schedule.
 
         Raises ``NonFiniteError`` where they are not finite; nothing has changed then.
         """

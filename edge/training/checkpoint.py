@@ -92,8 +92,7 @@ def save_checkpoint(directory: Path, step: int, tensors: Mapping[str, Array], st
 def load_latest(directory: Path, warn: Callable[[str], None] | None = None) -> Checkpoint | None:
     """The newest checkpoint that verifies; None where there is none at all.
 
-    Args:
-        warn: called with one line about each newer one that is damaged.
+    ``warn``: called with one line about each newer one that is damaged.
 
     Raises ``CheckpointError`` where there are some and every one is damaged, or where another version saved one.
     """

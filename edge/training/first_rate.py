@@ -64,8 +64,7 @@ def rate_for_size(kind: KindChoice, size: float, *, halvings: int, on_device: bo
 class FoundRate(NamedTuple):
     """A learning rate, and why.
 
-    Attributes:
-        size: of the best first update; tries: how many sizes were tried.
+    ``size``: of the best first update; tries: how many sizes were tried.
     """
 
     lr: float
@@ -115,8 +114,7 @@ def halvings(dataset: Dataset, *, steps: int, examples_a_step: int) -> int:
 
     Held-out data have no part in this.
 
-    Args:
-        steps: of the whole run.
+    ``steps``: of the whole run.
     """
     different, own = different_examples(dataset)
     passes = steps / steps_an_epoch(len(dataset), examples_a_step) * len(dataset) / different

@@ -75,9 +75,8 @@ class StepMetrics:
 class MetricsLog:
     """``metrics.jsonl``, appended to; every line reaches the system before the next step begins.
 
-    Args:
-        first_step: the step that comes next; lines of it and of later steps, from a run that went on past its
-            last checkpoint, are cut off.
+    ``first_step``: the step that comes next; lines of it and of later steps, from a run that went on past its last
+    checkpoint, are cut off.
 
     Raises ``StorageError``.
     """

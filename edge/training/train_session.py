@@ -21,8 +21,7 @@ class TrainSession(ModelSession):
 
     A report whose signal has not come is sent again in the next session, which begins before it.
 
-    Args:
-        base_fingerprint: of the base model that the bundle pins.
+    ``base_fingerprint``: of the base model that the bundle pins.
 
     Attributes:
         basis_pass: what the server is to learn from, before it makes what it keeps of the groups, and how many

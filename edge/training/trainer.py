@@ -40,8 +40,7 @@ class Trainer(AdapterTraining):
             from which it makes that, and one of the ``groups`` that it is made for; with how many of these are done
             and how many there are. What it raises ends the run before its first step.
 
-    Attributes:
-        batches: the micro-batches of every step.
+    ``batches``: the micro-batches of every step.
     """
 
     # Nine parameters: four that a run is made of, where its blocks are, and four that most runs leave out.
@@ -82,8 +81,7 @@ class Trainer(AdapterTraining):
         AdamW's first update, of the first step's data, is made in several sizes and taken back; the data of the next
         steps say what each is worth. Nothing but the rate is left of it.
 
-        Args:
-            before_try: called before each try with how many are done, and how many there are at the most.
+        ``before_try``: called before each try with how many are done, and how many there are at the most.
 
         Raises as ``forward_backward`` does.
         """
