@@ -35,6 +35,8 @@ Depth = Literal["basic", "more", "rare"]
 Count = Annotated[int, Meta(ge=1, le=MAX_STEPS)]
 Whole = Annotated[int, Meta(ge=0, le=MAX_STEPS)]
 Amount = Annotated[float, Meta(ge=0)]
+Positive = Annotated[float, Meta(gt=0)]
+Rank = Annotated[int, Meta(ge=1, le=MAX_RANK)]
 SecretPath = Annotated[Path, Meta(extra={"secret": True})]
 """A file with a secret in it: a page says that there is one, and no more."""
 
@@ -107,10 +109,8 @@ class Adapter(Section, frozen=True, kw_only=True):
         "ffa: B here, a frozen A on the server. By default bottleneck, or what --init-adapter is.",
         metavar="KIND", makes_bits=True
     )] = None
-    rank: Annotated[Annotated[int, Meta(ge=1, le=MAX_RANK)] | None, basic(
-        "By default the bundle's; 96 for a bottleneck.", makes_bits=True
-    )] = None
-    alpha: Annotated[Annotated[float, Meta(gt=0)] | None, more(
+    rank: Annotated[Rank | None, basic("By default the bundle's; 96 for a bottleneck.", makes_bits=True)] = None
+    alpha: Annotated[Positive | None, more(
         "By default the bundle's; the rank for a bottleneck.", makes_bits=True
     )] = None
     target_modules: Annotated[str | None, basic(
@@ -172,9 +172,7 @@ class Optimizer(Section, frozen=True, kw_only=True):
     max_grad_norm: Annotated[Amount, more("Clip gradients to this norm; 0: never.", makes_bits=True)] = 1.0
     beta1: Annotated[Annotated[float, Meta(ge=0, lt=1)], rare("Decay of the first moment.", makes_bits=True)] = 0.9
     beta2: Annotated[Annotated[float, Meta(ge=0, lt=1)], rare("Decay of the second moment.", makes_bits=True)] = 0.999
-    eps: Annotated[Annotated[float, Meta(gt=0)], rare(
-        "Added to the root of the second moment.", makes_bits=True
-    )] = 1e-8
+    eps: Annotated[Positive, rare("Added to the root of the second moment.", makes_bits=True)] = 1e-8
 
 
 class Placement(Section, frozen=True, kw_only=True):

@@ -83,21 +83,6 @@ def test_modules_that_peft_does_not_activate_get_no_activated_adapter(tiny: Tiny
     assert_fails(refused, UsageError.exit_code, "no activated LoRA for fc1", "leave these out of --target-modules")
 
 
-def test_run_from_a_bottleneck_trains_its_modules_and_makes_no_basis(tiny: TinyFactory, tmp_path: Path) -> None:
-    """GPT-2 has a c_proj in attention and another in the MLP."""
-    model = tiny("gpt2", head_dtype="fp32")
-    data = tmp_path / "data.jsonl"
-    data.write_text((GOOD_ROW + "\n") * 4)
-    with serving(model.base) as server:
-        place = Place(model.bundle, data, server.url)
-        first = run_edge(*place.train(tmp_path / "first", kind=None, target_modules="attn.c_proj"))
-        again = run_edge(*place.train(tmp_path / "again", kind=None, init_adapter=tmp_path / "first"))
-    assert (first.code, again.code) == (0, 0), again.stderr
-    assert load_adapter(tmp_path / "again").modules.keys() == load_adapter(tmp_path / "first").modules.keys()
-    assert "first, the server makes A and B" in first.stderr
-    assert "first, the server makes A and B" not in again.stderr
-
-
 # -- the invocation ------------------------------------------------------------------------------------------
 
 

@@ -34,8 +34,8 @@ from dlora.edge.model.session import ModelSession
 from dlora.edge.training.checkpoint import load_latest
 from dlora.edge.training.resolved import Resolved
 from dlora.edge.wire.connection import Connection
-from dlora.protocol.adapters import KINDS, AdapterSpec, Crossing, kind_of, state_bytes
-from dlora.protocol.errors import CheckpointError, NonFiniteError, RefusedError
+from dlora.protocol.adapters import KINDS, AdapterSpec, Crossing, kind_of
+from dlora.protocol.errors import CheckpointError, NonFiniteError
 from dlora.protocol.groups import GroupSpec
 from dlora.protocol.tensors import FloatArray, IntArray
 from dlora.protocol.traffic import Traffic, adapter_state_traffic
@@ -256,20 +256,6 @@ def test_set_up_traffic_matches_the_formula(runs: Runs, monkeypatch: pytest.Monk
         run.wait_for_signal()
         sizes = [[tensor.nbytes for tensor in group.adapter_state] for group in run.adapters.groups]
     assert counted == [adapter_state_traffic(sizes, made=is_made) for is_made in (True, False)]
-
-
-@pytest.mark.usefixtures("servers_core")
-def test_server_state_counts_in_the_quota(tiny: TinyFactory) -> None:
-    run = run_of_cores()
-    with Runs.of(tiny) as own:
-        quotas = own.server.server.service.quotas
-        with own.train(run) as trainer:
-            kept = [state_bytes(run.spec, group) for group in trainer.adapters.group_specs]
-            assert quotas.live_bytes == sum(kept) > 0
-        eventually(lambda: quotas.live_bytes == 0)
-        quotas.limits = QuotaLimits(live_bytes=sum(kept) - 1)
-        with pytest.raises(RefusedError, match="the adapters that it keeps takes"), own.train(run) as trainer:
-            trainer.run_step()
 
 
 @pytest.mark.usefixtures("servers_core")

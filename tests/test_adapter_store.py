@@ -73,14 +73,10 @@ def test_record_says_what_the_adapter_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "text"),
     [
-        (b"{", "is damaged"),
-        (b"[]", "is damaged"),
-        (b"\xff", "is damaged"),
-        (b'{"format": 99}', "update dlora"),
-        (b'{"format": 1}', "is damaged"),
-        (b" " * (2 << 20), "too large"),
+        (b"{", "is damaged"), (b"[]", "is damaged"), (b"\xff", "is damaged"), (b'{"format": 99}', "update dlora"),
+        (b'{"format": 1}', "is damaged"), (b" " * (2 << 20), "too large"),
     ],
-)
+)  # fmt: skip
 def test_damaged_record_is_one_line(tmp_path: Path, content: bytes, text: str) -> None:
     saved(tmp_path)
     (tmp_path / RECORD_NAME).write_bytes(content)

@@ -436,9 +436,6 @@ def test_run_starts_from_no_other(runs: Runs, kind: str, tmp_path: Path) -> None
         init = load_adapter(tmp_path / name)
         with pytest.raises(CheckpointError, match=message), runs.train(run_of(kind, **changes), init=init):
             pass
-    # The other way round it is a LoRA like any other.
-    with runs.train(run_of("lora"), init=load_adapter(tmp_path / kind)) as trainer:
-        assert trainer.run_step().loss > 0
 
 
 @pytest.fixture(scope="module")

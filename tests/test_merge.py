@@ -215,12 +215,10 @@ def test_adapter_with_patterns_merges_to_the_same_bits(tiny: TinyFactory, tmp_pa
 @pytest.mark.parametrize(
     "changes",
     [
-        {"rank_pattern": {"(?x:(a|aa) +b)": 2}},
-        {"alpha_pattern": {"(([a-z0-9_.])+)+!": 2}},
-        {"modules_to_save": ["(([a-z0-9_.])+)+!"]},
-        {"modules_to_save": "(([a-z0-9_.])+)+!"},
+        {"rank_pattern": {"(?x:(a|aa) +b)": 2}}, {"alpha_pattern": {"(([a-z0-9_.])+)+!": 2}},
+        {"modules_to_save": ["(([a-z0-9_.])+)+!"]}, {"modules_to_save": "(([a-z0-9_.])+)+!"},
     ],
-)
+)  # fmt: skip
 def test_adapter_that_is_a_program_for_re_is_not_merged(
     tiny: TinyFactory, lora: Path, tmp_path: Path, changes: dict[str, object]
 ) -> None:

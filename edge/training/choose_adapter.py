@@ -38,9 +38,9 @@ def choose_adapter(
     kind: KindChoice = settings.kind or DEFAULT_KIND
     if settings.kind is None and init is not None:
         kind = msgspec.convert("lora" if parts is None else parts.kind, KindChoice)
-    defaults = DEFAULTS[kind]
+    defaults, own = DEFAULTS[kind], parts if parts is not None and parts.kind == kind else None
     names, blocks = target_modules_of(settings.target_modules), settings.blocks
-    if init is not None and parts is not None and parts.kind == kind:
+    if init is not None and own is not None:
         trained = groups_of(manifest, init.modules)
         own_blocks = {group.block for group in trained}
         names = names or names_selecting(manifest, trained, own_blocks)
@@ -49,13 +49,11 @@ def choose_adapter(
     names = names or default_target_modules(kind, manifest, active_from)
     numbers = parse_blocks(blocks or defaults.blocks, manifest)
     groups = choose_groups(manifest, names, numbers)
-    rank = settings.rank
-    if rank is None:
-        rank = parts.r if parts is not None and parts.kind == kind else default_rank(kind, manifest, groups)
+    rank = settings.rank or (default_rank(kind, manifest, groups) if own is None else own.r)
     chosen: dict[str, Any] = {
         "kind": kind,
         "rank": rank,
-        "alpha": default_alpha(kind, manifest, rank) if settings.alpha is None else settings.alpha,
+        "alpha": settings.alpha or default_alpha(kind, manifest, rank),
         "target_modules": ",".join(names),
         "blocks": number_ranges(numbers),
         "active_from": settings.active_from or _usual_active_from(init, defaults.active_from),

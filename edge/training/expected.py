@@ -87,13 +87,11 @@ def filling(config: Resolved, manifest: Manifest, texts: Iterable[LongArray]) ->
     codecs, width = config.codecs, encoded_width(manifest)
     packs = TextPacks(texts, text_digest)
     codec = codecs.of(TensorRole.LAST_HIDDEN_STATES).dtype
-    kept = sum(record_bytes(codec, tokens, width) for index in range(len(packs)) for tokens in packs.lengths(index))
-    total = Traffic(0, 0, 0)
-    for index in range(len(packs)):
-        total += encode_traffic(
-            packs.lengths(index), width=width, embedding_size=manifest.base_model.embedding_size, codecs=codecs,
-            send=config.server.send,
-        )  # fmt: skip
+    embedding_size, send = manifest.base_model.embedding_size, config.server.send
+    total, kept = Traffic(0, 0, 0), 0
+    for lengths in map(packs.lengths, range(len(packs))):
+        total += encode_traffic(lengths, width=width, embedding_size=embedding_size, codecs=codecs, send=send)
+        kept += sum(record_bytes(codec, tokens, width) for tokens in lengths)
     return total, kept
 
 
@@ -109,8 +107,7 @@ def units_within(config: Resolved, manifest: Manifest, dataset: Dataset, bytes_p
 
     def cost(count: int) -> int:
         live = sorted(group for unit in units[:count] for group in unit)
-        per_step = config.examples_a_step
-        steps = steps_an_epoch(len(dataset), per_step)
+        steps = steps_an_epoch(len(dataset), config.examples_a_step)
         return math.ceil(_mean_bytes(config, manifest, dataset, live) * steps / dataset.tokens)
 
     count = bisect.bisect_right(range(1, len(units) + 1), bytes_per_token, key=cost)
