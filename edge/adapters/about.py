@@ -51,12 +51,12 @@ class AdapterAbout:
     training: TrainingRecord | None
 
 
-def about_adapter(path: Path, name: str | None = None) -> AdapterAbout:
+def about_adapter(path: Path) -> AdapterAbout:
     """Read and check the adapter in the directory ``path``, whole. Raises ``CheckpointError``."""
-    return about_loaded(load_adapter(path), path, name)
+    return about_loaded(load_adapter(path), path)
 
 
-def about_loaded(loaded: LoadedAdapter, path: Path, name: str | None = None) -> AdapterAbout:
+def about_loaded(loaded: LoadedAdapter, path: Path) -> AdapterAbout:
     """The same of one that was read already."""
     record = loaded.record
     try:
@@ -66,7 +66,7 @@ def about_loaded(loaded: LoadedAdapter, path: Path, name: str | None = None) -> 
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror})") from None
     return AdapterAbout(
-        name=name or path.absolute().name,
+        name=path.absolute().name,
         kind=record.kind if record is not None else loaded.parts.kind if loaded.parts is not None else "lora",
         rank=loaded.r, alpha=loaded.lora_alpha, modules=len(loaded.modules),
         blocks=number_ranges({int(part) for each in loaded.modules for part in each.split(".") if part.isdecimal()}),

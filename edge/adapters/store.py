@@ -11,9 +11,6 @@ import platformdirs
 
 from dlora.protocol.errors import CheckpointError, UsageError
 
-from .about import AdapterAbout, about_adapter
-from .peft import LoadedAdapter, load_adapter
-
 ADAPTERS_VARIABLE: Final = "DLORA_ADAPTERS"
 _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 
@@ -64,12 +61,4 @@ class AdapterStore:
         if not path.is_dir():
             raise UsageError(f"there is no adapter {name} in {self.directory}; see dlora-edge adapters list")
         return path
-
-    def load(self, name: str) -> LoadedAdapter:
-        """Read an adapter. Raises as ``load_adapter`` does."""
-        return load_adapter(self.path(name))
-
-    def show(self, name: str) -> AdapterAbout:
-        """What an adapter is. Raises ``CheckpointError`` where it cannot be used."""
-        return about_adapter(self.path(name), name)
 

@@ -52,7 +52,7 @@ def show(
 
     store = _store(adapters)
     is_path = not is_name(adapter) or (adapter not in store.entries() and Path(adapter).is_dir())
-    about = about_adapter(Path(adapter)) if is_path else store.show(adapter)
+    about = about_adapter(Path(adapter) if is_path else store.path(adapter))
     print_result(_result(about), lambda _: print_fields(_fields(about)), json_output=json_output)
 
 
@@ -72,10 +72,11 @@ def _entry(store: AdapterStore, name: str, manifest: Manifest | None) -> dict[st
     """An adapter as ``list`` has it; of one that cannot be used, why."""
     from dlora.edge.adapters.about import about_loaded
     from dlora.edge.adapters.compatibility import check_fit
+    from dlora.edge.adapters.peft import load_adapter
 
     try:
-        loaded = store.load(name)
-        entry: dict[str, Any] = _result(about_loaded(loaded, store.path(name), name))
+        loaded = load_adapter(store.path(name))
+        entry: dict[str, Any] = _result(about_loaded(loaded, store.path(name)))
     except DloraError as error:
         return {"name": name, "error": str(error)}
     if manifest is not None:
