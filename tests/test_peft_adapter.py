@@ -290,10 +290,3 @@ def test_a_full_disk_leaves_the_old_adapter(tmp_path: Path) -> None:
         for name, module in old.modules.items():
             assert (again.modules[name].lora_A == module.lora_A).all()
         assert sorted(path.name for path in disk.iterdir()) == ["README.md", CONFIG_NAME, WEIGHTS_NAME]
-
-
-def test_rank_of_modules_is_checked(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="has not rank 4"):
-        save(tmp_path, random_modules(LLAMA_TARGETS), r=4)
-    with pytest.raises(ValueError, match="at least one"):
-        save(tmp_path, [])

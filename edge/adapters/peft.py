@@ -109,11 +109,8 @@ def save_adapter(
 
     Raises ``StorageError``.
     """
-    if not modules:
-        raise ValueError("an adapter has at least one module")
-    for module in modules:
-        if module.lora_A.shape[0] != r or module.lora_B.shape[1] != r:
-            raise ValueError(f"{module.name} has not rank {r}")
+    assert modules
+    assert all(module.lora_A.shape[0] == r == module.lora_B.shape[1] for module in modules)
     make_directory(directory)
     config = _config(
         sorted(module.name for module in modules), r=r, lora_alpha=lora_alpha, base_model_name=base_model_name,
