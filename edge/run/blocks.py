@@ -4,7 +4,7 @@ step and deleted with the last."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, repeat
@@ -30,6 +30,7 @@ from dlora.protocol.errors import CheckpointError, StoppedError
 
 from .directory import CACHE, KEPT_OUTPUTS
 from .display import Display
+from .run_file import DataDigest, load_run_file
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ def open_blocks(
     connecting: ConnectSettings,
     warn: Callable[[str], None],
 ) -> Iterator[RunBlocks]:
-    """Reach the blocks that are not here, or what goes into the first that is.
+    """Reach the blocks that are not here, or what goes into the first that is. What is kept of hidden states stays in
+    ``out``, the run's directory.
 
     Args:
         key: what hidden states that are kept are encrypted with.
@@ -69,13 +71,38 @@ def open_blocks(
         assert server is not None
         with Connection(server, connecting) as connection:
             yield RunBlocks(partial(ServerSide, connection=connection))
-    elif server is None:
-        with _embedding_source(bundle, engine, out, limit, key) as source:
-            yield RunBlocks(partial(DeviceSide, source=source))
-    else:
-        connect = _connect_later(server, connecting)
-        with _cached_source(bundle, engine, config, out, limit, key, is_new=is_new, connect=connect, warn=warn) as kept:
-            yield RunBlocks(partial(DeviceSide, source=kept), kept)
+        return
+    manifest, codecs, send = bundle.manifest, config.codecs, config.server.send
+    width, blocks = encoded_width(manifest), manifest.base_model.blocks - config.device_blocks
+    if server is None:
+        dtype = f"{manifest.embedding.dtype} on the device"
+        owner = CacheOwner(
+            base_model=manifest.base_model.fingerprint, blocks=0, width=width, embeddings=dtype, codec="fp32"
+        )
+        kept = KeptOutputsCache(out / KEPT_OUTPUTS, owner, bundle, engine, room=lambda: limit, key=key)
+        with closing(EmbeddingSource(bundle, engine, kept)) as embeddings:
+            yield RunBlocks(partial(DeviceSide, source=embeddings))
+        return
+    open_cache = partial(
+        TrunkCache, out / CACHE, CacheOwner.of(manifest, blocks, width, codecs, send), limit=limit, key=key, warn=warn
+    )
+    try:
+        cache = open_cache()
+    except CheckpointError:
+        if not is_new:
+            raise
+        remove_quietly(out / CACHE)
+        cache = open_cache()
+    connect = _connect_later(server, connecting)
+    encoding = EncodingServer(bundle, engine, connect, blocks=blocks, codecs=codecs, send=send)
+    source = CachedSource(bundle, engine, cache, encoding, codecs=codecs, send=send)
+    try:
+        yield RunBlocks(partial(DeviceSide, source=source), source)
+    finally:
+        is_empty = not len(cache)
+        source.close()
+        if is_empty:
+            remove_quietly(out / CACHE)
 
 
 def _connect_later(server: str, connecting: ConnectSettings) -> Callable[[], Connection]:
@@ -83,69 +110,6 @@ def _connect_later(server: str, connecting: ConnectSettings) -> Callable[[], Con
     retry = replace(connecting.retry, at_start=connecting.retry.at_start or connecting.retry.max_s != 0)
     tries = chain([connecting], repeat(replace(connecting, retry=retry)))
     return lambda: Connection(server, next(tries))
-
-
-@contextmanager
-def _embedding_source(
-    bundle: Bundle, engine: Engine, out: Path, limit: int, key: CacheKey | None
-) -> Iterator[EmbeddingSource]:
-    """What goes into block 0 where all blocks are here; what is kept of killed blocks stays in the run's directory.
-
-    Raises what ``EmbeddingSource`` raises.
-    """
-    manifest = bundle.manifest
-    owner = CacheOwner(
-        base_model=manifest.base_model.fingerprint,
-        blocks=0,
-        width=encoded_width(manifest),
-        embeddings=f"{manifest.embedding.dtype} on the device",
-        codec="fp32",
-    )
-    kept = KeptOutputsCache(out / KEPT_OUTPUTS, owner, bundle, engine, room=lambda: limit, key=key)
-    with closing(EmbeddingSource(bundle, engine, kept)) as source:
-        yield source
-
-
-@contextmanager
-def _cached_source(
-    bundle: Bundle,
-    engine: Engine,
-    config: Resolved,
-    out: Path,
-    limit: int,
-    key: CacheKey | None,
-    *,
-    is_new: bool,
-    connect: Callable[[], Connection],
-    warn: Callable[[str], None],
-) -> Iterator[CachedSource]:
-    """What the run's hidden states come from; its cache stays in the run's directory.
-
-    Args:
-        key: what the cache is encrypted with.
-        is_new: whether the run begins, so that what another one left may go.
-
-    Raises ``CheckpointError`` and ``StorageError``.
-    """
-    blocks = bundle.manifest.base_model.blocks - config.device_blocks
-    width = encoded_width(bundle.manifest)
-    owner = CacheOwner.of(bundle.manifest, blocks, width, config.codecs, config.server.send)
-    try:
-        cache = TrunkCache(out / CACHE, owner, limit=limit, key=key, warn=warn)
-    except CheckpointError:
-        if not is_new:
-            raise
-        remove_quietly(out / CACHE)
-        cache = TrunkCache(out / CACHE, owner, limit=limit, key=key, warn=warn)
-    server = EncodingServer(bundle, engine, connect, blocks=blocks, codecs=config.codecs, send=config.server.send)
-    source = CachedSource(bundle, engine, cache, server, codecs=config.codecs, send=config.server.send)
-    try:
-        yield source
-    finally:
-        is_empty = not len(cache)
-        source.close()
-        if is_empty:
-            remove_quietly(out / CACHE)
 
 
 def fill_cache(
@@ -181,3 +145,25 @@ def _needed(batches: Batches, steps: range) -> Sequence[int]:
     if len(steps) >= batches.steps_per_epoch:
         return range(batches.examples)
     return sorted({int(index) for step in steps for index in batches.step_indices(step)})
+
+
+def forget_other_texts(config: Resolved, dataset: Dataset, eval_dataset: Dataset | None = None) -> None:
+    """Remove what was kept for a run that came to nothing, where this one would not make it again bit for bit: of other
+    data, or of a part of them."""
+    assert config.saving.out is not None
+    remove_quietly(config.saving.out / KEPT_OUTPUTS)
+    with suppress(CheckpointError):
+        begun = load_run_file(config.saving.out)
+        evaluated = None if eval_dataset is None else DataDigest.of(eval_dataset)
+        is_whole = config.total_steps * config.examples_a_step >= len(dataset)
+        if is_whole and (begun.data, begun.eval_data) == (DataDigest.of(dataset), evaluated):
+            return
+    remove_quietly(config.saving.out / CACHE)
+
+
+def remove_caches(config: Resolved) -> None:
+    """Of a run that is done."""
+    assert config.saving.out is not None
+    remove_quietly(config.saving.out / KEPT_OUTPUTS)
+    if not config.placement.keep_cache:
+        remove_quietly(config.saving.out / CACHE)

@@ -12,6 +12,8 @@ import msgspec
 
 from dlora.edge.data.examples import Dataset
 from dlora.edge.files import write_atomically
+from dlora.edge.training.expected import EvaluationPlan
+from dlora.edge.training.resolved import Resolved
 from dlora.edge.training.trainer import Trainer
 from dlora.protocol.errors import StoppedError
 from dlora.protocol.files import read_regular
@@ -32,8 +34,6 @@ class HeldOut:
 
     Args:
         evaluations: what ``load_evaluations`` found.
-        every: steps between evaluations; 0: none on the way.
-        patience: how many evaluations in a row may be no better before the run ends; None: any number.
         should_stop: whether somebody asked to stop.
 
     Attributes:
@@ -43,12 +43,8 @@ class HeldOut:
 
     def __init__(
         self,
-        out: Path,
         dataset: Dataset | None,
         evaluations: list[dict[str, Any]],
-        *,
-        every: int,
-        patience: int | None,
         trainer: Trainer,
         saver: AdapterSaver,
         display: Display,
@@ -57,25 +53,30 @@ class HeldOut:
     ) -> None:
         self.evaluations = evaluations
         self.bytes_up = self.bytes_down = 0
-        self._out = out
+        assert trainer.config.saving.out is not None
+        self._out = trainer.config.saving.out
         self._dataset = dataset
-        self._every = every
-        self._patience = patience
         self._trainer = trainer
         self._saver = saver
         self._display = display
         self._watchers = watchers
         self._should_stop = should_stop
-        self._data = "" if dataset is None else dataset.fingerprint
 
     def is_due(self) -> bool:
         """Whether one belongs between the last step and the next, and is not there."""
-        step = self._trainer.next_step
-        return self._every > 0 and step > 0 and step % self._every == 0 and not self.is_done()
+        step, every = self._trainer.next_step, self._trainer.config.evaluate_every
+        return every > 0 and step > 0 and step % every == 0 and not self.is_done()
 
     def is_done(self) -> bool:
         """Whether the present weights were evaluated."""
         return any(row["step"] == self._trainer.next_step for row in self.evaluations)
+
+    def count_left(self, next_step: int) -> int:
+        """How many evaluations are still to come at ``next_step``."""
+        if self._dataset is None:
+            return 0
+        config = self._trainer.config
+        return EvaluationPlan(self._dataset, config.evaluate_every).count_left(next_step, config.total_steps)
 
     def add(self, when: str) -> None:
         """Evaluate now, where there is held-out data. Raises ``StoppedError`` soon after somebody asked to stop."""
@@ -92,7 +93,7 @@ class HeldOut:
             result = self._trainer.evaluate(self._dataset, after_batch)
             self.bytes_up += self._trainer.traffic[0] - up
             self.bytes_down += self._trainer.traffic[1] - down
-        row = {"step": self._trainer.next_step, **asdict(result), "data": self._data}
+        row = {"step": self._trainer.next_step, **asdict(result), "data": self._dataset.fingerprint}
         is_best = self.best is None or result.loss < self.best["loss"]
         if is_best:
             # Before the line: where that is missing, both are made again.
@@ -115,7 +116,7 @@ class HeldOut:
 
     def is_out_of_patience(self) -> bool:
         """Whether the run is to end, as the function of that name has it."""
-        return is_out_of_patience(self.evaluations, self._patience, self._trainer.config.part_begins)
+        return is_out_of_patience(self.evaluations, self._trainer.config)
 
     def keep_best(self) -> int:
         """Save the best adapter in place of the last one; gives the step of the one that is saved now."""
@@ -176,7 +177,8 @@ def load_evaluations(
     return found
 
 
-def is_out_of_patience(evaluations: Sequence[dict[str, Any]], patience: int | None, part_begins: int) -> bool:
-    """Whether the last ``patience`` evaluations of the present part were no better than one before them in it."""
-    losses = [row["loss"] for row in evaluations if row["step"] >= part_begins]
+def is_out_of_patience(evaluations: Sequence[dict[str, Any]], config: Resolved) -> bool:
+    """Whether the last ``--patience`` evaluations of the present part were no better than one before them in it."""
+    losses = [row["loss"] for row in evaluations if row["step"] >= config.part_begins]
+    patience = config.saving.patience
     return patience is not None and bool(losses) and len(losses) - 1 - losses.index(min(losses)) >= patience

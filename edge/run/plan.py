@@ -15,10 +15,10 @@ from dlora.edge.training.expected import (
     expected_mb,
     first_rate_mb,
     set_up_mb,
-)
+)  # fmt: skip
 from dlora.edge.training.resolved import Resolved
 from dlora.protocol.adapters import kind_of, parameter_count
-from dlora.protocol.groups import GroupSpec, group_units
+from dlora.protocol.groups import group_units
 from dlora.protocol.kill_revive import Timetable, steps_needed
 from dlora.protocol.limits import MAX_STEPS
 from dlora.protocol.manifest import Manifest
@@ -43,53 +43,57 @@ def data_line(name: str, path: Path, dataset: Dataset) -> str:
     return line
 
 
-def run_line(
-    config: Resolved,
-    manifest: Manifest,
-    dataset: Dataset,
-    evaluations: EvaluationPlan | None,
-    next_step: int,
-    *,
-    has_state: bool,
-    cache_mb: float = 0.0,
-) -> str:
-    """Steps, epochs, what is trained, and about how many MB will cross the wire.
+def plan_lines(
+    config: Resolved, manifest: Manifest, datasets: Sequence[Dataset], next_step: int, *, has_state: bool
+) -> list[str]:
+    """What a run is told to do from ``next_step`` on, a line for each thing.
 
     Args:
+        datasets: what it trains on, and what is held out where something is.
         has_state: whether the device has what the server keeps, of an earlier part of the run or of another run.
-        cache_mb: disk for what a server gives once.
     """
+    steps, total = steps_an_epoch(len(datasets[0]), config.examples_a_step), config.total_steps
+    done = f" ({next_step:,} of them done)" if next_step else ""
     units = len(group_units(config.groups(manifest), config.units.unit))
-    per_epoch = steps_an_epoch(len(dataset), config.examples_a_step)
     active = config.units.budget_floor(units)
     what = f"all {units} {config.units.unit}s active" if active == units else f"{active} of {units} active"
-    total = config.total_steps
-    done = f" ({next_step:,} of them done)" if next_step else ""
+    traffic = _traffic(config, manifest, datasets, next_step, has_state=has_state)
+    lines = [
+        f"run: {_count(total, 'step')}{done}, {steps:,} an epoch, {_count(total / steps, 'epoch', '.1f')}; "
+        f"{what}; {traffic} will cross the wire",
+        _adapters_line(config, manifest),
+    ]
+    if not has_state and config.adapter.basis == "data" and kind_of(config.spec).server_makes_state:
+        pass_steps = _count(config.basis_pass_steps(len(datasets[0])), "step")
+        lines.append(f"first, the server makes A and B from what the base model computes on the data of {pass_steps}")
+    return lines if active == units else lines + _kill_revive_lines(config, units, active)
+
+
+def _traffic(
+    config: Resolved, manifest: Manifest, datasets: Sequence[Dataset], next_step: int, *, has_state: bool
+) -> str:
+    """About how much will cross the wire."""
+    if not config.needs_server:
+        return "nothing"
     if config.asks_once:
-        datasets = [dataset, *([] if evaluations is None else [evaluations.dataset])]
-        mb = sum(encoding_bytes(config, manifest, each) for each in datasets) / 1e6
-        traffic = f"at most {_mb(mb)}, once, before the first step,"
+        mb = _mb(sum(encoding_bytes(config, manifest, each) for each in datasets) / 1e6)
+        cache_mb = config.placement.cache_mb or 0.0
         codec = config.codecs.of(TensorRole.LAST_HIDDEN_STATES).dtype
         if sum(cache_bytes(manifest, each, codec) for each in datasets) > cache_mb * 1e6:
-            traffic = (
-                f"at most {_mb(mb)}, and again, each time it is needed, what has no room in --cache-mb {cache_mb:g},"
-            )
-    elif not config.needs_server:
-        traffic = "nothing"
-    else:
-        mb = expected_mb(config, manifest, dataset, next_step)
-        mb += set_up_mb(config, manifest, dataset, has_state=has_state) + first_rate_mb(config, manifest, dataset)
-        traffic = f"about {_mb(mb)} for training"
-        if evaluations is not None:
-            mb = evaluations_mb(config, manifest, evaluations, next_step)
-            traffic += f" and {_mb(mb)} for {_count(evaluations.count_left(next_step, total), 'evaluation')}"
-    return (
-        f"run: {_count(total, 'step')}{done}, {per_epoch:,} an epoch, {_count(total / per_epoch, 'epoch', '.1f')}; "
-        f"{what}; {traffic} will cross the wire"
-    )
+            return f"at most {mb}, and again, each time it is needed, what has no room in --cache-mb {cache_mb:g},"
+        return f"at most {mb}, once, before the first step,"
+    dataset, *held_out = datasets
+    training_mb = expected_mb(config, manifest, dataset, next_step)
+    training_mb += set_up_mb(config, manifest, dataset, has_state=has_state) + first_rate_mb(config, manifest, dataset)
+    traffic = f"about {_mb(training_mb)} for training"
+    for each in held_out:
+        evaluations = EvaluationPlan(each, config.evaluate_every)
+        count = _count(evaluations.count_left(next_step, config.total_steps), "evaluation")
+        traffic += f" and {_mb(evaluations_mb(config, manifest, evaluations, next_step))} for {count}"
+    return traffic
 
 
-def adapters_line(config: Resolved, manifest: Manifest) -> str:
+def _adapters_line(config: Resolved, manifest: Manifest) -> str:
     """What is trained, and how fast: the kind, its size, where it stands and the learning rate."""
     groups = config.groups(manifest)
     blocks = {group.block for group in groups}
@@ -104,14 +108,6 @@ def adapters_line(config: Resolved, manifest: Manifest) -> str:
     )
 
 
-def basis_lines(config: Resolved, dataset: Dataset) -> list[str]:
-    """What comes before the first step, where the server makes a part of the adapters from the data."""
-    if config.adapter.basis != "data" or not kind_of(config.spec).server_makes_state:
-        return []
-    steps = config.basis_pass_steps(len(dataset))
-    return [f"first, the server makes A and B from what the base model computes on the data of {_count(steps, 'step')}"]
-
-
 def _mb(mb: float) -> str:
     return f"{mb:,.{1 if mb < 10 else 0}f} MB"
 
@@ -120,13 +116,9 @@ def _count(number: float, what: str, form: str = "") -> str:
     return f"{number:,{form}} {what}" + ("" if number == 1 else "s")
 
 
-def kill_revive_lines(config: Resolved, groups: Sequence[GroupSpec]) -> list[str]:
-    """What it costs that not all units are active, and whether the run is long enough; nothing where all are."""
+def _kill_revive_lines(config: Resolved, units: int, active: int) -> list[str]:
+    """What it costs that not all units are active, and whether the run is long enough."""
     kr = config.units
-    units = len(group_units(groups, kr.unit))
-    active = kr.budget_floor(units)
-    if active == units:
-        return []
     if config.device_blocks:
         lines = [f"{active} of {units} {kr.unit}s are trained at a time; the others keep what they have learnt"]
     else:
@@ -138,9 +130,5 @@ def kill_revive_lines(config: Resolved, groups: Sequence[GroupSpec]) -> list[str
         needed = steps_needed(kr, units)
         more = f"{needed:,} steps or more, or " if needed < MAX_STEPS else ""
         what = "trials" if timetable.begins_at_floor else "warm-up, ramp and trials"
-        lines.append(
-            f"warning: {config.steps:,} steps are too few for {what}; use {more}--active-fraction 1"
-        )
+        lines.append(f"warning: {config.steps:,} steps are too few for {what}; use {more}--active-fraction 1")
     return lines
-
-

@@ -5,6 +5,7 @@ Never a token: at most the name of the file that holds it.
 
 from __future__ import annotations
 
+import contextlib
 import platform
 from importlib import metadata
 from pathlib import Path
@@ -12,13 +13,15 @@ from typing import Any
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from dlora.edge.data.examples import Dataset
 from dlora.edge.files import write_atomically
 from dlora.edge.settings import Settings, read_path
+from dlora.edge.training.resolved import Resolved
 from dlora.protocol.errors import CheckpointError
 from dlora.protocol.files import read_regular
+from dlora.protocol.manifest import Manifest
+from dlora.protocol.messages import Welcome
 from dlora.protocol.structure_words import structure_words
 from dlora.protocol.version import PROTOCOL_VERSIONS, SOFTWARE_VERSION
 
@@ -49,7 +52,7 @@ class DataDigest(msgspec.Struct, frozen=True):
             labelled=dataset.labelled,
             truncated=dataset.facts.truncated.count,
             skipped=dataset.facts.skipped.count,
-            lengths=_quartiles(dataset.lengths),
+            lengths=tuple(np.quantile(dataset.lengths, (0, 0.25, 0.5, 0.75, 1)).tolist()),
         )
 
 
@@ -75,10 +78,34 @@ class RunFile(msgspec.Struct, frozen=True, kw_only=True):
     server: dict[str, Any] | None = None
     blocks: tuple[int, ...] | None = None
 
+    @classmethod
+    def of(
+        cls,
+        config: Resolved,
+        manifest: Manifest,
+        dataset: Dataset,
+        eval_dataset: Dataset | None,
+        server: Welcome | None,
+    ) -> RunFile:
+        """Of a run as it stands. ``server``: what it said of itself; None where none was asked yet."""
+        base = manifest.base_model
+        return cls(
+            settings=config.as_settings(),
+            data=DataDigest.of(dataset),
+            eval_data=None if eval_dataset is None else DataDigest.of(eval_dataset),
+            base_model={"name": base.name, "fingerprint": base.fingerprint},
+            invocation=config.invocation,
+            versions=versions(),
+            server=None if server is None else {"software": server.software, "wire": server.protocol_version},
+            blocks=block_numbers(config, manifest),
+        )
 
-def _quartiles(lengths: npt.NDArray[np.int64]) -> tuple[float, float, float, float, float]:
-    least, first, middle, third, most = np.quantile(lengths, (0, 0.25, 0.5, 0.75, 1)).tolist()
-    return least, first, middle, third, most
+
+def block_numbers(config: Resolved, manifest: Manifest) -> tuple[int, ...] | None:
+    """The number of each unit in the base model, where units are blocks."""
+    if config.units.unit != "block":
+        return None
+    return tuple(sorted({group.block for group in config.groups(manifest)}))
 
 
 def versions() -> dict[str, Any]:
@@ -97,8 +124,14 @@ def versions() -> dict[str, Any]:
     return found
 
 
-def save_run_file(out: Path, run: RunFile) -> None:
-    """Write ``run.json``. Raises ``StorageError``."""
+def save_run_file(out: Path, run: RunFile, *, keeps_server: bool = False) -> None:
+    """Write ``run.json``. Raises ``StorageError``.
+
+    ``keeps_server``: where no server was asked yet, what the file knew of one stays.
+    """
+    if run.server is None and keeps_server:
+        with contextlib.suppress(CheckpointError):
+            run = msgspec.structs.replace(run, server=load_run_file(out).server)
     write_atomically(out / RUN_FILE, msgspec.json.format(msgspec.json.encode(run, enc_hook=str), indent=1) + b"\n")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from dlora.edge.data.examples import Dataset
 from dlora.edge.training.metrics import StepMetrics
@@ -14,6 +14,11 @@ from dlora.protocol.adapter_record import TrainingRecord
 
 from .run_file import LIBRARIES, versions
 
+_SUMMED: Final = (
+    "tokens", "labelled", "bytes_up", "bytes_down", "set_up_bytes_up", "set_up_bytes_down", "round_trips",
+    "edge_compute_s",
+)  # fmt: skip
+
 
 class AdapterSaver:
     """Saves the adapter of a run.
@@ -21,6 +26,9 @@ class AdapterSaver:
     Args:
         evaluations: the run's held-out evaluations so far, as ``HeldOut`` has them; it appends to this very list.
         kept_bytes: what crossed before the first step, maybe in another process; None: what each start of the run says.
+
+    Attributes:
+        totals: sums over all steps, by the names that ``StepMetrics`` has; set-up's bytes are not in ``bytes_*``.
     """
 
     def __init__(
@@ -28,22 +36,18 @@ class AdapterSaver:
         trainer: Trainer,
         dataset: Dataset,
         evaluations: Sequence[dict[str, Any]],
-        kept_bytes: int | None = None,
+        kept_bytes: int | None,
     ) -> None:
         self._trainer = trainer
         self._dataset = dataset
         self._evaluations = evaluations
-        self._tokens = self._labelled = self._round_trips = 0
-        self._counts_set_up, self._bytes = kept_bytes is None, kept_bytes or 0
+        self._kept_bytes = kept_bytes
+        self.totals: dict[str, Any] = dict.fromkeys(_SUMMED, 0)
 
     def add(self, metrics: StepMetrics) -> None:
         """Count a step, of this start of the run or an earlier one."""
-        self._tokens += metrics.tokens
-        self._labelled += metrics.labelled
-        self._bytes += metrics.bytes_up + metrics.bytes_down
-        if self._counts_set_up:
-            self._bytes += metrics.set_up_bytes_up + metrics.set_up_bytes_down
-        self._round_trips += metrics.round_trips
+        for name in _SUMMED:
+            self.totals[name] += getattr(metrics, name)
 
     def save(self, directory: Path, evaluation: dict[str, Any] | None = None) -> None:
         """Save the adapter as it is now; ``evaluation``: of it, where the list has it not yet. Raises as the trainer's
@@ -55,7 +59,9 @@ class AdapterSaver:
         self._trainer.copy_adapter(source, directory)
 
     def _record(self, evaluations: list[dict[str, Any]]) -> TrainingRecord:
-        steps, config = self._trainer.next_step, self._trainer.config
+        steps, config, totals = self._trainer.next_step, self._trainer.config, self.totals
+        set_up = totals["set_up_bytes_up"] + totals["set_up_bytes_down"]
+        crossed = totals["bytes_up"] + totals["bytes_down"] + (set_up if self._kept_bytes is None else self._kept_bytes)
         of_step = {row["step"]: row for row in evaluations}
         here = of_step.get(steps, {})
         found = versions()
@@ -64,15 +70,14 @@ class AdapterSaver:
         return TrainingRecord(
             steps=steps,
             examples=len(self._dataset),
-            tokens=self._tokens,
-            labelled=self._labelled,
+            tokens=totals["tokens"],
+            labelled=totals["labelled"],
             eval_loss_before=of_step.get(0, {}).get("loss"),
             eval_loss_after=here.get("loss"),
             eval_tokens=here.get("tokens"),
-            bytes_per_token=round(self._bytes / max(1, self._tokens), 1),
-            round_trips_per_step=round(self._round_trips / max(1, steps), 2),
+            bytes_per_token=round(crossed / max(1, totals["tokens"]), 1),
+            round_trips_per_step=round(totals["round_trips"] / max(1, steps), 2),
             block_dtype=spec.dtype if config.device_blocks and spec is not None else None,
             recipe=config.recipe(self._trainer.bundle.manifest),
             versions={"python": str(found["python"]), **libraries},
         )
-

@@ -93,11 +93,11 @@ def start_run(settings: Settings, start: Start, display: Display, make_watchers:
     if known.device_blocks and (line := other_storage_line(manifest, settings.adapter.init_adapter)):
         display.warn(line)
     check_room(out, run_bytes(known, manifest, resume=start.resume))
-    device_id, liveness = load_device_id(warn=display.warn), Liveness(exchange_s=settings.server.exchange_timeout_s)
+    retry = Retry(settings.server.max_retry_s, at_start=bool(settings.server.max_retry_s))
+    liveness = Liveness(exchange_s=settings.server.exchange_timeout_s)
+    connecting = ConnectSettings(credentials, load_device_id(warn=display.warn), retry, liveness, display.warn)
     if asks_server_first(known, resume=start.resume):
         assert settings.server.server is not None
-        retry = Retry(settings.server.max_retry_s, at_start=bool(settings.server.max_retry_s))
-        connecting = ConnectSettings(credentials, device_id, retry, liveness, display.warn)
         check_server(settings.server.server, connecting, bundle)
     if loaded is None:
         settings, loaded = _load(settings, bundle, display, begun)
@@ -106,9 +106,7 @@ def start_run(settings: Settings, start: Start, display: Display, make_watchers:
     from .run import TrainRun, train
 
     invocation = begun.invocation if begun is not None else ()
-    config, (dataset, *evaluated) = resolve(
-        settings, manifest, init, loaded, known=invocation, say=display.say
-    )
+    config, (dataset, *evaluated) = resolve(settings, manifest, init, loaded, known=invocation, say=display.say)
     spans = Spans(asks_server=start.profile is not None)
     run = TrainRun(
         bundle=bundle,
@@ -117,8 +115,7 @@ def start_run(settings: Settings, start: Start, display: Display, make_watchers:
         eval_dataset=evaluated[0] if evaluated else None,
         init=init,
         resume=start.resume,
-        credentials=credentials,
-        device_id=device_id,
+        connecting=connecting,
         cache_key=cache_key,
         watchers=make_watchers(config, start, display, spans),
         spans=spans,
