@@ -9,7 +9,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Final, TextIO
 
 from dlora.edge.training.metrics import StepMetrics
@@ -21,9 +21,9 @@ from .live_view import LiveView
 from .reading_progress import ReadingProgress
 
 if TYPE_CHECKING:  # rich takes a tenth of a second to import, which plain output need not pay
-    from rich.console import Console
-    from rich.progress import Progress, TaskID
     from rich.status import Status
+
+    from .live_progress import LiveLine
 
 _SMOOTHING = 0.9
 _STEPS_FOR_AN_ESTIMATE = 3
@@ -53,9 +53,7 @@ class Display:
         self._stream = stream if stream is not None else sys.stderr
         self._terminal = self._stream.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("CI")
         self._view: LiveView | None = None
-        self._console: Console | None = None
-        self._progress: Progress | None = None
-        self._task: TaskID | None = None
+        self._line: LiveLine | None = None
         self._speed, self._steps = _Speed(), 0
         self._evaluation_s = 0.0
         self._evaluations_left: Callable[[int], int] = lambda _: 0
@@ -67,8 +65,8 @@ class Display:
         self._show(one_line(text))
 
     def _show(self, text: str) -> None:
-        if self._progress is not None:
-            self._progress.console.print(text, markup=False, highlight=False)
+        if self._line is not None:
+            self._line.console.print(text, markup=False, highlight=False)
         else:
             print(self._wrapped(text), file=self._stream, flush=True)
 
@@ -115,29 +113,23 @@ class Display:
             def show(piece: str, done: int, total: int) -> None:
                 nonlocal said_at
                 text = _SET_UP[piece]
-                if self._terminal and self._progress is None:  # only a run that has something to set up calls this
+                if self._terminal and self._line is None:  # only a run that has something to set up calls this
                     shown.enter_context(self._live(text, total, done))
-                if self._progress is not None and self._task is not None:
-                    self._progress.update(self._task, completed=done, total=total, status=text)
+                if self._line is not None:
+                    self._line.show(completed=done, total=total, status=text)
                 elif piece == "data" or time.monotonic() - said_at >= _SAY_EVERY_S:
                     said_at = time.monotonic()
                     self._show(f"{text} {done}/{total}")
 
             yield show
-            if self._progress is not None and self._task is not None:
-                (task,) = self._progress.tasks
-                self._progress.update(self._task, completed=task.total)
+            if self._line is not None:
+                self._line.show(completed=self._line.tasks[0].total)
 
     @contextmanager
     def asking_server(self, texts: int) -> Iterator[Callable[[int], None]]:
         """Show progress inside, in a terminal; what it yields is called with how many more texts are there."""
         with self._live("texts from the server", texts, 0):
-
-            def advance(count: int) -> None:
-                if self._progress is not None and self._task is not None:
-                    self._progress.advance(self._task, count)
-
-            yield advance
+            yield lambda count: None if self._line is None else self._line.go_on(count)
 
     @contextmanager
     def training(
@@ -182,48 +174,32 @@ class Display:
             if evaluations:
                 what += f" and {evaluations:,} evaluation{'s' * (evaluations > 1)}"
             self.say(f"expected time: {_duration(self._seconds_left(metrics))} for {what}")
-        if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=metrics.step + 1, status=self._status(metrics))
-            return
         done = metrics.step + 1
-        if done == 1 or done == metrics.total_steps or done % (self._every or 1) == 0:
+        if self._line is not None:
+            self._line.show(completed=done, status=self._status(metrics))
+        elif done == 1 or done == metrics.total_steps or done % (self._every or 1) == 0:
             self._show(f"step {done}/{metrics.total_steps}  {self._status(metrics)}")
 
     @contextmanager
     def evaluating(self, when: str, examples: int) -> Iterator[Callable[[int], None]]:
         """Show progress of an evaluation; what it yields is called with how many more examples are done."""
-        started = time.perf_counter()
-        with self._evaluating(when, examples) as advance:
-            yield advance
-        self._evaluation_s = time.perf_counter() - started
-
-    @contextmanager
-    def _evaluating(self, when: str, examples: int) -> Iterator[Callable[[int], None]]:
-        if self._progress is not None and self._task is not None:
-            # In the midst of training: the same line, not a second live display.
-            progress, task, done = self._progress, self._task, 0
-
-            def advance_within(count: int) -> None:
-                nonlocal done
-                done += count
-                progress.update(task, status=f"evaluating {done}/{examples}")
-
-            yield advance_within
-            return
-        with self._live(f"evaluate {when}".strip(), examples, 0):
-            progress_now, task_now = self._progress, self._task
-            seen, said_at = 0, time.monotonic()
+        started, said_at, seen = time.perf_counter(), time.monotonic(), 0
+        training = self._line  # in the midst of it: the same line, not a second live display
+        with self._live(f"evaluate {when}".strip(), examples, 0) if training is None else nullcontext():
 
             def advance(count: int) -> None:
                 nonlocal seen, said_at
                 seen += count
-                if progress_now is not None and task_now is not None:
-                    progress_now.advance(task_now, count)
+                if training is not None:
+                    training.show(status=f"evaluating {seen}/{examples}")
+                elif self._line is not None:
+                    self._line.go_on(count)
                 elif time.monotonic() - said_at >= _SAY_EVERY_S and seen < examples:
                     said_at = time.monotonic()
                     self._show(f"evaluating {seen}/{examples}")
 
             yield advance
+        self._evaluation_s = time.perf_counter() - started
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Print the result on stdout: one JSON object, or a table, after the map if kill-and-revive did anything."""
@@ -241,24 +217,13 @@ class Display:
         if not self._terminal:
             yield
             return
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TextColumn
+        from .live_progress import LiveLine
 
-        from .live_progress import ProgressWithView
-
-        if self._console is None:
-            self._console = Console(file=self._stream)
-        columns: list[ProgressColumn] = [MofNCompleteColumn()]
-        if self._console.width >= 100:  # at 80 the numbers need all of it
-            columns.append(BarColumn(bar_width=None))
-        columns.append(TextColumn("{task.fields[status]}"))
-        with ProgressWithView(*columns, console=self._console, refresh_per_second=4, view=view) as progress:
-            self._progress = progress
-            self._task = progress.add_task(name, total=total, completed=done, status=name)
+        with LiveLine(name, total, done, self._stream, view) as self._line:
             try:
                 yield
             finally:
-                self._progress = self._task = None
+                self._line = None
 
     def _status(self, metrics: StepMetrics) -> str:
         speed = self._speed

@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TextIO
 
-from rich.console import RenderableType
-from rich.progress import Progress
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn
 from rich.text import Text
 
 from .live_view import LEAST_COLUMNS, LEAST_LINES, LiveView
 
 
-class ProgressWithView(Progress):
-    """A progress line; above it, where the terminal has room and characters for it, what ``view`` shows."""
+class LiveLine(Progress):
+    """How far one thing is, with words beside it; above the line, where the terminal has room and characters for it,
+    what ``view`` shows."""
 
-    def __init__(self, *columns: Any, view: LiveView | None, **settings: Any) -> None:
+    def __init__(self, name: str, total: int, done: int, stream: TextIO, view: LiveView | None) -> None:
         self._view: LiveView | None = None  # rich asks for what is shown while it is being made
-        super().__init__(*columns, **settings)
+        console = Console(file=stream)
+        columns: list[ProgressColumn] = [MofNCompleteColumn(), TextColumn("{task.fields[status]}")]
+        if console.width >= 100:  # at 80 the numbers need all of it
+            columns.insert(1, BarColumn(bar_width=None))
+        super().__init__(*columns, console=console, refresh_per_second=4)
+        self._task = self.add_task(name, total=total, completed=done, status=name)
         self._view = view
+
+    def show(self, **changes: Any) -> None:
+        """Change what is shown: ``completed``, ``total`` or ``status``, the words."""
+        self.update(self._task, **changes)
+
+    def go_on(self, count: int) -> None:
+        """So many more are done."""
+        self.advance(self._task, count)
 
     def get_renderables(self) -> Iterable[RenderableType]:
         """Called some times a second, and whenever something is printed above."""

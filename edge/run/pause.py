@@ -12,57 +12,34 @@ import re
 import subprocess
 import time
 from collections.abc import Callable, Container, Iterable
-from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Any, Final
 
 from dlora.protocol.errors import UsageError
 
 POLL_S: Final = 10.0
 GRAMMAR: Final = "battery<PERCENT, temperature>CELSIUS, memory<SIZE (200MB, 2GB), metered"
-HELP: Final = (
-    f"Pause between steps while one of these holds, and go on by itself: {GRAMMAR}. "
-    "Several with commas, or the option again; quote it, < and > mean something to the shell."
-)
 
 _STOP_CHECK_S: Final = 0.5  # how long Ctrl-C may go unnoticed
 _METERED_EVERY_S: Final = 10.0
 _NMCLI_TIMEOUT_S: Final = 2.0
 _PLAUSIBLE_C: Final = (0.0, 120.0)  # inputs of a sensor chip that lead nowhere read 0, 127 or 255
 _RULE: Final = re.compile(r"([a-z]+)\s*(?:([<>])\s*(\d+(?:\.\d+)?)\s*(%|°?C|[MG]B)?)?")
-_BYTES: Final = {"MB": 1e6, "GB": 1e9}
 
-
-class Battery(NamedTuple):
-    """A battery's charge in percent, and whether the device is on mains power."""
-
-    percent: float
-    plugged: bool
-
-
-class Sensors(Protocol):
-    """What a device can say of itself; None for what it cannot."""
-
-    def battery(self) -> Battery | None: ...
-
-    def temperature_c(self) -> float | None:
-        """The hottest sensor, in °C."""
-
-    def available_memory(self) -> float | None:
-        """What programs can still take without swapping, in bytes."""
-
-    def metered(self) -> bool | None:
-        """Whether the network is paid for by volume."""
+Sensors = Callable[[str], float | None]
+"""What a device says of itself, by the name of a rule: a battery's charge in percent, which is infinite on mains power;
+the °C of its hottest sensor; bytes of memory that programs can still take; 1 or 0, whether the network is paid for by
+volume. None for what it cannot say."""
 
 
 @dataclass(frozen=True)
 class _Gauge:
-    """What a kind of rule measures, when it holds and how it is worded.
+    """When a kind of rule holds, and how it is worded.
 
     Attributes:
-        sign: "<" where the rule holds below its threshold, ">" above.
+        sign: "<" where the rule holds below its threshold, ">" or nothing above.
         units: what may follow the number, and its factor.
         thresholds: the lowest and highest that make sense.
-        read: the value now.
         release_threshold: from a threshold, the one at which a rule that holds lets go.
         sentence: from value and threshold, why training pauses.
     """
@@ -70,16 +47,8 @@ class _Gauge:
     sign: str
     units: dict[str, float]
     thresholds: tuple[float, float]
-    read: Callable[[Sensors], float | None]
     release_threshold: Callable[[float], float]
     sentence: Callable[[float, float], str]
-
-
-def _charge(sensors: Sensors) -> float | None:
-    battery = sensors.battery()
-    if battery is None:
-        return None
-    return math.inf if battery.plugged else battery.percent  # mains power never runs low
 
 
 _GAUGES: Final = {
@@ -87,7 +56,6 @@ _GAUGES: Final = {
         sign="<",
         units={"": 1, "%": 1},
         thresholds=(1, 100),
-        read=_charge,
         release_threshold=lambda percent: min(percent + 3, 100),
         sentence=lambda now, limit: f"battery at {now:.3g} % (below {limit:g} %) and not charging",
     ),
@@ -95,15 +63,13 @@ _GAUGES: Final = {
         sign=">",
         units={"": 1, "C": 1, "°C": 1},
         thresholds=(10, 120),
-        read=lambda sensors: sensors.temperature_c(),
         release_threshold=lambda celsius: celsius - 5,
         sentence=lambda now, limit: f"temperature at {now:.4g} °C (above {limit:g} °C)",
     ),
     "memory": _Gauge(
         sign="<",
-        units=_BYTES,
+        units={"MB": 1e6, "GB": 1e9},
         thresholds=(1e6, 1e15),
-        read=lambda sensors: sensors.available_memory(),
         release_threshold=lambda size: size * 1.1,
         sentence=lambda now, limit: f"{now / 1e6:,.1f} MB of memory available (below {limit / 1e6:,.10g} MB)",
     ),
@@ -111,7 +77,6 @@ _GAUGES: Final = {
         sign="",
         units={"": 1},
         thresholds=(0, 0),
-        read=lambda sensors: sensors.metered(),
         release_threshold=lambda nothing: nothing,
         sentence=lambda now, limit: "the network is metered",
     ),
@@ -120,11 +85,25 @@ _GAUGES: Final = {
 
 @dataclass(frozen=True)
 class PauseRule:
-    """One rule, with its text as it was written: ``battery<20``."""
+    """One rule, with its text as it was written: ``battery<20``; and what it measures."""
 
     text: str
+    name: str
     threshold: float
-    gauge: _Gauge = field(compare=False)
+
+    @classmethod
+    def parse(cls, text: str) -> PauseRule:
+        """Raises ``UsageError`` that says what is known."""
+        match = _RULE.fullmatch(text)
+        gauge = _GAUGES.get(match[1]) if match else None
+        if match is None or gauge is None or (match[2] or "") != gauge.sign:
+            raise UsageError(f"--pause-when {text!r} is not known; known are {GRAMMAR}")
+        factor = gauge.units.get(match[4] or "")
+        threshold = float(match[3] or 0) * (factor or 0)
+        lowest, highest = gauge.thresholds
+        if factor is None or not lowest <= threshold <= highest:
+            raise UsageError(f"--pause-when {text!r}: threshold or unit not allowed; write {GRAMMAR}")
+        return cls(text, match[1], threshold)
 
     def reason(self, sensors: Sensors, *, held: bool = False) -> str | None:
         """Why training pauses by this rule, as a sentence; None where it does not hold.
@@ -132,29 +111,25 @@ class PauseRule:
         Args:
             held: whether it held at the last look. It then holds up to its margin, and while its sensor is silent.
         """
-        now = self.gauge.read(sensors)
+        now, gauge = sensors(self.name), _GAUGES[self.name]
         if now is None:
             return f"{self.text} held, and its sensor is silent now" if held else None
-        limit = self.gauge.release_threshold(self.threshold) if held else self.threshold
-        holds = now < limit if self.gauge.sign == "<" else now > limit
-        return self.gauge.sentence(now, limit) if holds else None
+        limit = gauge.release_threshold(self.threshold) if held else self.threshold
+        holds = now < limit if gauge.sign == "<" else now > limit
+        return gauge.sentence(now, limit) if holds else None
 
 
 @dataclass(frozen=True)
 class PauseRules:
     """All rules of a run, in the order of the command line."""
 
-    rules: tuple[PauseRule, ...] = ()
+    rules: tuple[PauseRule, ...]
 
     @classmethod
     def parse(cls, texts: Iterable[str]) -> PauseRules:
         """From texts such as ``battery<20,metered``. Raises ``UsageError`` that says what is known."""
         parts = (part.strip() for text in texts for part in text.split(","))
-        return cls(tuple(_parse(part) for part in parts if part))
-
-    def reason(self, sensors: Sensors) -> str | None:
-        """Why training must pause now, by the first rule that holds; None where none does."""
-        return next(iter(self.holding_rules(sensors).values()), None)
+        return cls(tuple(PauseRule.parse(part) for part in parts if part))
 
     def holding_rules(self, sensors: Sensors, held: Container[PauseRule] = ()) -> dict[PauseRule, str]:
         """The rules that hold now and why, in order; ``held`` are those that held at the last look."""
@@ -163,7 +138,7 @@ class PauseRules:
 
     def warning(self, sensors: Sensors) -> str | None:
         """One line about the rules that can never hold here, for want of a sensor; None where there are none."""
-        without_sensor = [rule.text for rule in self.rules if rule.gauge.read(sensors) is None]
+        without_sensor = [rule.text for rule in self.rules if sensors(rule.name) is None]
         if not without_sensor:
             return None
         return f"--pause-when {','.join(without_sensor)}: this device has no such sensor, training never pauses for it"
@@ -175,7 +150,7 @@ def wait_while_paused(
     *,
     say: Callable[[str], None],
     should_stop: Callable[[], bool],
-    on_pause: Callable[[], None] | None = None,
+    on_pause: Callable[[], None],
     sleep: Callable[[float], None] = time.sleep,
 ) -> bool:
     """Come back when no rule holds any more; at once where none holds, or where the user wants to stop.
@@ -193,8 +168,7 @@ def wait_while_paused(
         return False
     announced = next(iter(reasons))
     say(f"paused: {reasons[announced]}; goes on by itself")
-    if on_pause is not None:
-        on_pause()
+    on_pause()
     while _wait(POLL_S, should_stop, sleep):
         reasons = rules.holding_rules(sensors, held=reasons)
         if not reasons:
@@ -227,38 +201,41 @@ class SystemSensors:
         self._asked_at = -math.inf
         self._metered: bool | None = None
 
-    def battery(self) -> Battery | None:
-        found = _read_or_none(lambda psutil: psutil.sensors_battery())
-        # psutil does not know the mains in every device; unknown counts as unplugged, to be on the safe side.
-        return None if found is None else Battery(found.percent, found.power_plugged is True)
+    def __call__(self, name: str) -> float | None:
+        if name == "metered":
+            now = self._clock()
+            if now - self._asked_at >= _METERED_EVERY_S:
+                self._metered = _ask_network_manager()
+                self._asked_at = now
+            return self._metered
+        import psutil  # slow to load, and most runs have no rules
 
-    def temperature_c(self) -> float | None:
-        """The hottest sensor, in °C; psutil falls back to /sys/class/thermal by itself where there is no hwmon."""
-        found = _read_or_none(lambda psutil: psutil.sensors_temperatures()) or {}
-        low, high = _PLAUSIBLE_C
-        readings = (reading.current for readings in found.values() for reading in readings)
-        return max((celsius for celsius in readings if low < celsius < high), default=None)
-
-    def available_memory(self) -> float | None:
-        found = _read_or_none(lambda psutil: psutil.virtual_memory())
-        return None if found is None else float(found.available)
-
-    def metered(self) -> bool | None:
-        now = self._clock()
-        if now - self._asked_at >= _METERED_EVERY_S:
-            self._metered = _ask_network_manager()
-            self._asked_at = now
-        return self._metered
+        try:
+            return _READ[name](psutil)
+        except (AttributeError, NotImplementedError, OSError, ValueError, psutil.Error):
+            return None  # this system lacks it, or refuses
 
 
-def _read_or_none(read: Callable[[Any], Any]) -> Any:
-    """What psutil says; None for a reading that this system lacks or refuses."""
-    import psutil  # slow to load, and most runs have no rules
-
-    try:
-        return read(psutil)
-    except (AttributeError, NotImplementedError, OSError, ValueError, psutil.Error):
+def _charge(psutil: Any) -> float | None:
+    battery = psutil.sensors_battery()
+    if battery is None:
         return None
+    # psutil does not know the mains in every device; unknown counts as unplugged, to be on the safe side.
+    return math.inf if battery.power_plugged else float(battery.percent)
+
+
+def _hottest_c(psutil: Any) -> float | None:
+    """psutil falls back to /sys/class/thermal by itself where there is no hwmon."""
+    low, high = _PLAUSIBLE_C
+    readings = (reading.current for sensor in (psutil.sensors_temperatures() or {}).values() for reading in sensor)
+    return max((celsius for celsius in readings if low < celsius < high), default=None)
+
+
+_READ: Final[dict[str, Callable[[Any], float | None]]] = {
+    "battery": _charge,
+    "temperature": _hottest_c,
+    "memory": lambda psutil: float(psutil.virtual_memory().available),
+}
 
 
 def _ask_network_manager() -> bool | None:
@@ -280,16 +257,3 @@ def _ask_network_manager() -> bool | None:
         if answer.returncode == 0:
             return any(line.rpartition(":")[2].startswith("yes") for line in answer.stdout.splitlines())
     return None
-
-
-def _parse(text: str) -> PauseRule:
-    match = _RULE.fullmatch(text)
-    gauge = _GAUGES.get(match[1]) if match else None
-    if match is None or gauge is None or (match[2] or "") != gauge.sign:
-        raise UsageError(f"--pause-when {text!r} is not known; known are {GRAMMAR}")
-    factor = gauge.units.get(match[4] or "")
-    threshold = float(match[3] or 0) * (factor or 0)
-    lowest, highest = gauge.thresholds
-    if factor is None or not lowest <= threshold <= highest:
-        raise UsageError(f"--pause-when {text!r}: threshold or unit not allowed; write {GRAMMAR}")
-    return PauseRule(text, threshold, gauge)
