@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Final
@@ -19,7 +18,7 @@ from dlora.protocol.errors import DloraError, StoppedError, UsageError
 from dlora.protocol.text import one_line
 
 from .generate import summary_line
-from .model_options import UsedModel, find_adapter, takes_model
+from .model_options import UsedModel, check_model, find_adapter, takes_model
 from .options import AdapterOption, AdaptersOption
 from .output import print_answer, warn
 from .sampling_options import ChatSamplingOptions, ContextLengthOption, DraftOption, MaxNewTokensOption
@@ -57,15 +56,11 @@ def chat(
     it: SECURITY.md.
     """
     from dlora.edge.data.prompt import prompt_tokenizer
-    from dlora.edge.engine.bundle import Bundle
-    from dlora.edge.wire.credentials import Credentials
 
-    UsedModel(settings, adapter).check()
+    check_model(settings)
     sampling = sampling_options.sampling()
-    credentials = Credentials.of(settings.server, warn)
-    assert settings.device.bundle is not None  # the command asks for it
-    opened = Bundle.open(settings.device.bundle)
-    with prompt_tokenizer(opened) as tokenizer:
+    used = UsedModel.of(settings, adapter)
+    with prompt_tokenizer(used.bundle) as tokenizer:
         from dlora.edge.adapters.store import default_directory
         from dlora.edge.generation.chat import Chat
 
@@ -74,13 +69,13 @@ def chat(
             tokenizer, system=system, sampling=sampling, max_new_tokens=max_new_tokens, draft_length=draft, say=_note
         )
 
-        def open_model(adapter: Path | None) -> contextlib.AbstractContextManager[GeneratingModel]:
-            return UsedModel(settings, adapter).open_generating(
-                opened, credentials, context_length=context_length, should_stop=stopping.is_asked
+        def open_model(adapter: Path | None) -> AbstractContextManager[GeneratingModel]:
+            return used.with_adapter(adapter).open_generating(
+                context_length=context_length, should_stop=stopping.is_asked
             )
 
         directory = adapters or default_directory()
-        with _OpenModel(open_model, find_adapter(adapter, directory)) as model, stopping.handling():
+        with closing(_OpenModel(open_model, find_adapter(adapter, directory))) as model, stopping.handling():
             model.context()  # a mistake shows before anything is said
             _Loop(said, model, stopping, directory).run()
 
@@ -119,12 +114,11 @@ class _Stopping:
         self._asked = True
 
 
-@contextmanager
-def _as_usage_error() -> Iterator[None]:
-    """``~nobody/file`` is a mistake, and Python's error for it none that we know."""
+def _path(text: str) -> Path:
+    """A path as a user writes it, with ``~``. Raises ``UsageError``."""
     try:
-        yield
-    except RuntimeError as error:
+        return Path(text).expanduser()
+    except RuntimeError as error:  # Python's, for ``~nobody/file``
         raise UsageError(f"there is no such place ({error})") from None
 
 
@@ -132,20 +126,12 @@ class _OpenModel:
     """The model in use, opened when it is needed, and again after a failure."""
 
     def __init__(
-        self,
-        open_model: Callable[[Path | None], contextlib.AbstractContextManager[GeneratingModel]],
-        adapter: Path | None,
+        self, open_model: Callable[[Path | None], AbstractContextManager[GeneratingModel]], adapter: Path | None
     ) -> None:
         self._open_model = open_model
         self._open = ExitStack()
         self._context: Context | None = None
         self.adapter = adapter
-
-    def __enter__(self) -> _OpenModel:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def context(self) -> Context:
         """Raises what ``open_model`` does."""
@@ -167,14 +153,12 @@ class _OpenModel:
 
     def close(self) -> None:
         self._context = None
-        with contextlib.suppress(DloraError):
+        with suppress(DloraError):
             self._open.close()
 
 
 class _Loop:
-    def __init__(
-        self, said: Chat, model: _OpenModel, stopping: _Stopping, adapters: Path
-    ) -> None:
+    def __init__(self, said: Chat, model: _OpenModel, stopping: _Stopping, adapters: Path) -> None:
         self._said = said
         self._model = model
         self._stopping = stopping
@@ -184,7 +168,7 @@ class _Loop:
         """Until the user leaves."""
         is_terminal = sys.stdin.isatty()
         if is_terminal:
-            with contextlib.suppress(ImportError):
+            with suppress(ImportError):
                 import readline  # noqa: F401  # gives ``input`` its history and its keys
             _note("/help tells what can be said; Ctrl-D leaves")
         while (text := _read(is_terminal=is_terminal)) is not None:
@@ -217,13 +201,9 @@ class _Loop:
                 self._said.reset(rest)
                 _note("begun anew")
             case "/save" if rest:
-                with _as_usage_error():
-                    path = Path(rest).expanduser()
-                self._save(path)
+                self._save(_path(rest))
             case "/adapter" if rest:
-                with _as_usage_error():
-                    named = Path(rest).expanduser()
-                self._model.use(None if rest == "none" else find_adapter(named, self._adapters))
+                self._model.use(None if rest == "none" else find_adapter(_path(rest), self._adapters))
                 _note(f"now with {self._model.adapter or 'the plain base model'}")
             case _:
                 raise UsageError(f"{text.split()[0]} is not understood, or lacks a word after it; /help tells what is")

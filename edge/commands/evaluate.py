@@ -11,7 +11,7 @@ from dlora.edge.choices import AnswerScore
 from dlora.edge.settings import Settings
 from dlora.protocol.errors import UsageError
 
-from .model_options import CHANGES, MODEL, UsedModel
+from .model_options import CHANGES, MODEL, UsedModel, check_model
 from .options import AdapterOption, JsonOption, RecordOption
 from .sampling_options import MaxNewTokensOption
 from .settings_options import takes_settings
@@ -67,18 +67,14 @@ def evaluate(
     Example:  dlora-edge evaluate --bundle build/smollm2 --server ws://127.0.0.1:8765 --data test.jsonl
     --adapter my-adapter --against base --answers contains
     """
-    from dlora.edge.engine.bundle import Bundle
     from dlora.edge.run.display import Display
     from dlora.edge.run.reading import hold_out_of_run
-    from dlora.edge.wire.credentials import Credentials
     from dlora.edge.wire.recorder import check_record
 
     from .evaluation import Asking, evaluate_models
 
     display = Display(json_output=json_output)
-    names = [str(adapter or "base"), *(against or [])]
-    models = [UsedModel(settings, None if name == "base" else Path(name)) for name in names]
-    models[0].check()  # before data is read
+    check_model(settings)  # before data is read
     check_record(record, is_local=settings.placement.device_blocks == "all")
     asking = None
     if answers is not None:
@@ -89,18 +85,17 @@ def evaluate(
         if value is not None
     ]:
         raise UsageError(f"{given[0]} needs --answers, which says how answers are scored")
-    credentials = Credentials.of(settings.server, display.warn)
+    names = [str(adapter or "base"), *(against or [])]
+    used = UsedModel.of(settings, None)
+    models = {name: used.with_adapter(None if name == "base" else Path(name)) for name in names}
     if settings.data.hold_out == "auto":
-        settings = settings.replaced(hold_out=hold_out_of_run(models[0].find_adapter()))
-    assert settings.device.bundle is not None  # the decorator asks for it
-    opened = Bundle.open(settings.device.bundle)
-    for each in models:
-        each.check_server(opened)
-        each.warn_of_server(opened)
+        settings = settings.replaced(hold_out=hold_out_of_run(models[names[0]].find_adapter()))
+    for each in models.values():
+        each.check_server()
+        each.warn_of_server()
     result, answered = evaluate_models(
-        [*zip(names, models, strict=True)], opened, settings, credentials, display, asking=asking, limit=limit,
-        record=record,
-    )  # fmt: skip
+        [(name, models[name]) for name in names], settings, display, asking=asking, limit=limit, record=record
+    )
     if save is not None:
         answered.save(save)
     if json_output:

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from dlora.edge.data.question import Question
     from dlora.edge.engine.bundle import Bundle
     from dlora.edge.scoring.scored_model import ScoredModel
-    from dlora.edge.wire.credentials import Credentials
     from dlora.edge.wire.recorder import Recorder
 
     from .model_options import UsedModel
@@ -111,20 +110,19 @@ class Answered:
 
 def evaluate_models(
     models: Sequence[tuple[str, UsedModel]],
-    bundle: Bundle,
     settings: Settings,
-    credentials: Credentials,
     display: Display,
     *,
     asking: Asking | None,
     limit: int | None,
     record: Path | None,
 ) -> tuple[dict[str, Any], Answered]:
-    """What is found of each model, as JSON has it, and what they answered. Raises any ``DloraError``."""
+    """What is found of each model, by its name, as JSON has it, and what they answered. Raises any ``DloraError``."""
+    bundle = models[0][1].bundle
     dataset = read_held_out(settings.data, bundle, display)
     if limit is not None and limit < len(dataset):
         dataset = dataset.subset(range(limit))
-    if len(models) > 1 and any(invocation_of(model) for _, model in models):  # all on the same examples
+    if len(models) > 1 and any(_invocation_of(model) for _, model in models):  # all on the same examples
         dataset = dataset.one_answer_each()
     questions = [] if asking is None else asking.read(settings.data, bundle, display, limit)
     from dlora.edge.data.prompt import prompt_tokenizer
@@ -136,12 +134,11 @@ def evaluate_models(
             tokenizer = stack.enter_context(prompt_tokenizer(bundle))
         recorder = stack.enter_context(recording(record, bundle.tokenizer_file(), display.warn))
         for name, model in models:
-            scored.append(
-                _score(
-                    name, model, bundle, dataset, questions, credentials, display, asking=asking, tokenizer=tokenizer,
-                    batch_size=settings.training.batch_size, recorder=recorder, is_only=len(models) == 1,
-                )
-            )
+            label = "" if len(models) == 1 else name
+            scored.append(_score(
+                name, model, dataset, questions, display, label=label, asking=asking, tokenizer=tokenizer,
+                recorder=recorder,
+            ))  # fmt: skip
     first, *others = scored
     evaluation = first.evaluation
     result = first.result() | {"tokens": evaluation.tokens, "examples": evaluation.examples}
@@ -152,7 +149,7 @@ def evaluate_models(
     return result, Answered(scored, questions)
 
 
-def invocation_of(model: UsedModel) -> tuple[int, ...]:
+def _invocation_of(model: UsedModel) -> tuple[int, ...]:
     """The tokens from which on a model's adapter acts; none: everywhere."""
     from dlora.edge.adapters.peft import load_adapter
 
@@ -162,27 +159,23 @@ def invocation_of(model: UsedModel) -> tuple[int, ...]:
 
 def _score(
     name: str,
-    options: UsedModel,
-    bundle: Bundle,
+    used: UsedModel,
     dataset: Dataset,
     questions: Sequence[Question],
-    credentials: Credentials,
     display: Display,
     *,
+    label: str,
     asking: Asking | None,
     tokenizer: PromptTokenizer | None,
-    batch_size: int,
     recorder: Recorder | None,
-    is_only: bool,
 ) -> ScoredModel:
     from dlora.edge.data.invocation import uninvoked_line
     from dlora.edge.model.evaluation import evaluate_examples
     from dlora.edge.scoring.scored_model import ScoredModel, generate_answers, likeliest_choices, rights_of
 
-    label = "" if is_only else name
-    answers: list[str] = []
+    answers, batch_size = list[str](), used.settings.training.batch_size
     longest = max([int(dataset.lengths.max()), *(len(each.ids) // 4 for one in questions for each in one.candidates)])
-    with options.open_to_evaluate(bundle, credentials, longest, recorder) as model:
+    with used.open_to_evaluate(longest, recorder) as model:
         if model.invocation:
             dataset = dataset.one_answer_each()
             if line := uninvoked_line(dataset, model.invocation):
@@ -196,9 +189,7 @@ def _score(
                 answers = likeliest_choices(model, questions, batch_size, advance)
     if asking is not None and tokenizer is not None:
         context_length = max(len(each.prompt) // 4 for each in questions) + asking.max_new_tokens
-        opening = options.open_generating(
-            bundle, credentials, context_length=context_length, recorder=recorder
-        )
+        opening = used.open_generating(context_length=context_length, recorder=recorder)
         with opening as generating, display.evaluating(f"{label} answers", len(questions)) as advance:
             answers = generate_answers(
                 generating, tokenizer, questions, max_new_tokens=asking.max_new_tokens, on_answer=lambda: advance(1)

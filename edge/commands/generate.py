@@ -15,7 +15,7 @@ from dlora.edge.settings import Settings
 from dlora.protocol.errors import DataError, UsageError
 from dlora.protocol.text import visible_json
 
-from .model_options import UsedModel, takes_model
+from .model_options import UsedModel, check_model, takes_model
 from .options import AdapterOption, JsonOption, RecordOption
 from .output import print_answer, warn
 from .sampling_options import DraftOption, MaxNewTokensOption, SamplingOptions, StopOption
@@ -61,22 +61,17 @@ def generate(
     A terminal shows characters that would steer it as codes; a pipe or a file gets the answer as it is.
     """
     from dlora.edge.data.prompt import prompt_tokenizer
-    from dlora.edge.engine.bundle import Bundle
-    from dlora.edge.wire.credentials import Credentials
     from dlora.edge.wire.recorder import check_record, recording
 
-    used = UsedModel(settings, adapter)
-    used.check()
+    check_model(settings)
     check_record(record, is_local=settings.placement.device_blocks == "all")
     if prompt is not None and messages is not None:
         raise UsageError("give --prompt or --messages, not both")
     asked_messages = None if messages is None else _read_messages(messages)
     text = _read_stdin() if prompt is None and messages is None else prompt
     sampling = sampling_options.sampling(logprobs=logprobs if json_output else None)
-    credentials = Credentials.of(settings.server, warn)
-    assert settings.device.bundle is not None  # the command asks for it
-    opened = Bundle.open(settings.device.bundle)
-    with prompt_tokenizer(opened) as tokenizer, recording(record, opened.tokenizer_file(), warn) as recorder:
+    used = UsedModel.of(settings, adapter)
+    with prompt_tokenizer(used.bundle) as tokenizer, recording(record, used.bundle.tokenizer_file(), warn) as recorder:
         from dlora.edge.generation.answer import TextAnswer
         from dlora.edge.generation.prompt import Prompt
         from dlora.edge.model.context import Context
@@ -88,17 +83,11 @@ def generate(
         else:
             asked = Prompt.of_text(text, tokenizer, system=system, as_it_is=no_chat_template)
         context_length = len(asked.encode(tokenizer)) + max_new_tokens
-        opening = used.open_generating(opened, credentials, context_length=context_length, recorder=recorder)
-        with opening as model:
+        with used.open_generating(context_length=context_length, recorder=recorder) as model:
             answer = TextAnswer(
-                Context(model),
-                tokenizer,
-                asked.encode(tokenizer, model.invocation, warn),
-                sampling,
-                max_new_tokens=max_new_tokens,
-                stop=stop or (),
-                draft_length=draft,
-            )
+                Context(model), tokenizer, asked.encode(tokenizer, model.invocation, warn), sampling,
+                max_new_tokens=max_new_tokens, stop=stop or (), draft_length=draft,
+            )  # fmt: skip
             for piece in answer:
                 if not json_output:
                     print_answer(piece)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -52,33 +52,38 @@ def find_adapter(adapter: Path | None, directory: Path) -> Path | None:
     return directory / adapter
 
 
+def check_model(settings: Settings) -> None:
+    """Raise ``UsageError`` for a precision that is none, and a server that nobody asks."""
+    from dlora.protocol.wire_codecs import Codecs
+
+    assert settings.server.wire_dtype is not None
+    Codecs.parse(settings.server.wire_dtype)
+    if settings.placement.device_blocks == "all" and settings.server.server is not None:
+        raise UsageError("--device-blocks all asks no server: leave --server out")
+
+
 @dataclass(frozen=True)
 class UsedModel:
-    """A bundle, a server and an adapter, as settings and ``--adapter`` name them."""
+    """An open bundle, a server and an adapter, as settings and ``--adapter`` name them."""
 
     settings: Settings
+    bundle: Bundle
+    credentials: Credentials
     adapter: Path | None
 
-    def check(self) -> None:
-        """Raise ``UsageError`` for a precision that is none, and a server that nobody asks."""
-        from dlora.protocol.wire_codecs import Codecs
+    @classmethod
+    def of(cls, settings: Settings, adapter: Path | None) -> UsedModel:
+        """Reads tokens and certificates, and opens the bundle. Raises ``UsageError`` and ``BundleError``."""
+        from dlora.edge.engine.bundle import Bundle
+        from dlora.edge.wire.credentials import Credentials
 
-        assert self.settings.server.wire_dtype is not None
-        Codecs.parse(self.settings.server.wire_dtype)
-        if self.settings.placement.device_blocks == "all" and self.settings.server.server is not None:
-            raise UsageError("--device-blocks all asks no server: leave --server out")
+        credentials = Credentials.of(settings.server, warn)
+        assert settings.device.bundle is not None  # every such command asks for it
+        return cls(settings, Bundle.open(settings.device.bundle), credentials, adapter)
 
-    def device_blocks(self, bundle: Bundle) -> int:
-        """How many blocks run here; by default as many as when the adapter was trained."""
-        from dlora.edge.model.device_lora import trained_device_blocks
-
-        word, last = self.settings.placement.device_blocks, bundle.manifest.base_model.blocks
-        if word == "auto":
-            return trained_device_blocks(self.find_adapter())
-        count = last if word == "all" else int(word)
-        if count > last:
-            raise UsageError(f"--device-blocks {word}: the model has {last} blocks")
-        return count
+    def with_adapter(self, adapter: Path | None) -> UsedModel:
+        """The same base model with another adapter."""
+        return replace(self, adapter=adapter)
 
     def find_adapter(self) -> Path | None:
         """The adapter's directory."""
@@ -88,8 +93,6 @@ class UsedModel:
 
     def open_generating(
         self,
-        bundle: Bundle,
-        credentials: Credentials,
         *,
         context_length: int,
         longest_outage_s: float | None = None,
@@ -99,7 +102,6 @@ class UsedModel:
         """The model to generate with, connected.
 
         Args:
-            bundle: the one that the settings name.
             context_length: as ``open_to_generate`` has it.
             longest_outage_s: of the server, from the first connection on, where the settings say nothing.
             should_stop: asked while the server is waited for.
@@ -109,28 +111,27 @@ class UsedModel:
         """
         from dlora.edge.model.opening import open_to_generate
 
-        opening = self._opening(bundle, credentials, longest_outage_s, should_stop, recorder)
-        return open_to_generate(opening, context_length=context_length)
+        return open_to_generate(self._opening(recorder, longest_outage_s, should_stop), context_length=context_length)
 
     def open_to_evaluate(
-        self, bundle: Bundle, credentials: Credentials, longest: int, recorder: Recorder | None
+        self, longest: int, recorder: Recorder | None
     ) -> AbstractContextManager[SplitModel | TrunkModel]:
         """The model, connected where it has to be. ``longest``: tokens of the longest example."""
         from dlora.edge.model.opening import open_to_evaluate
 
-        return open_to_evaluate(self._opening(bundle, credentials, recorder=recorder), longest=longest)
+        return open_to_evaluate(self._opening(recorder), longest=longest)
 
-    def check_server(self, bundle: Bundle) -> None:
+    def check_server(self) -> None:
         """Raise ``UsageError`` where a server is needed and none is named."""
-        if self.settings.server.server is None and self.device_blocks(bundle) < bundle.manifest.base_model.blocks:
+        if self.settings.server.server is None and self._device_blocks() < self.bundle.manifest.base_model.blocks:
             raise UsageError("--server is missing, which runs blocks; --device-blocks all needs none")
 
-    def warn_of_server(self, bundle: Bundle) -> None:
+    def warn_of_server(self) -> None:
         """Say where a server is to be told what an adapter computes that was trained without, or is not asked."""
         from dlora.edge.model.device_lora import trained_device_blocks
 
-        count, trained = self.device_blocks(bundle), trained_device_blocks(self.find_adapter())
-        if count == bundle.manifest.base_model.blocks and self.settings.server.server is not None:
+        count, trained = self._device_blocks(), trained_device_blocks(self.find_adapter())
+        if count == self.bundle.manifest.base_model.blocks and self.settings.server.server is not None:
             warn("the adapter was trained with --device-blocks all: all blocks run here, and --server is not asked")
         if not count and trained:
             warn(
@@ -138,45 +139,46 @@ class UsedModel:
                 "by token"
             )
 
-    def _warn_of_storage(self, bundle: Bundle, count: int) -> None:
-        """Say where the adapter was trained with blocks that are stored otherwise than those on this device."""
-        from dlora.edge.model.device_lora import other_storage_line
+    def _device_blocks(self) -> int:
+        """How many blocks run here; by default as many as when the adapter was trained."""
+        from dlora.edge.model.device_lora import trained_device_blocks
 
-        if count and (line := other_storage_line(bundle.manifest, self.find_adapter())):
-            warn(line)
+        word, last = self.settings.placement.device_blocks, self.bundle.manifest.base_model.blocks
+        if word == "auto":
+            return trained_device_blocks(self.find_adapter())
+        count = last if word == "all" else int(word)
+        if count > last:
+            raise UsageError(f"--device-blocks {word}: the model has {last} blocks")
+        return count
 
     def _opening(
         self,
-        bundle: Bundle,
-        credentials: Credentials,
+        recorder: Recorder | None,
         longest_outage_s: float | None = None,
         should_stop: Callable[[], bool] = lambda: False,
-        recorder: Recorder | None = None,
     ) -> Opening:
+        from dlora.edge.model.device_lora import other_storage_line
         from dlora.edge.model.opening import Opening
         from dlora.edge.wire.connecting import ConnectSettings, Retry
         from dlora.edge.wire.identity import load_device_id
 
-        self.check_server(bundle)
+        self.check_server()
         server, device, adapter = self.settings.server, self.settings.device, self.find_adapter()
-        count = self.device_blocks(bundle)
-        self._warn_of_storage(bundle, count)
-        is_all = count == bundle.manifest.base_model.blocks
+        count, manifest = self._device_blocks(), self.bundle.manifest
+        if count and (line := other_storage_line(manifest, adapter)):
+            warn(line)
+        is_all = count == manifest.base_model.blocks
         # What the adapter was trained with says that there are some, and it itself how many are needed.
         is_open = self.settings.placement.device_blocks == "auto" and count and not is_all
-        longest_s = longest_outage_s if server.max_retry_s is None else server.max_retry_s
         connecting = None
         if not is_all:
+            longest_s = longest_outage_s if server.max_retry_s is None else server.max_retry_s
             connecting = ConnectSettings(
-                credentials,
-                load_device_id(warn=warn),
-                Retry(max_s=longest_s, at_start=bool(server.max_retry_s)),
-                say=warn,
-                should_stop=should_stop,
-                recorder=recorder,
-            )
+                self.credentials, load_device_id(warn=warn), Retry(max_s=longest_s, at_start=bool(server.max_retry_s)),
+                say=warn, should_stop=should_stop, recorder=recorder,
+            )  # fmt: skip
         assert server.wire_dtype is not None
         return Opening(
-            bundle, None if is_all else server.server, adapter, None if is_open else count, server.wire_dtype,
+            self.bundle, None if is_all else server.server, adapter, None if is_open else count, server.wire_dtype,
             server.send, device.threads, device.engine, connecting,
         )  # fmt: skip

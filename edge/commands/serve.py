@@ -13,9 +13,8 @@ from dlora.edge.settings import Settings
 from dlora.protocol.command import extra_needed
 from dlora.protocol.errors import UsageError
 
-from .model_options import UsedModel, find_adapter, takes_model
+from .model_options import UsedModel, check_model, find_adapter, takes_model
 from .options import AdapterOption, AdaptersOption, JsonOption
-from .output import warn
 from .sampling_options import ChatSamplingOptions, ContextLengthOption, DraftOption, MaxNewTokensOption
 
 if TYPE_CHECKING:
@@ -70,28 +69,20 @@ def serve(
         from dlora.edge.adapters.store import default_directory
         from dlora.edge.data.prompt import prompt_tokenizer
         from dlora.edge.endpoint.running import ServeSettings, run
-        from dlora.edge.engine.bundle import Bundle
-        from dlora.edge.wire.credentials import Credentials
 
-    UsedModel(settings, adapter).check()
+    check_model(settings)
     listening = door_options.listening()
     sampling = sampling_options.sampling()
-    credentials = Credentials.of(settings.server, warn)
-    assert settings.device.bundle is not None  # the command asks for it
     if adapters is not None and not adapters.is_dir():
         raise UsageError(f"--adapters {adapters} is no directory")
-    directory = adapters or default_directory()
-    opened, stopping = Bundle.open(settings.device.bundle), threading.Event()
-    with prompt_tokenizer(opened, for_long=True) as tokenizer:
+    directory, stopping = adapters or default_directory(), threading.Event()
+    used = UsedModel.of(settings, adapter)
+    with prompt_tokenizer(used.bundle, for_long=True) as tokenizer:
         serving = ServeSettings(
-            bundle=opened,
+            bundle=used.bundle,
             tokenizer=tokenizer,
-            open_model=lambda path: UsedModel(settings, path).open_generating(
-                opened,
-                credentials,
-                context_length=context_length,
-                longest_outage_s=LONGEST_OUTAGE_S,
-                should_stop=stopping.is_set,
+            open_model=lambda path: used.with_adapter(path).open_generating(
+                context_length=context_length, longest_outage_s=LONGEST_OUTAGE_S, should_stop=stopping.is_set
             ),
             adapter=find_adapter(adapter, directory),
             adapters=directory,
