@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -101,7 +102,7 @@ def test_tensorboard_reads_them(tmp_path: Path) -> None:
 
 
 def test_numbers_of_any_size_fit(tmp_path: Path) -> None:
-    with EventFile(tmp_path / "events.out.tfevents.1.x", 1e9) as file:
+    with closing(EventFile(tmp_path / "events.out.tfevents.1.x", 1e9)) as file:
         file.add(2**40, {"huge": 1e300, "none": float("nan"), "zwölf": 0.0}, 1e9)
     found = scalars_of(tmp_path)
     assert found["huge"] == [(2**40, float("inf"))]

@@ -42,6 +42,10 @@ def _held_out(run: RunData) -> object:
     return run.file.eval_data and run.file.eval_data.fingerprint
 
 
+def _data(run: RunData) -> object:
+    return run.file.data.fingerprint
+
+
 def _machine(run: RunData) -> object:
     return run.file.versions.get("machine")
 
@@ -50,54 +54,23 @@ def _length(run: RunData) -> object:
     return run.steps.tokens, _machine(run)
 
 
-def _data(run: RunData) -> object:
-    return run.file.data.fingerprint
-
-
 def _loss(of: EvaluationLine | StepMetrics | None) -> float | None:
     return None if of is None else of.loss
 
 
-def _each(run: RunData, value: float) -> float | None:
-    return value / run.steps.count if run.steps.count else None
+def _ratio(amount: float, whole: float) -> float | None:
+    return amount / whole if whole else None
 
 
-def _round_trips(run: RunData) -> float | None:
-    return _each(run, run.steps.round_trips)
-
-
-def _step_s(run: RunData) -> float | None:
-    return _each(run, run.steps.step_s)
-
-
-def _a_token(run: RunData) -> float | None:
-    return run.steps.bytes / run.steps.tokens if run.steps.tokens else None
-
-
-def _speed(run: RunData) -> float | None:
-    return run.steps.tokens / run.steps.step_s if run.steps.step_s else None
-
-
-def _time_measure(key: str) -> Measure:
+def _time_measure(key: str, name: str) -> Measure:
     def value(run: RunData) -> float | None:
-        return _each(run, getattr(run.steps.time, key))
+        return _ratio(getattr(run.steps.time, key), run.steps.count)
 
-    return Measure(f"{key}_s_per_step", f"  {NAMES[key]}", value, numbers.seconds, "lowest", _machine)
-
-
-def _megabytes(value: float) -> str:
-    return f"{value:,.0f} MB"
+    return Measure(f"{key}_s_per_step", f"  {name}", value, numbers.seconds, "lowest", _machine)
 
 
-def _percent(value: float) -> str:
-    return f"{value:.1%}"
-
-
-def _accuracy(key: Literal["token_accuracy", "exact_match"], name: str) -> Measure:
-    def value(run: RunData) -> float | None:
-        return None if run.after is None else getattr(run.after, key)
-
-    return Measure(key, name, value, _percent, "highest", _held_out)
+def _accuracy(key: str, name: str) -> Measure:
+    return Measure(key, name, lambda run: getattr(run.after, key, None), "{:.1%}".format, "highest", _held_out)
 
 
 MEASURES: Final = (
@@ -115,14 +88,28 @@ MEASURES: Final = (
     Measure("bytes_down", "traffic down", lambda run: run.steps.bytes_down, numbers.mb, "lowest", _length),
     Measure("set_up_bytes", "  of it set-up's", lambda run: run.steps.set_up_bytes, numbers.mb, "lowest", _length),
     Measure("eval_bytes", "evaluations' traffic", lambda run: run.evaluation_bytes, numbers.mb, "lowest", _length),
-    Measure("bytes_per_token", "bytes a token", _a_token, numbers.count, "lowest"),
-    Measure("round_trips_per_step", "round trips a step", _round_trips, numbers.short, "lowest"),
-    Measure("tokens_per_s", "tokens a second", _speed, numbers.count, "highest", _machine),
-    Measure("s_per_step", "time of a step", _step_s, numbers.seconds, "lowest", _machine),
-    *map(_time_measure, NAMES),
+    Measure(
+        "bytes_per_token", "bytes a token", lambda run: _ratio(run.steps.bytes, run.steps.tokens), numbers.count,
+        "lowest",
+    ),
+    Measure(
+        "round_trips_per_step", "round trips a step", lambda run: _ratio(run.steps.round_trips, run.steps.count),
+        numbers.short, "lowest",
+    ),
+    Measure(
+        "tokens_per_s", "tokens a second", lambda run: _ratio(run.steps.tokens, run.steps.step_s), numbers.count,
+        "highest", _machine,
+    ),
+    Measure(
+        "s_per_step", "time of a step", lambda run: _ratio(run.steps.step_s, run.steps.count), numbers.seconds,
+        "lowest", _machine,
+    ),
+    *(_time_measure(key, name) for key, name in NAMES.items()),
     Measure("steps_s", "time of all steps", lambda run: run.steps.step_s, numbers.seconds, "lowest", _length),
-    Measure("peak_rss_mb", "peak memory", lambda run: run.steps.peak_rss_mb or None, _megabytes, "lowest", _machine),
-)
+    Measure(
+        "peak_rss_mb", "peak memory", lambda run: run.steps.peak_rss_mb or None, "{:,.0f} MB".format, "lowest", _machine
+    ),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -154,11 +141,11 @@ class Comparison:
         held_out = [run.file.eval_data.fingerprint for run in self.runs if run.file.eval_data is not None and run.after]
         if len(set(held_out)) > 1:
             said.append("their held-out data are different: their held-out losses are not of the same thing")
-        if len({run.file.data.fingerprint for run in self.runs}) > 1:
+        if len({_data(run) for run in self.runs}) > 1:
             said.append("they trained on different data")
         if len({run.file.base_model.get("fingerprint") for run in self.runs}) > 1:
             said.append("they have different base models")
-        if len({run.file.versions.get("machine") for run in self.runs}) > 1:
+        if len({_machine(run) for run in self.runs}) > 1:
             said.append("they ran on different kinds of machines: times are not of the same thing")
         return said
 
@@ -226,4 +213,3 @@ def _names(places: Sequence[Path]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     raise AssertionError("different paths are different")
-

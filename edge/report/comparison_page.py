@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from dlora.edge.training.metrics import StepMetrics
-
 from .comparison import Comparison
 from .document import document
 from .plots import Look, Plot, Value, joined
 from .run_data import RunData
-from .steps import MOST_PLOTTED, Thinned
+from .steps import MOST_PLOTTED
 from .tables import Best, Table
 
 _COLOURS: Final = (0, 10, 4, 3, 7, 8, 1, 5, 2, 6)  # neighbours in this order are easy to tell apart
@@ -20,12 +18,29 @@ _COLOURS: Final = (0, 10, 4, 3, 7, 8, 1, 5, 2, 6)  # neighbours in this order ar
 def comparison_page(comparison: Comparison) -> bytes:
     """The page."""
     names = comparison.names
-    held_out = _held_out_plot(comparison)
-    loss = _plot(comparison, "loss", "Loss of the steps", "mean of some steps", _mean_losses)
-    traffic = _plot(comparison, "traffic", "Traffic", "MB a step", _of(_traffic, _bytes), factor=1e-6)
-    time = _plot(comparison, "time", "Time", "seconds a step", _of(_time, lambda step: step.step_s))
-    plots = [plot for plot in (held_out, loss, traffic, time) if plot.steps]
-    rows = [(_indented(name), *(_marked(*value) for value in values)) for name, values in comparison.rows()]
+    plots = [
+        _plot(
+            comparison, "held-out", "Held-out loss", "loss",
+            lambda run: {each.step: each.loss for each in run.evaluations}, look="points",
+        ),
+        _plot(
+            comparison, "loss", "Loss of the steps", "mean of some steps",
+            lambda run: {step.step: mean for step, mean in run.steps.by_loss.with_means()},
+        ),
+        _plot(
+            comparison, "traffic", "Traffic", "MB a step",
+            lambda run: {step.step: step.bytes_up + step.bytes_down for step in run.steps.by_traffic.kept}, factor=1e-6,
+        ),
+        _plot(
+            comparison, "time", "Time", "seconds a step",
+            lambda run: {step.step: step.step_s for step in run.steps.by_time.kept},
+        ),
+    ]  # fmt: skip
+    plots = [plot for plot in plots if plot.steps]
+    rows = [
+        (name.replace("  ", "\N{EM SPACE}"), *(Best(value) if is_best else value for value, is_best in values))
+        for name, values in comparison.rows()
+    ]
     differing = [(option, *values) for option, values in comparison.differing.items()]
     return document(
         "comparison",
@@ -39,25 +54,6 @@ def comparison_page(comparison: Comparison) -> bytes:
         measures=Table("Of all steps; the best of a row is bold", ("measure", *names), rows),
         is_thinned=any(run.steps.is_thinned for run in comparison.runs),
         most_plotted=MOST_PLOTTED,
-    )
-
-
-def _marked(value: str, is_best: bool) -> str:
-    return Best(value) if is_best else value
-
-
-def _indented(name: str) -> str:
-    return name.replace("  ", "\N{EM SPACE}")
-
-
-def _held_out_plot(comparison: Comparison) -> Plot:
-    return _plot(
-        comparison,
-        "held-out",
-        "Held-out loss",
-        "loss",
-        lambda run: {each.step: each.loss for each in run.evaluations},
-        look="points",
     )
 
 
@@ -78,26 +74,3 @@ def _plot(
         if (found := values(run))
     ]
     return joined(name, title, y, lines, factor)
-
-
-def _mean_losses(run: RunData) -> dict[int, Value]:
-    kept = run.steps.by_loss
-    return {step.step: mean for step, mean in zip(kept.kept, kept.means, strict=True)}
-
-
-def _of(
-    thinned: Callable[[RunData], Thinned], value: Callable[[StepMetrics], Value]
-) -> Callable[[RunData], dict[int, Value]]:
-    return lambda run: {step.step: value(step) for step in thinned(run).kept}
-
-
-def _traffic(run: RunData) -> Thinned:
-    return run.steps.by_traffic
-
-
-def _time(run: RunData) -> Thinned:
-    return run.steps.by_time
-
-
-def _bytes(step: StepMetrics) -> int:
-    return step.bytes_up + step.bytes_down

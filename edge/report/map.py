@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
 from dlora.edge.run.kr_map import STATE_ORDER, states_by_column
 from dlora.protocol.kill_revive import UnitState
@@ -61,36 +60,32 @@ def kr_map(steps: Steps, unit: str, names: Sequence[int]) -> KrMap:
     columns = min(steps.count, MOST_COLUMNS)
     cells = states_by_column(at, states, first, end, columns)  # (columns, units)
     seen = [state for state in STATE_ORDER if (states == state).any()]
+    lasts = np.diff(np.append(at, end))  # steps of each entry
+    in_state = [lasts @ (states == state) for state in seen]  # steps of each unit
+    rows = [
+        (f"{unit} {name}", *(f"{count(of[row])} ({share(int(of[row]), steps.count)})" for of in in_state))
+        for row, name in enumerate(names)
+    ]
     units = len(names)
     row_px = min(_ROW_PX, _TALLEST_PX / units)
     labelled = range(0, units, -(-units // _MOST_LABELS))
     return KrMap(
-        unit,
-        columns,
-        units,
-        first,
-        end - 1,
-        steps.count / columns,
-        [(round((units - row - 0.5) * row_px, 1), names[row]) for row in labelled],
-        {state.name.lower(): _outline(cells, state) for state in seen},
-        _steps_table(unit, names, seen, _steps_by_state(at, states, end), steps.count),
-        round(row_px * units),
+        unit=unit,
+        columns=columns,
+        units=units,
+        first=first,
+        last=end - 1,
+        steps_a_column=steps.count / columns,
+        labels=[(round((units - row - 0.5) * row_px, 1), names[row]) for row in labelled],
+        outlines={state.name.lower(): _outline(cells, state) for state in seen},
+        table=Table("Steps that each unit was in a state", (unit, *(state.name.lower() for state in seen)), rows),
+        height_px=round(row_px * units),
     )
 
 
 def has_changed(steps: Steps) -> bool:
     """Whether a unit's state ever changed, or is another's than its neighbour's."""
     return len(steps.states) > 1 or any((states != states[0]).any() for _, states in steps.states)
-
-
-def _steps_table(
-    unit: str, names: Sequence[int], seen: Sequence[UnitState], lengths: npt.NDArray[np.int64], steps: int
-) -> Table:
-    rows = [
-        (f"{unit} {name}", *(f"{count(of[state])} ({share(int(of[state]), steps)})" for state in seen))
-        for name, of in zip(names, lengths, strict=True)
-    ]
-    return Table("Steps that each unit was in a state", (unit, *(state.name.lower() for state in seen)), rows)
 
 
 def _outline(cells: ByteArray, state: UnitState) -> str:
@@ -104,9 +99,3 @@ def _outline(cells: ByteArray, state: UnitState) -> str:
         for start, end in zip(edges[::2], edges[1::2], strict=True):
             parts.append(f"M{start} {units - 1 - unit}h{end - start}v1h{start - end}z")
     return "".join(parts)
-
-
-def _steps_by_state(at: npt.NDArray[np.int64], states: ByteArray, end: int) -> npt.NDArray[np.int64]:
-    """How many steps each unit was in each state, (units, states)."""
-    lasts = np.diff(np.append(at, end))  # (entries,)
-    return np.stack([lasts @ (states == state) for state in range(max(UnitState) + 1)], axis=1)

@@ -8,7 +8,7 @@ from typing import Final, NamedTuple
 from .document import document
 from .map import has_changed, kr_map
 from .numbers import count, loss, mb, seconds
-from .plots import gradient_plot, learning_rate_plot, loss_plot, time_plot, traffic_plot
+from .plots import curve_plot, loss_plot, time_plot, traffic_plot
 from .run_data import RunData, read_run
 from .settings import shown_settings
 from .steps import MOST_PLOTTED
@@ -33,11 +33,7 @@ class Card(NamedTuple):
 
 def run_page(out: Path) -> bytes:
     """The page of the run in ``out``. Raises ``CheckpointError`` where there is none, or a file is damaged."""
-    return page_of(read_run(out))
-
-
-def page_of(run: RunData) -> bytes:
-    """The page of a run."""
+    run = read_run(out)
     steps, file = run.steps, run.file
     about: dict[str, object] = {
         "run": run,
@@ -51,8 +47,8 @@ def page_of(run: RunData) -> bytes:
         return document("run", run.name, (), **about)
     plots = {
         "loss": loss_plot(run),
-        "rate": learning_rate_plot(run),
-        "gradient": gradient_plot(run),
+        "rate": curve_plot(run, "rate", "Learning rate", "learning rate", lambda step: step.learning_rate),
+        "gradient": curve_plot(run, "gradient", "Gradients before clipping", "norm", lambda step: step.grad_norm),
         "traffic": traffic_plot(run),
         "time": time_plot(run),
     }
@@ -66,7 +62,7 @@ def page_of(run: RunData) -> bytes:
         **about,
         **plots,
         saved_step=(run.summary or {}).get("saved_step"),
-        cards=cards(run),
+        cards=_cards(run),
         evaluations=evaluations_table(run),
         traffic_by_role=traffic_table(run),
         time_by_part=time_table(run),
@@ -76,7 +72,7 @@ def page_of(run: RunData) -> bytes:
     )
 
 
-def cards(run: RunData) -> list[Card]:
+def _cards(run: RunData) -> list[Card]:
     """What matters most, in a row."""
     steps, summary = run.steps, run.summary or {}
     made = []

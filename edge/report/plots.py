@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Literal
 
 import msgspec
@@ -13,7 +13,6 @@ from dlora.edge.wire.usage import OTHER, REPORT, SIGNAL
 from dlora.protocol.wire_codecs import TensorRole
 
 from .run_data import RunData
-from .steps import Thinned
 from .time_split import names_of, split_of
 
 # Of each role the same on every page; from below to the top.
@@ -40,6 +39,8 @@ _TIME_COLOURS: Final = {"device": 0, "server": 4, "turn": 7, "wire": 5, "rest": 
 
 Look = Literal["line", "faint", "strong", "points", "area"]
 Value = float | int | None
+Drawn = tuple[str, Look, int, Mapping[int, Value]]
+"""A line's label, look and colour, and its values by step."""
 
 
 class Series(msgspec.Struct, frozen=True):
@@ -78,53 +79,41 @@ class Plot(msgspec.Struct, frozen=True):
 def loss_plot(run: RunData) -> Plot:
     """The loss of steps, its mean, and held-out losses."""
     thinned = run.steps.by_loss
-    losses = {step.step: step.loss for step in thinned.kept}
-    means = dict(zip(losses, thinned.means, strict=True)) if run.steps.count > run.steps.mean_of else {}
-    held_out = {each.step: each.loss for each in run.evaluations}
-    drawn: list[tuple[str, Look, int, Mapping[int, Value]]] = [("loss of a step", "faint", 0, losses)]
-    if means:
+    drawn: list[Drawn] = [("loss of a step", "faint", 0, {step.step: step.loss for step in thinned.kept})]
+    if run.steps.count > run.steps.mean_of:
+        means = {step.step: mean for step, mean in thinned.with_means()}
         drawn.append((f"mean of {run.steps.mean_of} steps", "strong", 0, means))
-    if held_out:
-        drawn.append(("held-out loss", "points", 10, held_out))
+    if run.evaluations:
+        drawn.append(("held-out loss", "points", 10, {each.step: each.loss for each in run.evaluations}))
     return joined("loss", "Loss", "loss", drawn)
 
 
-def joined(
-    name: str, title: str, y: str, drawn: Iterable[tuple[str, Look, int, Mapping[int, Value]]], factor: float = 1.0
-) -> Plot:
+def joined(name: str, title: str, y: str, drawn: Sequence[Drawn], factor: float = 1.0) -> Plot:
     """A plot of lines that each have steps of their own."""
-    lines = list(drawn)
-    steps = sorted({step for *_, values in lines for step in values})
+    steps = sorted({step for *_, values in drawn for step in values})
     series = [
-        Series(label, look, colour, [values.get(step) for step in steps]) for label, look, colour, values in lines
+        Series(label, look, colour, [values.get(step) for step in steps]) for label, look, colour, values in drawn
     ]
     return Plot(name, title, y, steps, series, factor)
 
 
-def learning_rate_plot(run: RunData) -> Plot:
-    return _of_steps(run.steps.by_loss, "rate", "Learning rate", "learning rate", lambda step: step.learning_rate)
-
-
-def gradient_plot(run: RunData) -> Plot:
-    return _of_steps(run.steps.by_loss, "gradient", "Gradients before clipping", "norm", lambda step: step.grad_norm)
+def curve_plot(run: RunData, name: str, title: str, y: str, value: Callable[[StepMetrics], float]) -> Plot:
+    """One number of the steps."""
+    return joined(name, title, y, [(y, "strong", 0, {step.step: value(step) for step in run.steps.by_loss.kept})])
 
 
 def traffic_plot(run: RunData) -> Plot:
     """What each step put on the wire, by role."""
     kept = run.steps.by_traffic.kept
+    up = [(role, "↑", colour, [step.up.get(role, 0) for step in kept]) for role, colour in _COLOURS_UP.items()]
+    down = [(role, "↓", colour, [step.down.get(role, 0) for step in kept]) for role, colour in _COLOURS_DOWN.items()]
     series = [
-        Series(f"{role_name(role)}\N{NO-BREAK SPACE}↑", "area", colour, [step.up.get(role, 0) for step in kept])
-        for role, colour in _COLOURS_UP.items()
-        if role in run.steps.up
+        Series(f"{role_name(role)}\N{NO-BREAK SPACE}{arrow}", "area", colour, sizes)
+        for role, arrow, colour, sizes in (*up, *down)
+        if role in (run.steps.up if arrow == "↑" else run.steps.down)
     ]
-    series += [
-        Series(f"{role_name(role)}\N{NO-BREAK SPACE}↓", "area", colour, [step.down.get(role, 0) for step in kept])
-        for role, colour in _COLOURS_DOWN.items()
-        if role in run.steps.down
-    ]
-    return Plot(
-        "traffic", "Traffic", "MB a step", [step.step for step in kept], series, factor=1e-6, starts_at_zero=True
-    )
+    steps = [step.step for step in kept]
+    return Plot("traffic", "Traffic", "MB a step", steps, series, factor=1e-6, starts_at_zero=True)
 
 
 def time_plot(run: RunData) -> Plot:
@@ -151,11 +140,3 @@ def picked(plot: Plot, most: int = 25) -> list[int]:
     first, last = plot.steps[0], plot.steps[-1]
     wanted = (first + (last - first) * index / (most - 1) for index in range(most))
     return sorted({min(bisect_left(plot.steps, step), len(plot.steps) - 1) for step in wanted})
-
-
-def _of_steps(
-    thinned: Thinned, name: str, title: str, y: str, value: Callable[[StepMetrics], float]
-) -> Plot:
-    kept = thinned.kept
-    series = [Series(y, "strong", 0, [value(step) for step in kept])]
-    return Plot(name, title, y, [step.step for step in kept], series)

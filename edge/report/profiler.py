@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from dlora.edge.files import write_atomically
+from dlora.edge.run.watcher import RunWatcher
 from dlora.edge.training.metrics import StepMetrics
 from dlora.edge.wire.spans import Spans
 
 WARM_UP_STEPS: Final = 3
-DEFAULT_STEPS: Final = 10
 
 
-class Profiler:
+class Profiler(RunWatcher):
     """A watcher of a run: takes what happens in ``steps`` steps after a few, and writes it when they are done, or the
     run ends before."""
 
@@ -23,21 +23,12 @@ class Profiler:
         self._steps = steps
         self._done = 0
 
-    def begin(self, first_step: int) -> None:
-        pass
-
     def step(self, metrics: StepMetrics) -> None:
         self._done += 1
         if self._done == WARM_UP_STEPS:
             self._spans.is_on = True
         elif self._done == WARM_UP_STEPS + self._steps:
             self._write()
-
-    def evaluation(self, row: dict[str, Any]) -> None:
-        pass
-
-    def saved(self) -> None:
-        pass
 
     def end(self) -> None:
         if self._done < WARM_UP_STEPS + self._steps:

@@ -102,17 +102,13 @@ def read_run(out: Path) -> RunData:
 def read_evaluations(path: Path) -> tuple[EvaluationLine, ...]:
     """Of an ``evaluations.jsonl``, ascending; none where there is none. Raises ``CheckpointError``."""
     try:
-        lines = read_regular(path).splitlines()
-        return tuple(sorted((_decode(line) for line in lines), key=lambda each: each.step))
+        lines = msgspec.json.Decoder(EvaluationLine).decode_lines(read_regular(path))
+        return tuple(sorted(lines, key=lambda each: each.step))
     except FileNotFoundError:
         return ()
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         reason = structure_words(error)
         raise CheckpointError(f"{path} cannot be read ({reason}); remove it to go without evaluations") from None
-
-
-def _decode(line: bytes) -> EvaluationLine:
-    return msgspec.json.decode(line, type=EvaluationLine)
 
 
 def _summary(path: Path, steps: int) -> dict[str, Any] | None:

@@ -55,12 +55,17 @@ class Thinned:
             if self.kept[-1] is not last[0]:
                 self._keep(*last)
 
+    def with_means(self) -> Iterator[tuple[StepMetrics, float]]:
+        """Each step that is kept, with its mean."""
+        return zip(self.kept, self.means, strict=True)
+
     def _close_range(self) -> None:
         least = min(self._range, key=lambda each: self._value(each[0]))
         most = max(self._range, key=lambda each: self._value(each[0]))
-        self._keep(*min(least, most, key=lambda each: each[0].step))
-        if least[0] is not most[0]:
-            self._keep(*max(least, most, key=lambda each: each[0].step))
+        first, second = sorted((least, most), key=lambda each: each[0].step)
+        self._keep(*first)
+        if first is not second:
+            self._keep(*second)
         self._range = []
 
     def _keep(self, step: StepMetrics, mean: float) -> None:
@@ -188,11 +193,6 @@ def read_steps(path: Path) -> Steps:
 def _count_lines(path: Path) -> int:
     try:
         with open_regular(path) as file:
-            return sum(part.count(b"\n") for part in _parts(file.read))
+            return sum(part.count(b"\n") for part in iter(lambda: file.read(1 << 20), b""))
     except OSError:
         return 0  # the reader tells of it
-
-
-def _parts(read: Callable[[int], bytes]) -> Iterator[bytes]:
-    while part := read(1 << 20):
-        yield part

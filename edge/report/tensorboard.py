@@ -8,19 +8,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
+
 from dlora.edge.files import make_directory, storage_errors
 from dlora.edge.run.file_names import EVALUATIONS, METRICS, TENSORBOARD
+from dlora.edge.run.watcher import RunWatcher
 from dlora.edge.training.metrics import StepMetrics, iterate_metrics
 
 from .event_file import EventFile
-from .run_data import read_evaluations
+from .run_data import EvaluationLine, read_evaluations
 from .time_split import split_of
 
 _PREFIX: Final = "events.out.tfevents."
 _SUFFIX: Final = ".dlora"  # where others put a name of the machine
 
 
-class TensorboardWriter:
+class TensorboardWriter(RunWatcher):
     """A watcher of a run: a scalar for each number of a step, and of an evaluation.
 
     A run that goes on has one file again, made anew from ``metrics.jsonl``: no step is there twice, whoever reads it.
@@ -50,10 +53,7 @@ class TensorboardWriter:
         self._add_step(metrics, self._now())
 
     def evaluation(self, row: dict[str, Any]) -> None:
-        self._add_evaluation(row["step"], row["loss"], row["token_accuracy"], row["exact_match"], self._now())
-
-    def saved(self) -> None:
-        pass
+        self._add_evaluation(msgspec.convert(row, EvaluationLine), self._now())
 
     def end(self) -> None:
         if self._file is not None:
@@ -68,11 +68,11 @@ class TensorboardWriter:
             if metrics.step >= first_step:  # of a run that went on past its last checkpoint
                 break
             if found := evaluations.pop(metrics.step, None):
-                self._add_evaluation(found.step, found.loss, found.token_accuracy, found.exact_match, at)
+                self._add_evaluation(found, at)
             at += _duration(metrics)
             self._add_step(metrics, at)
         if found := evaluations.get(first_step):
-            self._add_evaluation(found.step, found.loss, found.token_accuracy, found.exact_match, at)
+            self._add_evaluation(found, at)
 
     def _add_step(self, metrics: StepMetrics, wall_time: float) -> None:
         assert self._file is not None
@@ -95,10 +95,10 @@ class TensorboardWriter:
         }
         self._file.add(metrics.step, scalars, wall_time)
 
-    def _add_evaluation(self, step: int, loss: float, token_accuracy: float, exact_match: float, at: float) -> None:
+    def _add_evaluation(self, line: EvaluationLine, at: float) -> None:
         assert self._file is not None
-        scalars = {"eval_loss": loss, "eval_token_accuracy": token_accuracy, "eval_exact_match": exact_match}
-        self._file.add(step, scalars, at)
+        scalars = {f"eval_{name}": getattr(line, name) for name in ("loss", "token_accuracy", "exact_match")}
+        self._file.add(line.step, scalars, at)
 
 
 def _duration(metrics: StepMetrics) -> float:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from dlora.edge.files import write_atomically
 from dlora.edge.run.file_names import REPORT
+from dlora.edge.run.watcher import RunWatcher
 from dlora.edge.training.metrics import StepMetrics
 from dlora.protocol.errors import CheckpointError
 
@@ -16,7 +17,7 @@ MOST_OF_THE_TIME: Final = 0.01
 """The share of a run's time that may go into its page before it ends."""
 
 
-class ReportWriter:
+class ReportWriter(RunWatcher):
     """A watcher of a run: its page is there after the first step, made again when the run saves, and when it ends.
 
     Not at every save of a long run: what making it took last is at most ``MOST_OF_THE_TIME`` of what has passed since.
@@ -29,15 +30,9 @@ class ReportWriter:
         self._took_s = 0.0
         self._made_at: float | None = None
 
-    def begin(self, first_step: int) -> None:
-        pass
-
     def step(self, metrics: StepMetrics) -> None:
         if self._made_at is None:
             self._write()
-
-    def evaluation(self, row: dict[str, Any]) -> None:
-        pass
 
     def saved(self) -> None:
         if self._made_at is None or self._took_s <= MOST_OF_THE_TIME * (self._clock() - self._made_at):

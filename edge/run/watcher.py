@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, Protocol
+from typing import Any
 
 from dlora.edge.training.metrics import StepMetrics
 from dlora.protocol.errors import DloraError, StorageError
 
 
-class RunWatcher(Protocol):
-    """What is told of a run, in this order; where it cannot write, it raises ``StorageError`` and is told no more."""
+class RunWatcher:
+    """What is told of a run, in this order; where it cannot write, it raises ``StorageError`` and is told no more. Each
+    kind of watcher has what it does at some of these."""
 
     def begin(self, first_step: int) -> None:
         """The run begins, or goes on, at ``first_step``; what ``metrics.jsonl`` has of later steps will go."""
