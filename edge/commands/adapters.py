@@ -26,13 +26,17 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 
-FitOption = Annotated[Path | None, typer.Option("--bundle", help="Bundle that adapters must fit.")]
-
 
 @app.command("list", cls=PanelledCommand)
-def list_adapters(adapters: AdaptersOption = None, bundle: FitOption = None, json_output: JsonOption = False) -> None:
+def list_adapters(
+    adapters: AdaptersOption = None,
+    bundle: Annotated[Path | None, typer.Option(help="Bundle that adapters must fit.")] = None,
+    json_output: JsonOption = False,
+) -> None:
     """List the adapters; with --bundle, say which of them fit it. All of their files are read and checked."""
-    store, manifest = _store(adapters), _manifest(bundle)
+    from dlora.protocol.manifest import load_manifest
+
+    store, manifest = _store(adapters), None if bundle is None else load_manifest(bundle)
     found = [_entry(store, name, manifest) for name in store.entries()]
     result = {"directory": str(store.directory), "adapters": found}
     print_result(result, lambda _: _print_list(store, found), json_output=json_output)
@@ -60,12 +64,6 @@ def _store(directory: Path | None) -> AdapterStore:
     from dlora.edge.adapters.store import AdapterStore, default_directory
 
     return AdapterStore(directory or default_directory())
-
-
-def _manifest(bundle: Path | None) -> Manifest | None:
-    from dlora.protocol.manifest import load_manifest
-
-    return None if bundle is None else load_manifest(bundle)
 
 
 def _entry(store: AdapterStore, name: str, manifest: Manifest | None) -> dict[str, Any]:

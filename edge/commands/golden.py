@@ -61,11 +61,7 @@ def _try(run: Graph, inputs: dict[str, Array], wanted: list[Array], tolerance: f
         started = time.perf_counter()
         run(inputs)
         times.append(time.perf_counter() - started)
-    return {
-        "error": error,
-        "ms": round(statistics.median(times) * 1e3, 3),
-        "passed": bool(error <= 2 * tolerance),
-    }
+    return {"error": error, "ms": round(statistics.median(times) * 1e3, 3), "passed": bool(error <= 2 * tolerance)}
 
 
 def _input(bundle: Bundle, golden: dict[str, Array], spec: GraphSpec, name: str) -> Array:

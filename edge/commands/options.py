@@ -20,9 +20,7 @@ AdapterOption = Annotated[
 AdaptersOption = Annotated[
     Path | None,
     typer.Option(
-        "--adapters",
-        envvar="DLORA_ADAPTERS",
-        help="Directory of adapters by name; one of the user's own by default.",
+        "--adapters", envvar="DLORA_ADAPTERS", help="Directory of adapters by name; one of the user's own by default."
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
@@ -42,22 +40,16 @@ RecordOption = Annotated[
 def _fields_of(group: type) -> dict[str, inspect.Parameter]:
     """A group's fields as parameters; those of a group that it extends are of another module, and of its words."""
     hints = get_type_hints(group, include_extras=True)
-    return {
-        name: each.replace(annotation=hints[name]) for name, each in inspect.signature(group).parameters.items()
-    }
+    return {name: each.replace(annotation=hints[name]) for name, each in inspect.signature(group).parameters.items()}
 
 
-def grouped_parameters(
-    parameters: Iterable[inspect.Parameter],
-) -> tuple[dict[str, Any], list[inspect.Parameter]]:
+def grouped_parameters(parameters: Iterable[inspect.Parameter]) -> tuple[dict[str, Any], list[inspect.Parameter]]:
     """The parameters of a command that are dataclasses, by name; and all of them as typer takes them, where such a one
     gives way to the options that are its fields."""
     parameters = list(parameters)
     groups: dict[str, Any] = {each.name: each.annotation for each in parameters if is_dataclass(each.annotation)}
     fields = {name: _fields_of(group) for name, group in groups.items()}
-    return groups, [
-        option for each in parameters for option in fields.get(each.name, {each.name: each}).values()
-    ]
+    return groups, [option for each in parameters for option in fields.get(each.name, {each.name: each}).values()]
 
 
 def with_group_values(groups: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -35,8 +35,7 @@ def plan(settings: Settings, json_output: JsonOption = False) -> None:
 def make_plan(settings: Settings, display: Any) -> dict[str, Any]:
     """Read the data, and look at every way to run. Raises any ``DloraError``."""
     from dlora.edge.engine.bundle import Bundle
-    from dlora.edge.run.available_memory import available_memory
-    from dlora.edge.run.planning import Question, rows_of
+    from dlora.edge.run.planning import Question, available_memory, rows_of
     from dlora.edge.run.reading import read_data
     from dlora.edge.run.recommendation import recommend, why_none
 

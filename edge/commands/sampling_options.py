@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,11 +13,7 @@ if TYPE_CHECKING:
 TemperatureOption = Annotated[
     float, typer.Option(help="0: always the likeliest token; above it, the higher the more varied.", min=0)
 ]
-TopKOption = Annotated[int, typer.Option(help="Choose among so many likeliest tokens; 0: all.", min=0)]
 TopPOption = Annotated[float, typer.Option(help="Choose among the likeliest with this probability together.")]
-MinPOption = Annotated[float, typer.Option(help="Choose among tokens at least so likely, as a part of the likeliest.")]
-RepetitionPenaltyOption = Annotated[float, typer.Option(help="Above 1: makes what was said before less likely.")]
-SeedOption = Annotated[int | None, typer.Option(help="The same answer each time, where one is drawn.", min=0)]
 StopOption = Annotated[list[str] | None, typer.Option(help="Text that ends the answer; may be given several times.")]
 MaxNewTokensOption = Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)]
 DraftOption = Annotated[
@@ -39,25 +35,19 @@ class SamplingOptions:
     """As a group of options."""
 
     temperature: TemperatureOption = 0.0
-    top_k: TopKOption = 0
+    top_k: Annotated[int, typer.Option(help="Choose among so many likeliest tokens; 0: all.", min=0)] = 0
     top_p: TopPOption = 1.0
-    min_p: MinPOption = 0.0
-    repetition_penalty: RepetitionPenaltyOption = 1.0
-    seed: SeedOption = None
+    min_p: Annotated[
+        float, typer.Option(help="Choose among tokens at least so likely, as a part of the likeliest.")
+    ] = 0.0
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: makes what was said before less likely.")] = 1.0
+    seed: Annotated[int | None, typer.Option(help="The same answer each time, where one is drawn.", min=0)] = None
 
     def sampling(self, *, logprobs: int | None = None) -> Sampling:
         """As the sampler takes them. Raises ``UsageError``."""
         from dlora.edge.generation.sampling import Sampling
 
-        return Sampling(
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
-            seed=self.seed,
-            logprobs=logprobs,
-        )
+        return Sampling(**asdict(self), logprobs=logprobs)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import json
 import os
 import textwrap
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -28,23 +28,25 @@ from .help_panels import HelpAllOption
 from .options import grouped_parameters, with_group_values
 
 _MOST_BYTES: Final = 1 << 20  # of a file with settings
-_FILE_PANEL: Final = "Settings in a file"
-
-ConfigOption = Annotated[
-    Path | None,
-    typer.Option("--config", help="Settings in a TOML file, in sections: --write-config makes one.",
-                 rich_help_panel=_FILE_PANEL),
-]  # fmt: skip
-WriteConfigOption = Annotated[
-    Path | None,
-    typer.Option("--write-config", help="Write all settings, as they are now, into such a file, and do no more.",
-                 rich_help_panel=_FILE_PANEL, hidden=True),
-]  # fmt: skip
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="One of them by itself; those without an option, too.",
-                 rich_help_panel=_FILE_PANEL),
-]  # fmt: skip
+_METAVARS: Final[dict[Any, str]] = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
+_in_file_panel = functools.partial(typer.Option, rich_help_panel="Settings in a file")
+_FILE: Final[dict[str, Any]] = {
+    "config": Annotated[
+        Path | None, _in_file_panel("--config", help="Settings in a TOML file, in sections: --write-config makes one.")
+    ],
+    "set_": Annotated[
+        list[str] | None,
+        _in_file_panel(
+            "--set", metavar="SECTION.KEY=VALUE", help="One of them by itself; those without an option, too."
+        ),
+    ],
+    "write_config": Annotated[
+        Path | None,
+        _in_file_panel(
+            "--write-config", help="Write all settings, as they are now, into such a file, and do no more.", hidden=True
+        ),
+    ],
+}
 
 
 def takes_settings(
@@ -71,21 +73,21 @@ def takes_settings(
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
         groups, parameters = grouped_parameters(own)
-        options = []
-        for field in chosen:
-            about = {"is_required": field.parameter in required, **changed.get(field.parameter, {})}
-            options.append(_option(field, about, is_change=is_change))
-        file = [_parameter(name, kind) for name, kind in _FILE.items()] if has_file else []
         arguments = [each for each in parameters if each.default is inspect.Parameter.empty]
+        options = [
+            _option(each, changed, is_required=each.parameter in required, is_change=is_change) for each in chosen
+        ]
+        file = [_parameter(name, kind) for name, kind in _FILE.items() if has_file]
         rest = [each for each in parameters if each.default is not inspect.Parameter.empty]
+        if any(field.depth == "more" for field in chosen):
+            rest.append(_parameter("help_all", HelpAllOption, default=False))
 
         @functools.wraps(command)
-        def flat(**given: Any) -> None:
-            context = given.pop("context")
+        def flat(context: typer.Context, **given: Any) -> None:
             given.pop("help_all", None)  # has ended the command
             start = {name: change["default"] for name, change in changed.items() if "default" in change}
             options_given = {each.parameter: given.pop(each.parameter) for each in chosen}
-            written = {name: given.pop(name) for name in _FILE} if has_file else dict.fromkeys(_FILE)
+            written = {name: given.pop(name, None) for name in _FILE}
             said, variables = _layered(options_given, start, written, has_file=has_file)
             variables += [each.variable for each in chosen if _is_of_environment(context, each)]
             if variables:
@@ -97,15 +99,12 @@ def takes_settings(
             if written["write_config"] is not None:
                 save_config(written["write_config"], settings)
                 return
-            for name in required:
-                field = next(field for field in fields_of() if field.parameter == name)
-                if field.value_in(settings) is None:
+            for field in chosen:
+                if field.parameter in required and field.value_in(settings) is None:
                     raise UsageError(f"{field.words} is missing; {context.command_path} --help says more")
             command(settings, **with_group_values(groups, given))
 
-        if any(field.depth == "more" for field in chosen):
-            rest.append(_parameter("help_all", HelpAllOption, default=False))
-        signature = [_context(), *arguments, *options, *file, *rest]
+        signature = [_parameter("context", typer.Context, inspect.Parameter.empty), *arguments, *options, *file, *rest]
         flat.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
             [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in signature]
         )
@@ -113,16 +112,6 @@ def takes_settings(
         return flat
 
     return decorate
-
-
-_METAVARS: Final[dict[Any, str]] = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
-
-
-_FILE: Final[dict[str, Any]] = {"config": ConfigOption, "set_": SetOption, "write_config": WriteConfigOption}
-
-
-def _context() -> inspect.Parameter:
-    return inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
 
 
 def _is_of_environment(context: typer.Context, field: Field) -> bool:
@@ -134,20 +123,20 @@ def _parameter(name: str, kind: Any, default: Any = None) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
 
 
-def _option(field: Field, about: Mapping[str, Any], *, is_change: bool) -> inspect.Parameter:
+def _option(
+    field: Field, changed: Mapping[str, Mapping[str, Any]], *, is_required: bool, is_change: bool
+) -> inspect.Parameter:
     """A field as typer takes it; without a default, so that one sees what was given, and without its limits, which are
     checked wherever it comes from."""
-    default = about.get("default", field.default)
-    is_list = field.default == ()
-    is_shown = not (is_change or default in (None, "", ()) or isinstance(default, bool))
-    text = about.get("help", field.help)
-    if about["is_required"]:
-        text = f"{text} (required)"
+    change = changed.get(field.parameter, {})
+    default = change.get("default", field.default)
+    text = change.get("help", field.help) + (" (required)" if is_required else "")
+    if not (is_change or default in (None, "", ()) or isinstance(default, bool)):
+        text += f" (default: {f'{default:g}' if isinstance(default, float) else default})"
     is_switch = is_change and field.kind is bool  # what a run has on can be turned off
-    name = f"--{field.option}/--{'no-' + field.option}" if is_switch else f"--{field.option}"
     option = typer.Option(
-        name,
-        help=f"{text} (default: {f'{default:g}' if isinstance(default, float) else default})" if is_shown else text,
+        f"--{field.option}/--no-{field.option}" if is_switch else f"--{field.option}",
+        help=text,
         rich_help_panel=field.panel,
         metavar=field.metavar or _METAVARS.get(field.given_kind),
         envvar=field.variable,
@@ -155,7 +144,7 @@ def _option(field: Field, about: Mapping[str, Any], *, is_change: bool) -> inspe
         show_default=False,
         hidden=field.depth == "more",
     )
-    kind = list[str] if is_list else bool if field.kind is bool else field.kind
+    kind = list[str] if field.default == () else field.kind
     return _parameter(field.parameter, Annotated[kind | None, option])
 
 
@@ -180,22 +169,21 @@ def _layered(
 
 def read_set(texts: Sequence[str]) -> dict[str, Any]:
     """What ``--set`` says, by the names of options. Raises ``UsageError``."""
-    given = {}
+    given, fields = {}, {field.path: field for field in fields_of()}
     for text in texts:
-        field, value = _parse_set(text)
-        given[field.parameter] = _from_text(field, value, f"--set {field.path}")
+        path, equals, value = text.partition("=")
+        if not equals:
+            raise UsageError(f"--set {text[:80]!r}: write SECTION.KEY=VALUE, as --set kill_revive.probation=25")
+        if path not in fields:
+            raise UsageError(f"--set {path[:80]}: there is no such setting{_meant(path, fields)}")
+        given[fields[path].parameter] = _from_text(fields[path], value, f"--set {path}")
     return given
 
 
-def _parse_set(text: str) -> tuple[Field, str]:
-    path, equals, value = text.partition("=")
-    fields = {field.path: field for field in fields_of()}
-    if not equals:
-        raise UsageError(f"--set {text[:80]!r}: write SECTION.KEY=VALUE, as --set kill_revive.probation=25")
-    if path not in fields:
-        hint = meant_option(f"--{path}", [f"--{each}" for each in fields]).replace("--", "")
-        raise UsageError(f"--set {path[:80]}: there is no such setting{hint or '; docs/reference/settings.md has all'}")
-    return fields[path], value
+def _meant(name: str, names: Iterable[str]) -> str:
+    """What to write in place of a name that is no setting's."""
+    hint = meant_option(f"--{name}", [f"--{each}" for each in names]).replace("--", "")
+    return hint or "; docs/reference/settings.md has all"
 
 
 def _from_text(field: Field, text: str, words: str) -> Any:
@@ -229,7 +217,10 @@ def load_config(path: Path) -> dict[str, Any]:
             word = name.replace("-", "_")
             field = by_path.get(f"{key}.{word}") if is_section else by_name.get(word)
             if field is None:
-                raise UsageError(f"--config {path}: {_unknown(key if is_section else None, name)}")
+                in_section = [other.key for other in fields if other.section == key]
+                names = in_section if is_section else [other.option for other in fields]
+                where = f" in [{key}]" if is_section else ""
+                raise UsageError(f"--config {path}: {name!r} is no setting{where}{_meant(name, names)}")
             if field.parameter in values:
                 raise UsageError(f"--config {path} says {field.path} twice")
             values[field.parameter] = tuple(each) if isinstance(each, list) else each
@@ -238,14 +229,6 @@ def load_config(path: Path) -> dict[str, Any]:
     except UsageError as error:
         raise UsageError(f"--config {path}: {error}") from None
     return values
-
-
-def _unknown(section: str | None, name: str) -> str:
-    fields = [each for each in fields_of() if section in (None, each.section)]
-    names = [f"--{each.option}" if section is None else f"--{each.key}" for each in fields]
-    hint = meant_option(f"--{name}", names).replace("--", "")
-    where = "" if section is None else f" in [{section}]"
-    return f"{name!r} is no setting{where}{hint or '; docs/reference/settings.md has all'}"
 
 
 def config_text(settings: Settings) -> str:

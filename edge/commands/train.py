@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -28,29 +27,6 @@ _CHANGEABLE: Final = (
 """What of a run may be otherwise when it goes on."""
 
 
-@dataclass(frozen=True)
-class StartOptions:
-    """What is of one start of a run, and no setting of it."""
-
-    record: RecordOption = None
-    profile: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Write what device and server did when, in some steps after the third, for chrome://tracing and "
-            "ui.perfetto.dev: trace.json.",
-            rich_help_panel=_SAVING,
-            hidden=True,
-        ),
-    ] = None
-    profile_steps: Annotated[
-        int,
-        typer.Option(
-            help="How many steps --profile takes.", min=1, max=1000, rich_help_panel=_SAVING, hidden=True
-        ),
-    ] = 10
-
-
 @takes_settings(required=("bundle", "data", "out"), has_file=True)
 def train(
     settings: Settings,
@@ -60,7 +36,21 @@ def train(
             "--resume", help="Go on from the last checkpoint in --out.", rich_help_panel=_SAVING, hidden=True
         ),
     ] = False,
-    start_options: StartOptions = StartOptions(),
+    record: RecordOption = None,
+    profile: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write what device and server did when, in some steps after the third, for chrome://tracing and "
+            "ui.perfetto.dev: trace.json.",
+            rich_help_panel=_SAVING,
+            hidden=True,
+        ),
+    ] = None,
+    profile_steps: Annotated[
+        int,
+        typer.Option(help="How many steps --profile takes.", min=1, max=1000, rich_help_panel=_SAVING, hidden=True),
+    ] = 10,
     json_output: JsonOption = False,
 ) -> None:
     """Fine-tune: data and adapters here, frozen blocks on the server, or the last few, or all, here.
@@ -74,7 +64,7 @@ def train(
     from dlora.edge.run.display import Display
     from dlora.edge.run.start import Start, start_run
 
-    start = Start(resume, start_options.record, start_options.profile, start_options.profile_steps)
+    start = Start(resume, record, profile, profile_steps)
     start_run(settings, start, Display(json_output=json_output), _watchers)
 
 

@@ -25,7 +25,7 @@ def comparison_page(comparison: Comparison) -> bytes:
         ),
         _plot(
             comparison, "loss", "Loss of the steps", "mean of some steps",
-            lambda run: {step.step: mean for step, mean in run.steps.by_loss.with_means()},
+            lambda run: {step.step: mean for step, mean in run.steps.by_loss.with_means},
         ),
         _plot(
             comparison, "traffic", "Traffic", "MB a step",

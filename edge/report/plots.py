@@ -81,7 +81,7 @@ def loss_plot(run: RunData) -> Plot:
     thinned = run.steps.by_loss
     drawn: list[Drawn] = [("loss of a step", "faint", 0, {step.step: step.loss for step in thinned.kept})]
     if run.steps.count > run.steps.mean_of:
-        means = {step.step: mean for step, mean in thinned.with_means()}
+        means = {step.step: mean for step, mean in thinned.with_means}
         drawn.append((f"mean of {run.steps.mean_of} steps", "strong", 0, means))
     if run.evaluations:
         drawn.append(("held-out loss", "points", 10, {each.step: each.loss for each in run.evaluations}))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -29,22 +29,24 @@ class Thinned:
         value: by which they are chosen.
 
     Attributes:
-        kept: steps, ascending; means: of the losses before and at each of them.
+        with_means: the steps that are kept, ascending, each with the mean of the losses before and at it.
     """
 
     def __init__(self, range_steps: int, value: Callable[[StepMetrics], float]) -> None:
-        self.kept: list[StepMetrics] = []
-        self.means: list[float] = []
+        self.with_means: list[tuple[StepMetrics, float]] = []
         self._range_steps = range_steps
         self._value = value
         self._range: list[tuple[StepMetrics, float]] = []
-        self._seen = 0
+
+    @property
+    def kept(self) -> list[StepMetrics]:
+        """The steps alone."""
+        return [step for step, _ in self.with_means]
 
     def add(self, step: StepMetrics, mean: float) -> None:
         """The next step; ``mean``: of the losses up to it."""
         self._range.append((step, mean))
-        self._seen += 1
-        if self._seen == 1 or len(self._range) == self._range_steps:
+        if not self.with_means or len(self._range) == self._range_steps:
             self._close_range()
 
     def close(self) -> None:
@@ -52,25 +54,15 @@ class Thinned:
         if self._range:
             last = self._range[-1]
             self._close_range()
-            if self.kept[-1] is not last[0]:
-                self._keep(*last)
-
-    def with_means(self) -> Iterator[tuple[StepMetrics, float]]:
-        """Each step that is kept, with its mean."""
-        return zip(self.kept, self.means, strict=True)
+            if self.with_means[-1] is not last:
+                self.with_means.append(last)
 
     def _close_range(self) -> None:
         least = min(self._range, key=lambda each: self._value(each[0]))
         most = max(self._range, key=lambda each: self._value(each[0]))
         first, second = sorted((least, most), key=lambda each: each[0].step)
-        self._keep(*first)
-        if first is not second:
-            self._keep(*second)
+        self.with_means += [first] if first is second else [first, second]
         self._range = []
-
-    def _keep(self, step: StepMetrics, mean: float) -> None:
-        self.kept.append(step)
-        self.means.append(mean)
 
 
 @dataclass
@@ -110,6 +102,7 @@ class Steps:
         self.by_loss = Thinned(self.range_steps, lambda step: step.loss)
         self.by_traffic = Thinned(self.range_steps, lambda step: step.bytes_up + step.bytes_down)
         self.by_time = Thinned(self.range_steps, lambda step: step.step_s)
+        self.plotted = (self.by_loss, self.by_traffic, self.by_time)
         self.losses = TrainingLosses()
         self._window: deque[float] = deque()
         self._sum = 0.0
@@ -163,12 +156,8 @@ class Steps:
             self.states.append((step.step, step.states))
         self.last = step
         mean = self._mean(step.loss)
-        for plotted in (self.by_loss, self.by_traffic, self.by_time):
+        for plotted in self.plotted:
             plotted.add(step, mean)
-
-    def close(self) -> None:
-        for plotted in (self.by_loss, self.by_traffic, self.by_time):
-            plotted.close()
 
     def _mean(self, loss: float) -> float:
         if not self._window:
@@ -186,7 +175,8 @@ def read_steps(path: Path) -> Steps:
     steps = Steps(1 if lines <= MOST_PLOTTED else -(-2 * lines // MOST_PLOTTED))
     for step in iterate_metrics(path):
         steps.add(step)
-    steps.close()
+    for plotted in steps.plotted:
+        plotted.close()
     return steps
 
 

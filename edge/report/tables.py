@@ -102,10 +102,7 @@ def data_table(run: RunData) -> Table:
         (data.examples, data.tokens, data.labelled, data.truncated, data.skipped, *data.lengths)
         for data in sets.values()
     ]
-    rows = [
-        (name, *(f"{value:,.6g}" for value in values))
-        for name, *values in zip(_OF_DATA, *columns, strict=True)
-    ]
+    rows = [(name, *(f"{value:,.6g}" for value in values)) for name, *values in zip(_OF_DATA, *columns, strict=True)]
     return Table("What was read", ("what", *sets), rows)
 
 

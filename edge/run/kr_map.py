@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Final
 
 import numpy as np
@@ -99,8 +99,7 @@ def states_by_row(cells: ByteArray, height: int | None) -> list[list[UnitState]]
 
 
 def _unit_ranges(units: int, rows: int) -> list[tuple[int, int]]:
-    edges = [round(row * units / rows) for row in range(rows + 1)]
-    return list(pairwise(edges))
+    return list(pairwise(round(row * units / rows) for row in range(rows + 1)))
 
 
 def _row_label(name: str, numbers: Sequence[int]) -> str:
@@ -109,12 +108,8 @@ def _row_label(name: str, numbers: Sequence[int]) -> str:
 
 def paint(row: Sequence[UnitState], colour: bool) -> str:
     """States as characters, with ANSI colours or without."""
-    if not colour:
-        return "".join(CHARACTERS[state] for state in row)
-    painted, last = [], None
-    for state in row:
-        if state is not last:
-            painted.append(_RESET + _COLOURS[state] if last is not None else _COLOURS[state])
-        painted.append(CHARACTERS[state])
-        last = state
-    return "".join(painted) + (_RESET if row else "")
+    painted = ""
+    for state, alike in groupby(row):
+        characters = CHARACTERS[state] * len(list(alike))
+        painted += f"{_COLOURS[state]}{characters}{_RESET}" if colour else characters
+    return painted

@@ -9,18 +9,13 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 import numpy as np
+import psutil
 
 from dlora.edge.model.cached_source import texts_of
 from dlora.edge.model.trunk import MOST_TOKENS
 from dlora.edge.settings import Settings
 from dlora.edge.training.expected import (
-    EvaluationPlan,
-    evaluations_mb,
-    expected_mb,
-    expected_round_trips,
-    filling,
-    first_rate_mb,
-    set_up_mb,
+    EvaluationPlan, evaluations_mb, expected_mb, expected_round_trips, filling, first_rate_mb, set_up_mb
 )
 from dlora.edge.training.resolve import resolve
 from dlora.edge.training.resolved import Resolved
@@ -29,6 +24,7 @@ from dlora.protocol.choices import KindChoice
 from dlora.protocol.device_memory import BLOCK_DTYPES, DeviceModel, training_bytes
 from dlora.protocol.errors import BundleError, UsageError
 from dlora.protocol.manifest import BlockDtype, Manifest
+from dlora.protocol.sizes import parse_size
 from dlora.protocol.targets import ALL_LINEAR, choose_groups, module_names
 from dlora.protocol.traffic import Traffic
 
@@ -99,6 +95,11 @@ class Question:
     fillings: dict[tuple[object, ...], tuple[Traffic, int]] = field(default_factory=dict)
 
 
+def available_memory(asked: str | None) -> float:
+    """Bytes that a run may take: as ``--memory`` says, or what is available now. Raises ``UsageError``."""
+    return float(psutil.virtual_memory().available) if asked is None else parse_size(asked, "--memory")
+
+
 def rows_of(question: Question) -> list[Row]:
     """Every way that is worth a look, those that cannot be among them, with the reason."""
     return [_row(question, *candidate) for candidate in _candidates(question)]
@@ -109,20 +110,16 @@ def _candidates(question: Question) -> list[tuple[KindChoice, int]]:
     manifest, asked = question.manifest, question.settings.placement.device_blocks
     spec, last = manifest.device_blocks, manifest.base_model.blocks
     has = 0 if spec is None else len(spec.blocks)
-    kinds = _kinds(question)
+    kinds: tuple[KindChoice, ...] = ("bottleneck", "lora")
+    if question.settings.adapter.kind is not None:
+        kinds = (question.settings.adapter.kind,)
+    elif question.init is not None:
+        parts = question.init.parts
+        kinds = (msgspec.convert("lora" if parts is None else parts.kind, KindChoice),)
     counts = sorted({count for count in (0, *_STEPS, has) if count <= has})
     if asked != "auto":
         counts = [last if asked == "all" else int(asked)]
     return [(kind, count) for count in counts for kind in kinds if not count or kind == "lora"]
-
-
-def _kinds(question: Question) -> tuple[KindChoice, ...]:
-    if question.settings.adapter.kind is not None:
-        return (question.settings.adapter.kind,)
-    if question.init is not None:
-        parts = question.init.parts
-        return (msgspec.convert("lora" if parts is None else parts.kind, KindChoice),)
-    return ("bottleneck", "lora")
 
 
 def settings_for(settings: Settings, row: Row) -> Settings:

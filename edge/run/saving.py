@@ -32,11 +32,7 @@ class AdapterSaver:
     """
 
     def __init__(
-        self,
-        trainer: Trainer,
-        dataset: Dataset,
-        evaluations: Sequence[dict[str, Any]],
-        kept_bytes: int | None,
+        self, trainer: Trainer, dataset: Dataset, evaluations: Sequence[dict[str, Any]], kept_bytes: int | None
     ) -> None:
         self._trainer = trainer
         self._dataset = dataset

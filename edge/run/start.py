@@ -21,11 +21,11 @@ from dlora.edge.wire.spans import Spans
 from dlora.protocol.errors import CheckpointError, UsageError
 from dlora.protocol.manifest import Manifest
 
-from .available_memory import available_memory
 from .display import Display
 from .file_names import REPORT
 from .first_look import asks_server_first, check_place, check_room, check_server, run_bytes
 from .pause import PauseRules
+from .planning import available_memory
 from .reading import read_data
 from .recommendation import choose_automatically
 from .run_file import RunFile, load_run_file

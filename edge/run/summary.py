@@ -39,9 +39,7 @@ def summary_of(config: Resolved, steps: int, held_out: HeldOut, totals: Mapping[
     }
 
 
-def finished_summary(
-    config: Resolved, steps: int, evaluations: Sequence[dict[str, Any]]
-) -> dict[str, Any] | None:
+def finished_summary(config: Resolved, steps: int, evaluations: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """The summary of a run that was summed up before: one that is resumed again would lose its times."""
     assert config.saving.out is not None
     try:
