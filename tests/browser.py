@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.request import ProxyHandler, build_opener
 
 from websockets.sync.client import ClientConnection, connect
 
@@ -107,30 +108,21 @@ def browser(profile: Path) -> Iterator[Page]:
         env={**os.environ, "HOME": str(profile)},
     )
     try:
-        port, path = _address(profile / "DevToolsActivePort")
-        with connect(f"ws://127.0.0.1:{port}{path}", max_size=None, proxy=None) as root:
-            root.send(json.dumps({"id": 1, "method": "Target.getTargets"}))
-            targets = _answer(root, 1)["targetInfos"]
-        target = next(each["targetId"] for each in targets if each["type"] == "page")
-        with connect(f"ws://127.0.0.1:{port}/devtools/page/{target}", max_size=None, proxy=None) as socket:
+        tabs = f"http://127.0.0.1:{_port(profile / 'DevToolsActivePort')}/json"
+        with build_opener(ProxyHandler({})).open(tabs, timeout=ANSWER_TIMEOUT_S) as answer:
+            (url,) = (each["webSocketDebuggerUrl"] for each in json.load(answer) if each["type"] == "page")
+        with connect(url, max_size=None, proxy=None) as socket:
             yield Page(socket)
     finally:
         process.terminate()
         process.wait(120)
 
 
-def _answer(socket: ClientConnection, number: int) -> dict[str, Any]:
-    while True:
-        message = json.loads(socket.recv(timeout=ANSWER_TIMEOUT_S))
-        if message.get("id") == number:
-            return dict(message["result"])
-
-
-def _address(file: Path) -> tuple[int, str]:
+def _port(file: Path) -> int:
     """Where it listens, which it writes to a file."""
     until = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < until:
         if file.exists() and len(lines := file.read_text().splitlines()) == 2:
-            return int(lines[0]), lines[1]
+            return int(lines[0])
         time.sleep(0.05)
     raise AssertionError("the browser did not start")

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import pty
-import select
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +12,7 @@ import pytest
 from generating import save_random_adapter
 from processes import BIN, END_TIMEOUT_S, Finished, quiet_environment, run_command, run_edge
 from serving import RunningServer, serving
+from terminals import terminal
 from test_cli import assert_fails, free_port
 from tiny import TinyFactory
 
@@ -123,63 +120,20 @@ def test_old_turns_are_left_out_where_there_is_no_room(bundle: Path, server: Run
     assert len(done.stdout.splitlines()) == len(turns)
 
 
-class Terminal:
-    """A process in a terminal of its own."""
-
-    def __init__(self, command: list[str]) -> None:
-        self._terminal, theirs = pty.openpty()
-        self.process = subprocess.Popen(
-            command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
-            env={**quiet_environment(), "TERM": "dumb"},
-        )  # fmt: skip
-        os.close(theirs)
-        self._unread = ""
-
-    def wait_for(self, text: str, *, interrupting: bool = False) -> None:
-        """Read until it stands there, after all that was waited for before.
-
-        ``interrupting``: by Ctrl-C, again where nothing comes of it: one in the moment before the terminal waits for a
-        key is only noticed with the next key.
-        """
-        deadline = time.monotonic() + END_TIMEOUT_S
-        heard = False
-        while text not in self._unread:
-            assert time.monotonic() < deadline, f"{text!r} did not come after {self._unread!r}"
-            if interrupting and not heard:
-                self.interrupt()
-            heard = bool(select.select([self._terminal], [], [], 2.0)[0])
-            if heard:
-                self._unread += os.read(self._terminal, 4096).decode(errors="replace")
-        self._unread = self._unread.partition(text)[2]
-
-    def type(self, text: str) -> None:
-        os.write(self._terminal, text.encode())
-
-    def interrupt(self) -> None:
-        self.process.send_signal(signal.SIGINT)
-
-    def end(self) -> int:
-        try:
-            return self.process.wait(END_TIMEOUT_S)
-        finally:
-            self.process.kill()
-            os.close(self._terminal)
-
-
 def test_ctrl_c_stops_the_answer_and_not_the_chat(bundle: Path, server: RunningServer, tmp_path: Path) -> None:
-    terminal = Terminal(chat_command(bundle, server, "--max-new-tokens", 1900, "--draft", 0))
-    terminal.wait_for("> ")
-    terminal.wait_for("> ", interrupting=True)  # leaves the line that is being written
-    terminal.type("w5 w6\n")
-    terminal.wait_for("w5 w6\r\nw")  # the answer has begun
-    terminal.interrupt()
-    terminal.wait_for("stopped; ")
-    terminal.wait_for("> ")
-    terminal.type(f"/save {tmp_path / 'talk.json'}\n")
-    terminal.wait_for("saved to")
-    terminal.wait_for("> ")
-    terminal.type("\x04")
-    assert terminal.end() == 0
+    with terminal(*chat_command(bundle, server, "--max-new-tokens", 1900, "--draft", 0)) as window:
+        window.wait_for("> ")
+        window.wait_for("> ", interrupting=True)  # leaves the line that is being written
+        window.type("w5 w6\n")
+        window.wait_for("w5 w6\r\nw")  # the answer has begun
+        window.process.send_signal(signal.SIGINT)
+        window.wait_for("stopped; ")
+        window.wait_for("> ")
+        window.type(f"/save {tmp_path / 'talk.json'}\n")
+        window.wait_for("saved to")
+        window.wait_for("> ")
+        window.type("\x04")
+        assert window.process.wait(END_TIMEOUT_S) == 0
     messages = json.loads((tmp_path / "talk.json").read_text())["messages"]
     assert [message["role"] for message in messages] == ["user", "assistant"]
     assert messages[1]["content"]

@@ -14,7 +14,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -27,6 +27,7 @@ from serving import serving
 from small_disk import remount_read_only, small_disk
 from tiny import TinyFactory
 from waiting import eventually
+from websockets.exceptions import ConnectionClosed
 from websockets.sync.server import ServerConnection, serve
 
 from dlora.cloud.model.base_model import BaseModel
@@ -36,6 +37,7 @@ from dlora.protocol.errors import (
     CheckpointError,
     ConnectionFailedError,
     DataError,
+    DloraError,
     ModelMismatchError,
     ProtocolError,
     StorageError,
@@ -91,9 +93,9 @@ def assert_fails(done: Finished, code: int, *words: str) -> None:
 # -- the bundle ------------------------------------------------------------------------------------------
 
 
-def flip(path: Path, where: float = 0.5) -> None:
+def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
-    content[int(len(content) * where)] ^= 1
+    content[len(content) // 2] ^= 1
     path.write_bytes(content)
 
 
@@ -111,21 +113,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a flipped byte in a graph": (lambda bundle: flip(next(bundle.rglob("*.onnx"))), "SHA-256"),
     "a file cut short": (lambda bundle: next(bundle.rglob("*.npy")).write_bytes(b"short"), "size"),
     "a file missing": (lambda bundle: next(bundle.rglob("*.onnx")).unlink(), "missing"),
-    "a wrong digest": (
-        lambda bundle: edit_manifest(
-            bundle, lambda it: next(iter(it["files"].values())).update(sha256="0" * 64)  # type: ignore[attr-defined]
-        ),
-        "SHA-256",
-    ),
     "a newer format": (lambda bundle: edit_manifest(bundle, lambda it: it.update(format=99)), "update dlora"),
     "not JSON": (lambda bundle: (bundle / "manifest.json").write_text("{"), "damaged"),
-    "another place": (
-        lambda bundle: edit_manifest(
-            bundle, lambda it: it["files"].update({"../x": {"bytes": 1, "sha256": "0" * 64}})  # type: ignore[attr-defined]
-        ),
-        "outside the bundle",
-    ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -141,35 +131,27 @@ def test_unusable_bundle_is_a_one_line_error(place: Place, damage: str, tmp_path
 
 # -- the data --------------------------------------------------------------------------------------------
 
-BAD_DATA: dict[str, tuple[str, tuple[str, ...]]] = {
-    "malformed": (f'{GOOD_ROW}\n{GOOD_ROW}\n{{"prompt": \n', ("bad.jsonl", "3")),
-    "not an object": (f"{GOOD_ROW}\n[1]\n", ("bad.jsonl", "2")),
-    "unknown fields": ('{"question": "w1"}\n', ("bad.jsonl", "1")),
-    "wrong type": ('{"text": 7}\n', ("bad.jsonl", "1")),
-    "empty": ("", ("bad.jsonl",)),
-    "blank lines": ("\n\n", ("bad.jsonl",)),
-    "too long": (f"{GOOD_ROW}\n" + json.dumps({"prompt": "w1", "completion": " w1" * 40}) + "\n",
-                 ("bad.jsonl", "2", "--max-length")),
-}
+BAD_DATA: dict[str, tuple[str, bytes | None, tuple[str, ...]]] = {
+    "malformed": ("bad.jsonl", f'{GOOD_ROW}\n{GOOD_ROW}\n{{"prompt": \n'.encode(), ("3",)),
+    "unknown fields": ("bad.jsonl", b'{"question": "w1"}\n', ("1",)),
+    "empty": ("bad.jsonl", b"\n\n", ()),
+    "too long": (
+        "bad.jsonl", f"{GOOD_ROW}\n{json.dumps({'prompt': 'w1', 'completion': ' w1' * 40})}\n".encode(),
+        ("2", "--max-length"),
+    ),
+    "damaged table": ("bad.parquet", b"PAR1", ("1: not valid Parquet",)),
+    "missing": ("bad.jsonl", None, ()),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("bad", BAD_DATA)
 def test_unusable_data_is_a_one_line_error(place: Place, bad: str, tmp_path: Path) -> None:
-    content, words = BAD_DATA[bad]
-    (tmp_path / "bad.jsonl").write_text(content)
-    done = run_edge(*place.train(tmp_path / "out", data=tmp_path / "bad.jsonl", max_length=20))
-    assert_fails(done, DataError.exit_code, *words)
+    name, content, words = BAD_DATA[bad]
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    done = run_edge(*place.train(tmp_path / "out", data=tmp_path / name, max_length=20))
+    assert_fails(done, DataError.exit_code, name, *words)
     assert not (tmp_path / "out").exists()
-
-
-def test_damaged_parquet_file_is_a_one_line_error(place: Place, tmp_path: Path) -> None:
-    (tmp_path / "chat.parquet").write_bytes(b"PAR1")
-    done = run_edge(*place.train(tmp_path / "out", data=tmp_path / "chat.parquet"))
-    assert_fails(done, DataError.exit_code, "chat.parquet:1: not valid Parquet")
-
-
-def test_missing_data_file_is_a_one_line_error(place: Place, tmp_path: Path) -> None:
-    assert_fails(run_edge(*place.train(tmp_path / "out", data=tmp_path / "no.jsonl")), DataError.exit_code, "no.jsonl")
 
 
 def with_template(place: Place, bundle: Path, template: str) -> Path:
@@ -205,27 +187,15 @@ def test_interrupt_ends_a_looping_template(place: Place, tmp_path: Path, number:
     eventually(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
 
 
-def test_too_long_sequence_is_an_error(place: Place, tmp_path: Path) -> None:
-    (tmp_path / "long.jsonl").write_text(json.dumps({"text": "w1 w2 " * 50}) + "\n")  # the model has 64 positions
-    done = run_edge(*place.train(tmp_path / "out", data=tmp_path / "long.jsonl"))
-    assert_fails(done, DataError.exit_code, "64")
-
-
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"pin": "0,x"}, ("--pin", "0,3,26-29")),
-        ({"pin": "99"}, ("99",)),
         ({"pin": "5-2"}, ("--pin",)),
         ({"pin": "1-"}, ("--pin",)),
         ({"pin": "0-999999999999"}, ("--pin",)),
-        ({"kr_score": "static", "active_fraction": 0}, ("--static-units",)),
         ({"columns": "prompt=a"}, ("columns",)),
         ({"columns": "nonsense"}, ("columns",)),
         ({"server": "ftp://127.0.0.1:1"}, ("ws://",)),
-        ({"server": "ws://"}, ("ws://",)),
-        ({"server": "ws://127.0.0.1:notaport"}, ("ws://",)),
-        ({"server": "ws://127.0.0.1:87650"}, ("ws://",)),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
 )
@@ -241,12 +211,6 @@ def test_missing_adapter_is_a_one_line_error(place: Place, tmp_path: Path) -> No
     done = run_edge("evaluate", "--bundle", place.bundle, "--server", place.url, "--data", place.data,
                     "--adapter", tmp_path / "nowhere")  # fmt: skip
     assert_fails(done, CheckpointError.exit_code, "nowhere")
-
-
-def test_unknown_option_is_reported_by_typer(place: Place) -> None:
-    done = run_edge("train", "--nonsense")
-    assert done.code == 2
-    assert "Traceback" not in done.stderr
 
 
 # -- the server ------------------------------------------------------------------------------------------
@@ -285,48 +249,34 @@ def test_unreachable_server_is_a_one_line_error(place: Place, tmp_path: Path) ->
     assert_fails(done, ConnectionFailedError.exit_code, url, "dlora-cloud serve")
 
 
-def test_server_that_refuses_the_version_is_an_error(place: Place, tmp_path: Path) -> None:
-    def refuse(connection: ServerConnection) -> None:
-        connection.recv()
-        connection.send(encode(m.Error(code="version", message="this server speaks wire versions [99]")))
-
-    with fake_server(refuse) as url:
-        done = run_edge(*place.train(tmp_path / "out", server=url))
-    assert_fails(done, ProtocolError.exit_code, "versions [99]", "update")
-
-
-def test_server_that_answers_with_another_version_is_an_error(place: Place, tmp_path: Path) -> None:
-    def welcome(connection: ServerConnection) -> None:
-        connection.recv()
-        connection.send(
-            encode(
-                m.Welcome(
-                    protocol_version=PROTOCOL_VERSIONS[-1] + 1, software="x", base_model="x", base_fingerprint="x",
-                    embedding_size=1, hidden_size=1, max_sequence_length=1, max_tokens=1, packs=True,
-                )
-            )
-        )  # fmt: skip
-        connection.recv()
-
-    with fake_server(welcome) as url:
-        done = run_edge(*place.train(tmp_path / "out", server=url))
-    assert_fails(done, ProtocolError.exit_code, "version")
+NEWER = m.Welcome(
+    protocol_version=PROTOCOL_VERSIONS[-1] + 1, software="x", base_model="x", base_fingerprint="x", embedding_size=1,
+    hidden_size=1, max_sequence_length=1, max_tokens=1, packs=True,
+)  # fmt: skip
+ANSWERS: dict[str, tuple[bytes | str | None, type[DloraError], tuple[str, ...]]] = {
+    "refuses the version": (
+        encode(m.Error(code="version", message="this server speaks wire versions [99]")), ProtocolError,
+        ("versions [99]", "update"),
+    ),
+    "has another version": (encode(NEWER), ProtocolError, ("version",)),
+    "is another service": ("hello, I am a chat", ProtocolError, ()),
+    "closes at once": (None, ConnectionFailedError, ("is it a dlora server?",)),
+}  # fmt: skip
 
 
-def test_other_websocket_server_is_an_error(place: Place, tmp_path: Path) -> None:
-    def chat(connection: ServerConnection) -> None:
-        connection.recv()
-        connection.send("hello, I am a chat")
+@pytest.mark.parametrize("server", ANSWERS)
+def test_server_that_answers_otherwise_is_an_error(place: Place, server: str, tmp_path: Path) -> None:
+    said, error, words = ANSWERS[server]
 
-    with fake_server(chat) as url:
-        done = run_edge(*place.train(tmp_path / "out", server=url))
-    assert_fails(done, ProtocolError.exit_code)
+    def answer(connection: ServerConnection) -> None:
+        if said is not None:
+            connection.recv()
+            connection.send(said)
+            with suppress(ConnectionClosed):
+                connection.recv()
 
-
-def test_server_that_closes_at_once_is_an_error(place: Place, tmp_path: Path) -> None:
-    with fake_server(lambda connection: connection.close()) as url:
-        done = run_edge(*place.train(tmp_path / "out", server=url))
-    assert_fails(done, ConnectionFailedError.exit_code, url, "is it a dlora server?")
+    with fake_server(answer) as url:
+        assert_fails(run_edge(*place.train(tmp_path / "out", server=url)), error.exit_code, *words)
 
 
 def test_port_with_another_protocol_is_an_error(place: Place, tmp_path: Path) -> None:
@@ -441,33 +391,26 @@ def test_interrupt_during_start_is_a_one_line_error(place: Place, tmp_path: Path
 # -- the other command -----------------------------------------------------------------------------------
 
 
-def test_missing_model_is_a_one_line_error(tmp_path: Path) -> None:
-    done = run_cloud("serve", tmp_path / "nowhere", "--state-dir", tmp_path, "--port", 0)
-    assert_fails(done, UsageError.exit_code, "nowhere")
-
-
-def test_unwritable_state_directory_is_a_one_line_error(tiny: TinyFactory, tmp_path: Path) -> None:
+def test_server_that_cannot_start_is_a_one_line_error(tiny: TinyFactory, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    done = run_cloud("serve", tiny().model, "--state-dir", tmp_path / "file", "--port", 0)
-    assert_fails(done, StorageError.exit_code, "--state-dir")
-
-
-def test_taken_port_and_interrupted_server_are_one_line_errors(tiny: TinyFactory, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        done = run_cloud(
-            "serve", tiny().model, "--state-dir", tmp_path, "--port", taken.getsockname()[1], "--json"
-        )
-    assert_fails(done, ConnectionFailedError.exit_code, "cannot listen")
-    with cloud_process(tiny().model, tmp_path / "server") as cloud:
-        assert cloud.end(signal.SIGINT) == 0
-        assert "Traceback" not in cloud.log.read_text()
+        port = taken.getsockname()[1]
+        for model, place, at, error, words in (
+            (tmp_path / "nowhere", tmp_path, 0, UsageError, "nowhere"),
+            (tiny().model, tmp_path / "file", 0, StorageError, "--state-dir"),
+            (tiny().model, tmp_path, port, ConnectionFailedError, "cannot listen"),
+        ):
+            done = run_cloud("serve", model, "--state-dir", place, "--port", at, "--json")
+            assert_fails(done, error.exit_code, words)
 
 
-def test_a_server_shows_no_path_and_dates_its_log(tiny: TinyFactory, tmp_path: Path) -> None:
+def test_a_server_shows_no_path_dates_its_log_and_ends_well(tiny: TinyFactory, tmp_path: Path) -> None:
     with cloud_process(tiny().model, tmp_path) as cloud:
         with urllib.request.urlopen(cloud.url.replace("ws://", "http://") + "/healthz", timeout=120) as answer:
             body = answer.read().decode()
         log = cloud.log.read_text().splitlines()
+        assert cloud.end(signal.SIGINT) == 0
+        assert "Traceback" not in cloud.log.read_text()
     assert json.loads(body)["base_model"] == "model"
     assert str(tiny().model.parent) not in body
     assert log
@@ -475,19 +418,14 @@ def test_a_server_shows_no_path_and_dates_its_log(tiny: TinyFactory, tmp_path: P
         datetime.strptime(line[:20], "%Y-%m-%d %H:%M:%S ")
 
 
-def test_missing_library_is_a_one_line_error(place: Place) -> None:
-    code = "import sys; sys.modules['onnxruntime'] = None; from dlora.edge.__main__ import main; main()"
-    command = [sys.executable, "-c", code, "selftest", "--bundle", str(place.bundle)]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+@pytest.mark.parametrize(("change", "command", "words"), [
+    ("sys.modules['onnxruntime'] = None", "selftest", "'onnxruntime' is not installed"),
+    # armv7: pip finds neither numpy nor onnxruntime, and no extra would help.
+    ("sys.maxsize = 2**31 - 1; sys.modules['typer'] = None", "doctor", "where getconf LONG_BIT says 64"),
+], ids=["missing library", "32 bits"])  # fmt: skip
+def test_system_that_cannot_run_it_is_a_one_line_error(place: Place, change: str, command: str, words: str) -> None:
+    code = f"import sys; {change}; from dlora.edge.__main__ import main; main()"
+    words_typed = [sys.executable, "-c", code, command, "--bundle", str(place.bundle)]
+    ended = subprocess.run(words_typed, capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stderr.count("\n")) == (12, 1), ended.stderr
-    assert "'onnxruntime' is not installed" in ended.stderr
-
-
-def test_32_bit_system_is_a_one_line_error() -> None:
-    """armv7: pip finds neither numpy nor onnxruntime, and no extra would help."""
-    code = (
-        "import sys; sys.maxsize = 2**31 - 1; sys.modules['typer'] = None\nfrom dlora.edge.__main__ import main; main()"
-    )
-    ended = subprocess.run([sys.executable, "-c", code, "doctor"], capture_output=True, text=True, check=False)
-    assert (ended.returncode, ended.stderr.count("\n")) == (12, 1), ended.stderr
-    assert "use a 64-bit system, where getconf LONG_BIT says 64" in ended.stderr
+    assert words in ended.stderr

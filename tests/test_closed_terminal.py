@@ -2,83 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
-import os
-import pty
 import re
-import select
 import shlex
 import signal
-import subprocess
-import termios
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
-from processes import CLOUD, EDGE, END_TIMEOUT_S, START_TIMEOUT_S, cloud_process, quiet_environment
+from processes import CLOUD, EDGE, END_TIMEOUT_S, cloud_process
+from terminals import terminal
 from tiny import TinyFactory
 from waiting import eventually
 
 from dlora.edge.training.checkpoint import list_checkpoints
 
 EXIT_CODE = 130
-
-
-class Terminal:
-    """A command in a terminal of its own, in the foreground; one that ignores SIGHUP is as under ``nohup``."""
-
-    def __init__(self, command: Sequence[object], *, ignores: bool) -> None:
-        self._screen, other_end = pty.openpty()
-
-        def take_terminal() -> None:
-            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-            signal.signal(signal.SIGHUP, signal.SIG_IGN if ignores else signal.SIG_DFL)
-
-        self.process = subprocess.Popen(
-            list(map(str, command)), stdin=other_end, stdout=other_end, stderr=other_end, env=quiet_environment(),
-            start_new_session=True, preexec_fn=take_terminal,
-        )  # fmt: skip
-        os.close(other_end)
-        self.shown = ""
-
-    def show_until(self, is_there: Callable[[], bool]) -> None:
-        """Read what the command prints, as a terminal does, until something is there."""
-        ends = time.monotonic() + START_TIMEOUT_S
-        while not is_there():
-            assert time.monotonic() < ends, self.shown
-            if select.select([self._screen], [], [], 0.02)[0]:
-                try:
-                    self.shown += os.read(self._screen, 65536).decode(errors="replace")
-                except OSError:  # the command has ended
-                    raise AssertionError(self.shown) from None
-
-    def show_to_its_end(self) -> None:
-        with contextlib.suppress(OSError):  # it has ended
-            while os.read(self._screen, 65536):
-                pass
-
-    def close(self) -> None:
-        """The system sends SIGHUP, and so does the shell."""
-        os.close(self._screen)
-        self.process.send_signal(signal.SIGHUP)
-
-
-@contextmanager
-def terminal(*command: object, ignores: bool = False) -> Iterator[Terminal]:
-    """A command in a terminal; in the end it is no more, whatever happened."""
-    window = Terminal(command, ignores=ignores)
-    try:
-        yield window
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(window.process.pid, signal.SIGKILL)
-        window.process.wait(END_TIMEOUT_S)
 
 
 @pytest.fixture

@@ -81,10 +81,7 @@ def test_a_key_can_come_from_a_process(tmp_path: Path) -> None:
 
 def test_certificates_that_are_pipes_are_refused(tmp_path: Path) -> None:
     path = pipe(tmp_path / "pipe")
-    for credentials, option in (
-        (Credentials(ca=path), "--ca"),
-        (Credentials(client_cert=path), "--client-cert"),
-    ):
+    for credentials, option in ((Credentials(ca=path), "--ca"), (Credentials(client_cert=path), "--client-cert")):
         with pytest.raises(UsageError, match=rf"{option} .*pipe cannot be read: it is no regular file"):
             credentials.ssl_context("wss://127.0.0.1:9")
     with pytest.raises(UsageError, match=r"--tls-cert .*pipe cannot be read: it is no regular file"):
@@ -96,17 +93,15 @@ def test_pipe_in_a_run_is_one_line(tmp_path: Path) -> None:
     for name in (RUN_FILE, "metrics.jsonl", "evaluations.jsonl", "checkpoint-000004.safetensors", "ticket.key"):
         pipe(tmp_path / name)
     pipe(tmp_path / FRAMES_FILE)
-    with pytest.raises(CheckpointError, match="it is no regular file"):
-        load_run_file(tmp_path)
-    with pytest.raises(CheckpointError, match="it is no regular file"):
-        read_metrics(tmp_path / "metrics.jsonl")
-    with pytest.raises(StorageError, match="it is no regular file"):
-        MetricsLog(tmp_path / "metrics.jsonl")
-    with pytest.raises(CheckpointError, match="it is no regular file"):
-        read_evaluations(tmp_path / "evaluations.jsonl")
+    for error, read in (
+        (CheckpointError, lambda: load_run_file(tmp_path)),
+        (CheckpointError, lambda: read_metrics(tmp_path / "metrics.jsonl")),
+        (StorageError, lambda: MetricsLog(tmp_path / "metrics.jsonl")),
+        (CheckpointError, lambda: read_evaluations(tmp_path / "evaluations.jsonl")),
+        (StorageError, lambda: load_key(tmp_path)),
+        (DataError, lambda: read_recording(tmp_path)),
+    ):
+        with pytest.raises(error, match="it is no regular file"):
+            read()
     with pytest.raises(CheckpointError, match="1 damaged"):
         load_latest(tmp_path)
-    with pytest.raises(StorageError, match="it is no regular file"):
-        load_key(tmp_path)
-    with pytest.raises(DataError, match="it is no regular file"):
-        read_recording(tmp_path)

@@ -97,23 +97,20 @@ def test_signal_during_imports_ends_with_one_line_and_130(
     place: Place, tmp_path: Path, command: str, when: str, sent: signal.Signals
 ) -> None:
     """Once it was exit 12, as if a library were missing, and once ten minutes of a server that loaded on."""
+    data, out = tmp_path / "data.jsonl", tmp_path / "out"
+    data.write_text(json.dumps({"text": "w1 w2"}) + "\n")
+    where = ("--kind", "lora", "--bundle", place.bundle, "--server", place.url)
     commands: dict[str, list[object]] = {
         "edge": [EDGE, "selftest", "--bundle", place.bundle],
+        "train": [EDGE, "train", *where, "--data", data, "--out", out],
         "cloud": [CLOUD, "serve", place.model, "--port", 0, "--state-dir", tmp_path],
-        "export": [EXPORT, place.model, "--out", tmp_path / "out"],
+        "export": [EXPORT, place.model, "--out", out],
     }
-    if command == "train":
-        data = tmp_path / "data.jsonl"
-        data.write_text(json.dumps({"text": "w1 w2"}) + "\n")
-        commands["train"] = [
-            EDGE, "train", "--kind", "lora", "--bundle", place.bundle, "--server", place.url, "--data", data,
-            "--out", tmp_path / "out",
-        ]  # fmt: skip
     done = run(place, sent, when, *commands[command])
     said = [line for line in done.stderr.splitlines() if not line.startswith("data: ")]
     assert (done.code, said) == (130, ["error: interrupted"]), done.stderr
     assert done.stdout == ""
-    assert not (tmp_path / "out").exists()
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=lambda sent: sent.name)

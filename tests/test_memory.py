@@ -15,12 +15,16 @@ from tiny import TinyFactory
 from dlora.cloud.model.memory import machine_bytes
 
 
+def printed(code: str) -> str:
+    """What a program prints, in a process of its own."""
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+
+
 def test_peak_memory_excludes_the_parent_process() -> None:
     """Linux hands ``ru_maxrss`` down through exec: a small device started by a large test run looked large."""
     ours = np.ones(500 * 10**6, np.uint8)
     code = "from dlora.edge.memory import peak_rss_mb; print(peak_rss_mb())"
-    child = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert 5 < float(child.stdout) < 250
+    assert 5 < float(printed(code)) < 250
     assert ours[-1] == 1
 
 
@@ -29,8 +33,7 @@ def test_peak_memory_stays_after_release() -> None:
         "from dlora.edge.memory import peak_rss_mb; import numpy as np\n"
         "before = peak_rss_mb(); held = np.ones(300 * 10**6, np.uint8); del held; print(peak_rss_mb() - before)"
     )
-    child = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert 290 < float(child.stdout) < 320
+    assert 290 < float(printed(code)) < 320
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems keep what is mapped")
@@ -52,8 +55,7 @@ touched = file_mb()
 bundle.release("weights/embedding.npy")
 print(touched - before > 30, file_mb() - before < 3, weight.sum() == total == {1 << 23})
 """
-    child = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert child.stdout.split() == ["True"] * 3
+    assert printed(code).split() == ["True"] * 3
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems go without")
@@ -71,8 +73,7 @@ with limit_memory():
         print("refused")
 print(resource.getrlimit(resource.RLIMIT_DATA) == before)
 """
-    child = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert child.stdout.split() == ["refused", "True"]
+    assert printed(code).split() == ["refused", "True"]
 
 
 @pytest.mark.parametrize(

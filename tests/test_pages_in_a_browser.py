@@ -69,6 +69,16 @@ def test_a_page_fits_a_window_that_becomes_narrow(tab: Page, pages: dict[str, Pa
     assert tab.run("document.querySelector('.uplot').getBoundingClientRect().width") <= 390
 
 
+def point_at(tab: Page, plot: str, part: float) -> None:
+    """Move the pointer over a plot, so much of its width from its left."""
+    x, y = tab.run(
+        f"(() => {{ const plot = document.querySelector('{plot}'); plot.scrollIntoView();"
+        f" const box = plot.getBoundingClientRect(); return [box.left + box.width * {part}, box.top + 50]; }})()"
+    )
+    tab.ask("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+    tab.run("new Promise((done) => setTimeout(done, 100))")
+
+
 @pytest.mark.parametrize("name", ["run", "short", "comparison"])
 def test_a_legend_has_a_value_wherever_the_pointer_is(tab: Page, pages: dict[str, Path], name: str) -> None:
     """Where there is none at a step, the last one before it, or else the first."""
@@ -78,12 +88,7 @@ def test_a_legend_has_a_value_wherever_the_pointer_is(tab: Page, pages: dict[str
     assert shown
     assert not {"–", "--", ""} & set(shown)
     for part in (0.02, 0.3, 0.98):
-        x, y = tab.run(
-            "(() => { const plot = document.querySelector('.u-over'); plot.scrollIntoView();"
-            f" const box = plot.getBoundingClientRect(); return [box.left + box.width * {part}, box.top + 50]; }})()"
-        )
-        tab.ask("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
-        tab.run("new Promise((done) => setTimeout(done, 100))")
+        point_at(tab, ".u-over", part)
         assert not {"–", "--", ""} & set(tab.run(values))
 
 
@@ -106,21 +111,13 @@ def test_a_table_that_is_too_wide_for_a_phone_says_that_it_scrolls(tab: Page, pa
 def test_a_legend_says_what_metrics_jsonl_says(tab: Page, pages: dict[str, Path]) -> None:
     """The numbers under the pointer, of a plot of areas, where what is drawn is a sum and what is said is not."""
     tab.open(pages["run"], width=1280)
-    box = tab.run(
-        "(() => { const plot = document.querySelector('#traffic .u-over'); plot.scrollIntoView();"
-        " const box = plot.getBoundingClientRect(); return [box.left + box.width / 2, box.top + box.height / 2]; })()"
-    )
-    tab.ask("Input.dispatchMouseEvent", type="mouseMoved", x=box[0], y=box[1])
-    tab.run("new Promise((done) => setTimeout(done, 100))")
-    rows = tab.run(
+    point_at(tab, "#traffic .u-over", 0.5)
+    shown = dict(tab.run(
         "[...document.querySelectorAll('#traffic .u-series')].map((row) =>"
         " [row.querySelector('.u-label').textContent, row.querySelector('.u-value').textContent])"
-    )
-    shown = dict(rows)
-    plot = next(
-        each
-        for each in tab.run("JSON.parse(document.getElementById('numbers').textContent).plots")
-        if each["id"] == "traffic"
+    ))  # fmt: skip
+    plot = tab.run(
+        "JSON.parse(document.getElementById('numbers').textContent).plots.find((each) => each.id === 'traffic')"
     )
     at = plot["steps"].index(int(shown["step"]))
     for line in plot["series"]:

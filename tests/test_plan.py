@@ -102,86 +102,76 @@ def test_as_many_units_are_active_as_a_tokens_bytes_allow(place: Place, tmp_path
 
 
 @pytest.mark.parametrize(("options", "said"), [
-    ({}, 0),
-    ({"active_fraction": 0.25, "kr_score": "grad", "steps": 2}, 2),
-    ({"static_units": "1,2", "steps": 2}, 1),
-    ({"static_units": "1,2", "kr_on_kill": "give_to_server", "steps": 2}, 1),
+    ({}, []),
+    ({"active_fraction": 0.25, "kr_score": "grad", "steps": 2}, [
+        "2 of 8 blocks active: that saves traffic and costs quality",
+        "warning: 2 steps are too few for warm-up, ramp and trials; use 107 steps or more, or --active-fraction 1",
+    ]),
+    ({"static_units": "1,2", "steps": 2}, ["2 of 8 blocks active: that saves traffic and costs quality"]),
+    ({"static_units": "1,2", "kr_on_kill": "give_to_server", "steps": 2}, [
+        "2 of 8 blocks active: that saves traffic and costs quality",
+        "the server is given what killed blocks have learnt, and applies it (SECURITY.md)",
+    ]),
 ], ids=["all active", "a fraction", "static", "given"])  # fmt: skip
-def test_note_on_active_fraction_is_shown(place: Place, tmp_path: Path, options: dict[str, object], said: int) -> None:
+def test_note_on_active_fraction_is_shown(
+    place: Place, tmp_path: Path, options: dict[str, object], said: list[str]
+) -> None:
     done = run_edge(*place.train(tmp_path / "out", max_length=20, too_long="skip", **options))
     assert done.code == 0, done.stderr
-    lines = [line for line in done.stderr.splitlines() if "costs quality" in line or "too few" in line]
-    assert len(lines) == said
-    if said == 1:
-        assert lines[0].startswith("2 of 8 blocks active: that saves traffic and costs quality")
-    is_said = "the server is given what killed blocks have learnt, and applies it" in done.stderr
-    assert is_said is ("kr_on_kill" in options)
-    if said == 2:
-        text = "2 steps are too few for warm-up, ramp and trials; use 107 steps or more, or --active-fraction 1"
-        assert text in lines[1]
+    lines = done.stderr.splitlines()
+    assert [line for line in lines if re.search("costs quality|too few|is given", line)] == said
 
 
 @pytest.mark.parametrize(("options", "words"), [
-    ({"pin": "8"}, ["--pin: block 8 is not trained; blocks 0-7 are"]),
-    ({"pin": "8", "kr_unit": "group"}, ["--pin: there is no group 8; they are 0 to 7"]),
-    ({"pin": "1", "blocks": "4-7"}, ["--pin: block 1 is not trained; blocks 4-7 are"]),
-    ({"blocks": "8"}, ["--blocks: the bundle has nothing to train in block 8; blocks are 0-7"]),
-    ({"blocks": "x"}, ["--blocks 'x': write blocks as 0,3,26-29"]),
-    ({"blocks": "9" * 5000}, ["write blocks as 0,3,26-29"]),
-    ({"blocks": ","}, ["--blocks ',': write blocks as"]),
-    ({"target_modules": "nope,q_proj"}, [
-        "no module 'nope' that can be trained; --target-modules can be: down_proj, gate_proj, k_proj, o_proj, q_proj, "
-        "up_proj, v_proj, all-linear"
-    ]),
-    ({"target_modules": "proj"}, ["no module 'proj'"]),
-    ({"target_modules": "all-linear,q_proj"}, ["no module 'all-linear'"]),
-    ({"target_modules": " , "}, ["--target-modules is empty"]),
-    ({"target_modules": "model.layers.0.self_attn.q_proj", "blocks": "1,2"}, ["in the blocks 1-2; --target-modules"]),
-    ({"pin": "x"}, ["--pin 'x': write units as 0,3,26-29"]),
-    ({"static_units": "0-8", "kr_score": "static"}, ["--static-units: block 8 is not trained"]),
-    ({"static_units": "1", "kr_score": "random"}, ["--static-units needs --kr-score static"]),
-    ({"kr_score": "static", "active_fraction": 0}, ["no unit would be trained: name some with --static-units"]),
-    ({"active_fraction": 0, "kr_score": "grad"}, ["--active-fraction 0 would train nothing"]),
-    ({"bytes_per_token": 9, "active_fraction": 0.5}, ["--bytes-per-token chooses how many units are active"]),
-    ({"max_length": LONGEST + 1}, [f"--max-length {LONGEST + 1} is over the {LONGEST} tokens"]),
+    ({"pin": "8"}, "--pin: block 8 is not trained; blocks 0-7 are"),
+    ({"pin": "8", "kr_unit": "group"}, "--pin: there is no group 8; they are 0 to 7"),
+    ({"pin": "1", "blocks": "4-7"}, "--pin: block 1 is not trained; blocks 4-7 are"),
+    ({"blocks": "8"}, "--blocks: the bundle has nothing to train in block 8; blocks are 0-7"),
+    ({"blocks": "x"}, "--blocks 'x': write blocks as 0,3,26-29"),
+    ({"blocks": "9" * 5000}, "write blocks as 0,3,26-29"),
+    ({"blocks": ","}, "--blocks ',': write blocks as"),
+    ({"target_modules": "nope,q_proj"}, "no module 'nope' that can be trained; --target-modules can be: "
+     "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj, all-linear"),
+    ({"target_modules": "all-linear,q_proj"}, "no module 'all-linear'"),
+    ({"target_modules": " , "}, "--target-modules is empty"),
+    ({"target_modules": "model.layers.0.self_attn.q_proj", "blocks": "1,2"}, "in the blocks 1-2; --target-modules"),
+    ({"pin": "x"}, "--pin 'x': write units as 0,3,26-29"),
+    ({"static_units": "0-8", "kr_score": "static"}, "--static-units: block 8 is not trained"),
+    ({"static_units": "1", "kr_score": "random"}, "--static-units needs --kr-score static"),
+    ({"kr_score": "static", "active_fraction": 0}, "no unit would be trained: name some with --static-units"),
+    ({"active_fraction": 0, "kr_score": "grad"}, "--active-fraction 0 would train nothing"),
+    ({"bytes_per_token": 9, "active_fraction": 0.5}, "--bytes-per-token chooses how many units are active"),
+    ({"max_length": LONGEST + 1}, f"--max-length {LONGEST + 1} is over the {LONGEST} tokens"),
 ])  # fmt: skip
 def test_invalid_settings_are_refused_before_data_and_server(
-    place: Place, tmp_path: Path, options: dict[str, object], words: list[str]
+    place: Place, tmp_path: Path, options: dict[str, object], words: str
 ) -> None:
-    done = run_edge(
-        *place.train(tmp_path / "out", server="ws://127.0.0.1:1", data=tmp_path / "none.jsonl", **options)
-    )
-    assert_fails(done, UsageError.exit_code, *words)
+    nowhere = {"server": "ws://127.0.0.1:1", "data": tmp_path / "none.jsonl"}
+    assert_fails(run_edge(*place.train(tmp_path / "out", **nowhere, **options)), UsageError.exit_code, words)
     assert not (tmp_path / "out").exists()
 
 
 def test_empty_run_directory_is_removed(place: Place, tmp_path: Path) -> None:
-    done = run_edge(*place.train(tmp_path / "deep" / "out", server="ws://127.0.0.1:1", max_length=20, too_long="skip"))
-    assert done.code == 6, done.stderr
-    assert not (tmp_path / "deep" / "out").exists()
     (tmp_path / "mine").mkdir()
-    done = run_edge(*place.train(tmp_path / "mine", server="ws://127.0.0.1:1", max_length=20, too_long="skip"))
-    assert done.code == 6
-    assert (tmp_path / "mine").is_dir()
+    for out in (tmp_path / "deep" / "out", tmp_path / "mine"):
+        done = run_edge(*place.train(out, server="ws://127.0.0.1:1", max_length=20, too_long="skip"))
+        assert done.code == 6, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
 def test_an_adapter_of_another_base_model_is_named_as_such(place: Place, tiny: TinyFactory, tmp_path: Path) -> None:
+    cut = {"max_length": 20, "too_long": "skip"}
     wide = tiny(blocks=BLOCKS, hidden_size=32)
     with serving(wide.base) as server:
-        other = Place(wide.bundle, place.data, server.url)
-        done = run_edge(*other.train(tmp_path / "theirs", max_length=20, too_long="skip"))
-        assert done.code == 0, done.stderr
-    from_theirs = place.train(tmp_path / "out", init_adapter=tmp_path / "theirs", max_length=20, too_long="skip")
-    done = run_edge(*from_theirs)
-    assert_fails(done, ModelMismatchError.exit_code, "the adapter was trained on", "take an adapter of that base model")
+        assert run_edge(*Place(wide.bundle, place.data, server.url).train(tmp_path / "theirs", **cut)).code == 0
+    from_theirs = place.train(tmp_path / "out", init_adapter=tmp_path / "theirs", **cut)
+    said = ("the adapter was trained on", "take an adapter of that base model")
+    assert_fails(run_edge(*from_theirs), ModelMismatchError.exit_code, *said)
     (tmp_path / "theirs" / RECORD_NAME).unlink()  # as PEFT saves: no fingerprint
-    done = run_edge(*from_theirs)
-    assert_fails(done, CheckpointError.exit_code, "is of another base model", "numbers, the bundle's from")
-    same = run_edge(*place.train(tmp_path / "mine", max_length=20, too_long="skip"))
-    assert same.code == 0, same.stderr
-    done = run_edge(
-        *place.train(tmp_path / "out", init_adapter=tmp_path / "mine", rank=2, max_length=20, too_long="skip")
-    )
+    said = ("is of another base model", "numbers, the bundle's from")
+    assert_fails(run_edge(*from_theirs), CheckpointError.exit_code, *said)
+    assert run_edge(*place.train(tmp_path / "mine", **cut)).code == 0
+    done = run_edge(*place.train(tmp_path / "out", init_adapter=tmp_path / "mine", rank=2, **cut))
     assert_fails(done, CheckpointError.exit_code, "has rank 4; train with --rank 4")
 
 

@@ -41,26 +41,21 @@ def numbers(page: bytes) -> dict[str, Any]:
 
 def series(plot: dict[str, Any]) -> dict[str, dict[int, Any]]:
     """Values by step, of each line."""
-    return {
-        each["label"]: dict(zip(plot["steps"], each["values"], strict=True)) for each in plot["series"]
-    }
+    return {each["label"]: dict(zip(plot["steps"], each["values"], strict=True)) for each in plot["series"]}
 
 
 def check_against_metrics(out: Path, page: bytes) -> None:
     """Every number that is plotted is one of ``metrics.jsonl``, to the last bit."""
     steps = {each.step: each for each in read_metrics(out / METRICS)}
     plots = numbers(page)
-    expected = {
-        "loss": {"loss of a step": lambda step: step.loss},
-        "rate": {"learning rate": lambda step: step.learning_rate},
-        "gradient": {"norm": lambda step: step.grad_norm},
-    }
-    for name, lines in expected.items():
-        found = series(plots[name])
-        for label, value in lines.items():
-            shown = {step: each for step, each in found[label].items() if each is not None}
-            assert shown
-            assert shown == {step: value(steps[step]) for step in shown}
+    for name, label, key in (
+        ("loss", "loss of a step", "loss"),
+        ("rate", "learning rate", "learning_rate"),
+        ("gradient", "norm", "grad_norm"),
+    ):
+        shown = {step: value for step, value in series(plots[name])[label].items() if value is not None}
+        assert shown
+        assert shown == {step: getattr(steps[step], key) for step in shown}
     if "traffic" in plots:
         for step in plots["traffic"]["steps"]:
             sides = {"↑": 0, "↓": 0}

@@ -90,46 +90,28 @@ def test_missing_graph_is_a_bundle_error(bundle: Path, kind: str, key: str, said
         lacking.graph(kind, key)
 
 
-@pytest.mark.parametrize("kind", ["", "adam w", "../adamw", "adamw\n", "x" * 65])
-def test_graph_kind_must_be_a_plain_name(bundle: Path, tmp_path: Path, kind: str) -> None:
-    shutil.copytree(bundle, tmp_path / "bundle")
-    manifest = load_manifest(bundle)
-    graphs = (msgspec.structs.replace(manifest.graphs[0], kind=kind), *manifest.graphs[1:])
-    (tmp_path / "bundle" / MANIFEST_NAME).write_bytes(encode_manifest(msgspec.structs.replace(manifest, graphs=graphs)))
-    with pytest.raises(BundleError, match="is damaged"):
-        load_manifest(tmp_path / "bundle")
-
-
 def test_info_describes_a_bundle(bundle: Path) -> None:
     done = run_edge("info", bundle, "--json")
     result = json.loads(done.stdout)
-    assert (done.code, result["kind"], result["lora_r"], result["blocks"]) == (0, "bundle", 4, 2)
-    assert result["lora_target_modules"] == "q_proj, v_proj"
-    assert result["can_be_trained"] == "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
-    assert (result["lora_exchange_groups"], result["exchange_groups"]) == (2, 8)
-    assert (result["default_kind"], result["default_blocks"], result["default_exchange_groups"]) == (
-        "bottleneck",
-        "0-1",
-        8,
-    )
+    wanted = {
+        "kind": "bundle", "lora_r": 4, "blocks": 2, "lora_target_modules": "q_proj, v_proj", "lora_exchange_groups": 2,
+        "can_be_trained": "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj", "exchange_groups": 8,
+        "default_kind": "bottleneck", "default_blocks": "0-1", "default_exchange_groups": 8,
+    }  # fmt: skip
+    assert (done.code, {name: result[name] for name in wanted}) == (0, wanted)
     assert result["default_target_modules"] == result["can_be_trained"]
     assert run_edge("info", bundle).code == 0
 
 
-def test_doctor_passes_with_a_bundle(bundle: Path) -> None:
+def test_doctor_passes_and_estimates_training_memory_and_micro_batch(bundle: Path) -> None:
     done = run_edge("doctor", "--bundle", bundle, "--json")
-    result = json.loads(done.stdout)
-    assert done.code == 0, result
-    assert {check["check"] for check in result["checks"]} >= {"python", "memory", "engine", "bundle", "no torch"}
-
-
-def test_doctor_estimates_training_memory_and_micro_batch(bundle: Path) -> None:
-    result = json.loads(run_edge("doctor", "--bundle", bundle, "--json").stdout)
-    (found,) = (check["found"] for check in result["checks"] if check["check"] == "memory")
+    assert done.code == 0, done.stdout
+    found = {check["check"]: check["found"] for check in json.loads(done.stdout)["checks"]}
+    assert set(found) >= {"python", "memory", "engine", "bundle", "no torch"}
     manifest = load_manifest(bundle)
-    assert f"this fp16 head takes about {training_mb(manifest, 64):,.0f} MB at 64 tokens" in found
-    assert f"fp32 {training_mb(manifest, 64, 'fp32'):,.0f}" in found
-    assert "tokens fit, 64 of them a sequence" in found  # the model takes no longer one
+    assert f"this fp16 head takes about {training_mb(manifest, 64):,.0f} MB at 64 tokens" in found["memory"]
+    assert f"fp32 {training_mb(manifest, 64, 'fp32'):,.0f}" in found["memory"]
+    assert "tokens fit, 64 of them a sequence" in found["memory"]  # the model takes no longer one
 
 
 def test_estimates_are_for_no_longer_sequence_than_the_model_takes(bundle: Path) -> None:

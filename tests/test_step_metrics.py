@@ -15,7 +15,8 @@ from dlora.edge.training.metrics import StepMetrics
 from dlora.edge.training.trainer import Trainer
 from dlora.edge.wire.usage import OTHER, with_other
 from dlora.protocol import messages as m
-from dlora.protocol.frames import frame_bytes
+from dlora.protocol.errors import RemoteProtocolError
+from dlora.protocol.frames import Decoder, encode, frame_bytes
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +66,6 @@ def test_what_crosses_again_is_other() -> None:
 def test_a_server_cannot_tell_of_a_time_that_is_none() -> None:
     for seconds in (-1.0, float("nan"), float("inf"), m.MAX_SECONDS * 2):
         message = m.GroupGrad(step=0, micro_batch=0, group=0, grads=(), answer=False, computed_s=seconds)
-        from dlora.protocol.errors import RemoteProtocolError
-        from dlora.protocol.frames import Decoder, encode
-
         with pytest.raises(RemoteProtocolError, match="computed_s"):
             Decoder().decode(encode(message))
 

@@ -6,7 +6,6 @@ import os
 import platform
 import sys
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import psutil
 from dlora.edge.engine.choose import is_installed
 from dlora.edge.engine.shim import VARIABLE, load_shim
 from dlora.edge.run.footprint import tokens_that_fit, training_mb, usual_tokens
-from dlora.edge.run.run_file import LIBRARIES
+from dlora.edge.run.run_file import LIBRARIES, versions
 from dlora.edge.training.defaults import DEFAULT_KIND
 from dlora.edge.wire.credentials import Credentials
 from dlora.protocol.device_memory import RUNTIME_MB, STORED_DTYPES
@@ -66,14 +65,8 @@ def _python() -> str:
 
 
 def _libraries() -> str:
-    return ", ".join(f"{name} {_version(name)}" for name in LIBRARIES)
-
-
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "is not installed"
+    found = versions()
+    return ", ".join(f"{name} {found[name] or 'is not installed'}" for name in LIBRARIES)
 
 
 def _no_torch() -> str:

@@ -5,19 +5,20 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
 from dlora.protocol.text import one_line
 
 from .options import JsonOption
-from .output import print_result
+from .output import print_result, warn
 
 if TYPE_CHECKING:
     from dlora.edge.report.comparison import Comparison
 
 _BEST: Final = " *"
+Row = tuple[str, list[str]]
 
 
 def compare(
@@ -33,18 +34,12 @@ def compare(
     from dlora.edge.report.comparison import compare as compare_runs
     from dlora.edge.report.comparison_page import comparison_page
 
-    from .output import warn
-
     comparison = compare_runs(runs)
     if out is not None:
         write_atomically(out, comparison_page(comparison))
     for line in comparison.warnings:
         warn(line)
-
-    def show(_: dict[str, Any]) -> None:
-        _show(comparison)
-
-    print_result(comparison.to_json(), show, json_output=json_output)
+    print_result(comparison.to_json(), lambda _: _show(comparison), json_output=json_output)
 
 
 def _show(comparison: Comparison) -> None:
@@ -60,9 +55,7 @@ def _show(comparison: Comparison) -> None:
         print(f"{_BEST.strip()} the best of its row")
 
 
-def _print_lines(
-    names: Sequence[str], measures: Sequence[tuple[str, list[str]]], settings: Sequence[tuple[str, list[str]]]
-) -> None:
+def _print_lines(names: Sequence[str], measures: Sequence[Row], settings: Sequence[Row]) -> None:
     rows = [("", list(names)), *([*settings, ("", [])] if settings else []), *measures]
     cells = [[_cell(name), *map(_cell, values)] for name, values in rows]
     widths = [max(len(_aligned(row[index])) for row in cells if len(row) > index) for index in range(len(cells[0]))]
@@ -81,9 +74,7 @@ def _cell(text: str) -> str:
     return " " * (len(text) - len(text.lstrip())) + one_line(text)
 
 
-def _print_tables(
-    names: Sequence[str], measures: Sequence[tuple[str, list[str]]], settings: Sequence[tuple[str, list[str]]]
-) -> None:
+def _print_tables(names: Sequence[str], measures: Sequence[Row], settings: Sequence[Row]) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.markup import escape

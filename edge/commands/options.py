@@ -10,9 +10,6 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from dlora.protocol.limits import MAX_THREADS
-
-BundleOption = Annotated[Path, typer.Option("--bundle", help="Bundle directory, from dlora-export.")]
 AdapterOption = Annotated[
     Path | None,
     typer.Option(help="PEFT adapter, a directory or a name of dlora-edge adapters; none: the base model."),
@@ -24,7 +21,6 @@ AdaptersOption = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-ThreadsOption = Annotated[int, typer.Option(help="Compute threads; 0: one for each core.", min=0, max=MAX_THREADS)]
 RecordOption = Annotated[
     Path | None,
     typer.Option(

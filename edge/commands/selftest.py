@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from dlora.edge.choices import EngineName
+from dlora.protocol.limits import MAX_THREADS
 
-from .options import BundleOption, JsonOption, ThreadsOption
+from .options import JsonOption
 from .output import escaped, print_result
 
 
 def selftest(
-    bundle: BundleOption,
-    threads: ThreadsOption = 0,
+    bundle: Annotated[Path, typer.Option("--bundle", help="Bundle directory, from dlora-export.")],
+    threads: Annotated[int, typer.Option(help="Compute threads; 0: one for each core.", min=0, max=MAX_THREADS)] = 0,
     engine: Annotated[
         Literal["all", EngineName],
         typer.Option(help="Which to try; all: every one that bundle and device have, side by side."),

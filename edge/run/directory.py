@@ -50,15 +50,12 @@ def find_checkpoint(out: Path, *, resume: bool, warn: Callable[[str], None]) -> 
 
 
 def check_free(out: Path, *, resume: bool) -> None:
-    """Raise ``UsageError`` where a run is there that nobody asked to go on with, or somebody else's files."""
-    if not list_checkpoints(out / CHECKPOINTS):
-        _refuse_to_replace(out)
-    elif not resume:
-        raise UsageError(f"{out} holds a run already; go on with dlora-edge resume {out}, or choose another --out")
-
-
-def _refuse_to_replace(out: Path) -> None:
-    """Raise ``UsageError`` where a new run might replace files that are not those of a run that came to nothing."""
+    """Raise ``UsageError`` where a run is there that nobody asked to go on with, or files that are not those of a run
+    that came to nothing."""
+    if list_checkpoints(out / CHECKPOINTS):
+        if not resume:
+            raise UsageError(f"{out} holds a run already; go on with dlora-edge resume {out}, or choose another --out")
+        return
     if (out / WEIGHTS_NAME).exists():
         raise UsageError(f"{out} holds an adapter that has no checkpoint; choose another --out")
     caches = (CACHE, KEPT_OUTPUTS)

@@ -14,16 +14,13 @@ from dlora.edge.training.checkpoint import KEPT, list_checkpoints
 from dlora.edge.training.resolved import Resolved
 from dlora.edge.wire.connecting import ConnectSettings
 from dlora.edge.wire.connection import Connection
-from dlora.protocol.adapters import AdapterSpec, kind_of, parameter_bytes
+from dlora.protocol.adapters import kind_of, parameter_bytes
 from dlora.protocol.errors import StorageError
-from dlora.protocol.groups import GroupSpec
-from dlora.protocol.wire_codecs import Codecs, TensorRole
+from dlora.protocol.wire_codecs import TensorRole
 
 from .directory import CACHE, CHECKPOINTS, KEPT_OUTPUTS, check_free, run_directory
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from dlora.edge.engine.bundle import Bundle
     from dlora.protocol.manifest import Manifest
 
@@ -53,22 +50,18 @@ def run_bytes(config: Resolved, manifest: Manifest, *, resume: bool) -> int:
 
     What a run that goes on has written is not counted.
     """
-    spec, groups, codecs = config.spec, config.groups(manifest), config.codecs
+    spec, groups, kind = config.spec, config.groups(manifest), kind_of(config.spec)
+    codec = config.codecs.of(TensorRole.ADAPTER_STATE)
+    # The device's copy of what the server keeps, as it crosses.
+    kept = sum(codec.nbytes(*shape) for group in groups for shape in kind.state_shapes(spec, group))
+    trained = sum(parameter_bytes(spec, group) for group in groups)
     # Where the kind is not LoRA, its own parts lie beside the LoRA that it comes to.
-    kept, trained = _kept_bytes(spec, groups, codecs), sum(parameter_bytes(spec, group) for group in groups)
-    checkpoint = 3 * trained + kept
     lora = sum(parameter_bytes(replace(spec, kind="lora"), group) for group in groups)
-    adapter = lora + (0 if spec.kind == "lora" else trained + kept)
+    checkpoint, adapter = 3 * trained + kept, lora + (0 if spec.kind == "lora" else trained + kept)
     if resume:
         return checkpoint + adapter
     adapters = 2 if config.saving.keep == "best" else 1
     return (KEPT + 1) * checkpoint + (adapters + 1) * adapter
-
-
-def _kept_bytes(spec: AdapterSpec, groups: Sequence[GroupSpec], codecs: Codecs) -> int:
-    """The device's copy of what the server keeps, as it crosses."""
-    kind, codec = kind_of(spec), codecs.of(TensorRole.ADAPTER_STATE)
-    return sum(codec.nbytes(*shape) for group in groups for shape in kind.state_shapes(spec, group))
 
 
 def asks_server_first(config: Resolved, *, resume: bool) -> bool:

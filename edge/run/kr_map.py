@@ -14,23 +14,16 @@ from dlora.protocol.tensors import ByteArray
 History = Sequence[tuple[int, ByteArray]]
 """(step, states uint8 (units,)), steps ascending. States last until the next entry."""
 
-CHARACTERS: Final = {
-    UnitState.ACTIVE: "█",
-    UnitState.FADING: "▒",
-    UnitState.HELD: "─",
-    UnitState.GIVEN: "∘",
-    UnitState.KILLED: "·",
+# A character and its colour. Where several units or steps share a character, the state that comes first wins a tie.
+_LOOKS: Final = {
+    UnitState.ACTIVE: ("█", "\x1b[32m"),
+    UnitState.FADING: ("▒", "\x1b[33m"),
+    UnitState.HELD: ("─", "\x1b[36m"),
+    UnitState.GIVEN: ("∘", "\x1b[2;36m"),
+    UnitState.KILLED: ("·", "\x1b[2m"),
 }
-_COLOURS: Final = {
-    UnitState.ACTIVE: "\x1b[32m",
-    UnitState.FADING: "\x1b[33m",
-    UnitState.HELD: "\x1b[36m",
-    UnitState.GIVEN: "\x1b[2;36m",
-    UnitState.KILLED: "\x1b[2m",
-}
+STATE_ORDER: Final = tuple(_LOOKS)
 _RESET: Final = "\x1b[0m"
-# Where several units or steps share a character, the state that comes first here wins a tie.
-STATE_ORDER: Final = (UnitState.ACTIVE, UnitState.FADING, UnitState.HELD, UnitState.GIVEN, UnitState.KILLED)
 
 
 def render_map(
@@ -110,6 +103,7 @@ def paint(row: Sequence[UnitState], colour: bool) -> str:
     """States as characters, with ANSI colours or without."""
     painted = ""
     for state, alike in groupby(row):
-        characters = CHARACTERS[state] * len(list(alike))
-        painted += f"{_COLOURS[state]}{characters}{_RESET}" if colour else characters
+        character, painting = _LOOKS[state]
+        characters = character * len(list(alike))
+        painted += f"{painting}{characters}{_RESET}" if colour else characters
     return painted

@@ -15,7 +15,13 @@ from dlora.edge.model.cached_source import texts_of
 from dlora.edge.model.trunk import MOST_TOKENS
 from dlora.edge.settings import Settings
 from dlora.edge.training.expected import (
-    EvaluationPlan, evaluations_mb, expected_mb, expected_round_trips, filling, first_rate_mb, set_up_mb
+    EvaluationPlan,
+    evaluations_mb,
+    expected_mb,
+    expected_round_trips,
+    filling,
+    first_rate_mb,
+    set_up_mb,
 )
 from dlora.edge.training.resolve import resolve
 from dlora.edge.training.resolved import Resolved

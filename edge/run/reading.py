@@ -34,18 +34,17 @@ def read_data(data: Data, bundle: Bundle, display: Display) -> list[Dataset]:
     assert data.data is not None  # the command asks for it
     reading = Reading.of(data, bundle)
     datasets = _load(reading, display)
-    if len(datasets) > len(reading.paths):
-        held = datasets[1]
-        rows = len(datasets[0]) + len(held)
-        what = "examples" if held.facts.form == "documents" else "rows"
-        display.say(data_line("data", data.data, datasets[0]))
-        display.say(
-            f"held out: {len(held):,} of {rows:,} {what}, to see how well the rest teaches; --hold-out 0 trains on "
-            "all, --eval names data of your own"
-        )
+    if len(datasets) == len(reading.paths):
+        for name, path, dataset in zip(("data", "held out"), reading.paths, datasets, strict=False):
+            display.say(data_line(name, path, dataset))
         return datasets
-    for name, path, dataset in zip(("data", "held out"), reading.paths, datasets, strict=False):
-        display.say(data_line(name, path, dataset))
+    dataset, held = datasets
+    what = "examples" if held.facts.form == "documents" else "rows"
+    display.say(data_line("data", data.data, dataset))
+    display.say(
+        f"held out: {len(held):,} of {len(dataset) + len(held):,} {what}, to see how well the rest teaches; "
+        "--hold-out 0 trains on all, --eval names data of your own"
+    )
     return datasets
 
 

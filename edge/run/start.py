@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,8 +83,10 @@ def start_run(settings: Settings, start: Start, display: Display, make_watchers:
     bundle = Bundle.open(bundle_path)
     manifest = bundle.manifest
     init = _init_adapter(settings, manifest)
-    begun = _begun(out) if start.resume else None
-    loaded = None
+    begun, loaded = None, None
+    if start.resume:  # the rate and the invocation were chosen once, whatever steps and held-out data are now
+        with suppress(CheckpointError):
+            begun = load_run_file(out)
     if is_auto and begun is not None:
         settings = _as_begun(settings, begun.settings)
     elif is_auto:
@@ -143,15 +146,6 @@ def _as_begun(settings: Settings, begun: Settings) -> Settings:
     if begun.placement.device_blocks == "all":
         given["server"] = None
     return settings.replaced(**given)
-
-
-def _begun(out: Path) -> RunFile | None:
-    """The run to go on with, whose rate and invocation were chosen once, whatever its steps and held-out data are now;
-    None where there is none."""
-    try:
-        return load_run_file(out)
-    except CheckpointError:
-        return None
 
 
 def _init_adapter(settings: Settings, manifest: Manifest) -> LoadedAdapter | None:
