@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Final
@@ -26,7 +26,6 @@ from .sampling_options import ChatSamplingOptions, ContextLengthOption, DraftOpt
 if TYPE_CHECKING:
     from dlora.edge.generation.chat import Chat
     from dlora.edge.model.context import Context
-    from dlora.edge.model.generating import GeneratingModel
 
 HELP: Final = '''\
 /adapter NAME  use another adapter, a directory or one of --adapters; none: the plain base model
@@ -64,20 +63,12 @@ def chat(
         from dlora.edge.adapters.store import default_directory
         from dlora.edge.generation.chat import Chat
 
-        stopping = _Stopping()
         said = Chat(
             tokenizer, system=system, sampling=sampling, max_new_tokens=max_new_tokens, draft_length=draft, say=_note
         )
-
-        def open_model(adapter: Path | None) -> AbstractContextManager[GeneratingModel]:
-            return used.with_adapter(adapter).open_generating(
-                context_length=context_length, should_stop=stopping.is_asked
-            )
-
         directory = adapters or default_directory()
-        with closing(_OpenModel(open_model, find_adapter(adapter, directory))) as model, stopping.handling():
-            model.context()  # a mistake shows before anything is said
-            _Loop(said, model, stopping, directory).run()
+        with closing(_Talk(said, used, find_adapter(adapter, directory), directory, context_length)) as talk:
+            talk.run()
 
 
 class _Stopping:
@@ -122,51 +113,54 @@ def _path(text: str) -> Path:
         raise UsageError(f"there is no such place ({error})") from None
 
 
-class _OpenModel:
-    """The model in use, opened when it is needed, and again after a failure."""
+class _Talk:
+    """What is said, and the model that answers: opened when it is needed, and again after a failure."""
 
     def __init__(
-        self, open_model: Callable[[Path | None], AbstractContextManager[GeneratingModel]], adapter: Path | None
+        self, said: Chat, used: UsedModel, adapter: Path | None, adapters: Path, context_length: int
     ) -> None:
-        self._open_model = open_model
+        self._said = said
+        self._used = used
+        self._adapter = adapter
+        self._adapters = adapters
+        self._context_length = context_length
+        self._stopping = _Stopping()
         self._open = ExitStack()
         self._context: Context | None = None
-        self.adapter = adapter
 
     def context(self) -> Context:
-        """Raises what ``open_model`` does."""
+        """Raises what ``open_generating`` does."""
         from dlora.edge.model.context import Context
 
         if self._context is None:
-            self._context = Context(self._open.enter_context(self._open_model(self.adapter)))
+            opening = self._used.with_adapter(self._adapter).open_generating(
+                context_length=self._context_length, should_stop=self._stopping.is_asked
+            )
+            self._context = Context(self._open.enter_context(opening))
         return self._context
-
-    def use(self, adapter: Path | None) -> None:
-        """Another adapter; where it cannot be opened, the one from before stays."""
-        before, self.adapter = self.adapter, adapter
-        self.close()
-        try:
-            self.context()
-        except DloraError:
-            self.adapter = before
-            raise
 
     def close(self) -> None:
         self._context = None
         with suppress(DloraError):
             self._open.close()
 
-
-class _Loop:
-    def __init__(self, said: Chat, model: _OpenModel, stopping: _Stopping, adapters: Path) -> None:
-        self._said = said
-        self._model = model
-        self._stopping = stopping
-        self._adapters = adapters
+    def _use(self, adapter: Path | None) -> None:
+        """Another adapter; where it cannot be opened, the one from before stays."""
+        before, self._adapter = self._adapter, adapter
+        self.close()
+        try:
+            self.context()
+        except DloraError:
+            self._adapter = before
+            raise
 
     def run(self) -> None:
         """Until the user leaves."""
-        is_terminal = sys.stdin.isatty()
+        with self._stopping.handling():
+            self.context()  # a mistake shows before anything is said
+            self._listen(is_terminal=sys.stdin.isatty())
+
+    def _listen(self, *, is_terminal: bool) -> None:
         if is_terminal:
             with suppress(ImportError):
                 import readline  # noqa: F401  # gives ``input`` its history and its keys
@@ -203,8 +197,8 @@ class _Loop:
             case "/save" if rest:
                 self._save(_path(rest))
             case "/adapter" if rest:
-                self._model.use(None if rest == "none" else find_adapter(_path(rest), self._adapters))
-                _note(f"now with {self._model.adapter or 'the plain base model'}")
+                self._use(None if rest == "none" else find_adapter(_path(rest), self._adapters))
+                _note(f"now with {self._adapter or 'the plain base model'}")
             case _:
                 raise UsageError(f"{text.split()[0]} is not understood, or lacks a word after it; /help tells what is")
 
@@ -220,13 +214,13 @@ class _Loop:
     def _answer(self, text: str) -> None:
         with self._stopping.answering():
             try:
-                context = self._model.context()
+                context = self.context()
                 answer = self._said.ask(text, context, self._stopping.is_asked)
                 for piece in answer:
                     print_answer(piece)
             except BaseException:
                 # In the middle of a step: that session cannot go on. What was asked can be asked again.
-                self._model.close()
+                self.close()
                 self._said.forget_last()
                 print(flush=True)
                 raise

@@ -79,12 +79,10 @@ def evaluate(
     asking = None
     if answers is not None:
         asking = Asking.of(answers, pattern=pattern, choices=choices, max_new_tokens=max_new_tokens)
-    elif given := [
-        option
-        for option, value in (("--pattern", pattern), ("--choices", choices), ("--save", save))
-        if value is not None
-    ]:
-        raise UsageError(f"{given[0]} needs --answers, which says how answers are scored")
+    else:
+        for option, value in (("--pattern", pattern), ("--choices", choices), ("--save", save)):
+            if value is not None:
+                raise UsageError(f"{option} needs --answers, which says how answers are scored")
     names = [str(adapter or "base"), *(against or [])]
     used = UsedModel.of(settings, None)
     models = {name: used.with_adapter(None if name == "base" else Path(name)) for name in names}

@@ -10,26 +10,25 @@ from pathlib import Path
 from re import Pattern
 from typing import TYPE_CHECKING, Any
 
+from dlora.edge.adapters.peft import load_adapter
 from dlora.edge.choices import AnswerScore
+from dlora.edge.data.examples import Dataset
 from dlora.edge.data.loading import load_questions
-from dlora.edge.data.question import Wanted
+from dlora.edge.data.question import Question, Wanted
+from dlora.edge.engine.bundle import Bundle
 from dlora.edge.files import write_atomically
 from dlora.edge.run.display import Display
 from dlora.edge.run.reading import read_held_out, test_settings
 from dlora.edge.scoring.answers import compile_pattern
 from dlora.edge.settings import Data, Settings
-from dlora.edge.wire.recorder import recording
+from dlora.edge.wire.recorder import Recorder, recording
 from dlora.protocol.errors import DataError, UsageError
 
-if TYPE_CHECKING:
-    from dlora.edge.data.examples import Dataset
-    from dlora.edge.data.prompt import PromptTokenizer
-    from dlora.edge.data.question import Question
-    from dlora.edge.engine.bundle import Bundle
-    from dlora.edge.scoring.scored_model import ScoredModel
-    from dlora.edge.wire.recorder import Recorder
+from .model_options import UsedModel
 
-    from .model_options import UsedModel
+if TYPE_CHECKING:
+    from dlora.edge.data.prompt import PromptTokenizer
+    from dlora.edge.scoring.scored_model import ScoredModel
 
 
 @dataclass(frozen=True)
@@ -151,8 +150,6 @@ def evaluate_models(
 
 def _invocation_of(model: UsedModel) -> tuple[int, ...]:
     """The tokens from which on a model's adapter acts; none: everywhere."""
-    from dlora.edge.adapters.peft import load_adapter
-
     adapter = model.find_adapter()
     return () if adapter is None else load_adapter(adapter).invocation
 

@@ -31,7 +31,10 @@ def run_selftest(bundle: Bundle, threads: int = 0, engine: EngineName | Literal[
     results = []
     for spec in bundle.manifest.graphs:
         inputs = {tensor.name: _input(bundle, golden, spec, tensor.name) for tensor in spec.inputs}
-        wanted = [_golden(golden, spec, "out", tensor.name) for tensor in spec.outputs]
+        keys = [_key(spec, "out", tensor.name) for tensor in spec.outputs]
+        if missing := [key for key in keys if key not in golden]:
+            raise BundleError(f"the bundle has no golden vector {missing[0]}; export it again")
+        wanted = [golden[key] for key in keys]
         found = {each.name: _try(each.load(spec.kind, spec.key), inputs, wanted, spec.tolerance) for each in engines}
         results.append(
             {
@@ -82,13 +85,6 @@ def _input(bundle: Bundle, golden: dict[str, Array], spec: GraphSpec, name: str)
     if file is None:
         raise BundleError(f"{bundle.path} has no golden vector {key}; export it again")
     return bundle.weight(file)
-
-
-def _golden(golden: dict[str, Array], spec: GraphSpec, side: str, name: str) -> Array:
-    try:
-        return golden[_key(spec, side, name)]
-    except KeyError:
-        raise BundleError(f"the bundle has no golden vector {_key(spec, side, name)}; export it again") from None
 
 
 def _key(spec: GraphSpec, side: str, name: str) -> str:

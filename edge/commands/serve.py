@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import Annotated, Final
 
 import typer
 
@@ -17,32 +16,7 @@ from .model_options import UsedModel, check_model, find_adapter, takes_model
 from .options import AdapterOption, AdaptersOption, JsonOption
 from .sampling_options import ChatSamplingOptions, ContextLengthOption, DraftOption, MaxNewTokensOption
 
-if TYPE_CHECKING:
-    from dlora.edge.endpoint.running import Listening
-
 LONGEST_OUTAGE_S: Final = 60.0  # a client waits for its answer, and gives up itself
-
-
-@dataclass(frozen=True)
-class DoorOptions:
-    """Who may come in, as a group of options."""
-
-    host: Annotated[
-        str, typer.Option(help="Address to listen on; any but this machine's own needs a key.")
-    ] = "127.0.0.1"
-    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)] = 8080
-    api_key_file: Annotated[
-        Path | None, typer.Option(help="File with the key that clients show; else DLORA_API_KEY.")
-    ] = None
-    cors: Annotated[
-        list[str] | None, typer.Option(help="Web page that may use it, https://HOST; may be given several times.")
-    ] = None
-
-    def listening(self) -> Listening:
-        """Checked. Raises ``UsageError``."""
-        from dlora.edge.endpoint.running import Listening
-
-        return Listening.checked(self.host, self.port, self.api_key_file, self.cors or ())
 
 
 @takes_model()
@@ -50,7 +24,16 @@ def serve(
     settings: Settings,
     adapter: AdapterOption = None,
     adapters: AdaptersOption = None,
-    door_options: DoorOptions = DoorOptions(),
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; any but this machine's own needs a key.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)] = 8080,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="File with the key that clients show; else DLORA_API_KEY.")
+    ] = None,
+    cors: Annotated[
+        list[str] | None, typer.Option(help="Web page that may use it, https://HOST; may be given several times.")
+    ] = None,
     parallel: Annotated[int, typer.Option(help="Answers at a time, each with its own session.", min=1, max=64)] = 2,
     queue: Annotated[int, typer.Option(help="Requests that may wait; more are told to come again.", min=0)] = 32,
     context_length: ContextLengthOption = 4096,
@@ -68,10 +51,10 @@ def serve(
     with extra_needed("serve"):
         from dlora.edge.adapters.store import default_directory
         from dlora.edge.data.prompt import prompt_tokenizer
-        from dlora.edge.endpoint.running import ServeSettings, run
+        from dlora.edge.endpoint.running import Listening, ServeSettings, run
 
     check_model(settings)
-    listening = door_options.listening()
+    listening = Listening.checked(host, port, api_key_file, cors or ())
     sampling = sampling_options.sampling()
     if adapters is not None and not adapters.is_dir():
         raise UsageError(f"--adapters {adapters} is no directory")

@@ -73,8 +73,9 @@ class Steps:
         count: of steps; total: that the run is to have.
         mean_of: how many losses a mean is of.
         by_loss, by_traffic, by_time: the steps that are plotted, chosen by what is plotted.
-        up, down, tokens, labelled, round_trips, step_s, paused_s: sums; peak_rss_mb: the largest.
-        set_up_up, set_up_down: bytes that crossed before steps, at every start of the run.
+        up, down: bytes of the steps by role; bytes_up, bytes_down: of the steps and of setting up.
+        set_up_bytes: up and down, that crossed before steps, at every start of the run.
+        tokens, labelled, round_trips, step_s, paused_s: sums; peak_rss_mb: the largest.
         time: sums of what each step's time was spent on.
         losses: what says whether training makes the model worse, where there is no held-out data.
         states: of units, uint8 (units,), at each step that has others than the one before.
@@ -86,8 +87,9 @@ class Steps:
     mean_of: int = 1
     up: Counter[str] = field(default_factory=Counter)
     down: Counter[str] = field(default_factory=Counter)
-    set_up_up: int = 0
-    set_up_down: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    set_up_bytes: int = 0
     tokens: int = 0
     labelled: int = 0
     round_trips: int = 0
@@ -108,24 +110,9 @@ class Steps:
         self._sum = 0.0
 
     @property
-    def bytes_up(self) -> int:
-        """Of the steps and of setting up."""
-        return self.up.total() + self.set_up_up
-
-    @property
-    def bytes_down(self) -> int:
-        """Likewise."""
-        return self.down.total() + self.set_up_down
-
-    @property
     def bytes(self) -> int:
         """Up and down."""
         return self.bytes_up + self.bytes_down
-
-    @property
-    def set_up_bytes(self) -> int:
-        """Up and down, of setting up alone."""
-        return self.set_up_up + self.set_up_down
 
     @property
     def crossed(self) -> bool:
@@ -143,8 +130,9 @@ class Steps:
         self.total = step.total_steps
         self.up.update(step.up)
         self.down.update(step.down)
-        self.set_up_up += step.set_up_bytes_up
-        self.set_up_down += step.set_up_bytes_down
+        self.bytes_up += step.bytes_up + step.set_up_bytes_up
+        self.bytes_down += step.bytes_down + step.set_up_bytes_down
+        self.set_up_bytes += step.set_up_bytes_up + step.set_up_bytes_down
         self.tokens += step.tokens
         self.labelled += step.labelled
         self.round_trips += step.round_trips

@@ -39,17 +39,15 @@ class Display:
     """Progress, notes and results of a command.
 
     In a terminal there is a live line, and above it a view of the run where there is room for it; anywhere else, in a
-    terminal that cannot move its cursor, and where ``CI`` is set, a plain line every ``every`` steps.
+    terminal that cannot move its cursor, and where ``CI`` is set, a plain line for each twentieth of the run.
 
     Args:
         json_output: whether ``finish`` prints one JSON object instead of a table.
-        every: steps between plain lines; by default a twentieth of the run.
         stream: where progress goes, stderr by default.
     """
 
-    def __init__(self, *, json_output: bool = False, every: int | None = None, stream: TextIO | None = None) -> None:
+    def __init__(self, *, json_output: bool = False, stream: TextIO | None = None) -> None:
         self._json = json_output
-        self._every = every
         self._stream = stream if stream is not None else sys.stderr
         self._terminal = self._stream.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("CI")
         self._view: LiveView | None = None
@@ -149,8 +147,6 @@ class Display:
         self._view = LiveView(total_steps, "group" if blocks is None else "block", blocks)
         self._speed, self._steps = _Speed(), 0
         self._evaluations_left = evaluations_left or (lambda _: 0)
-        if self._every is None:
-            self._every = max(1, total_steps // 20)
         with self._live("train", total_steps, first_step, self._view):
             yield
         self._view = None
@@ -177,7 +173,7 @@ class Display:
         done = metrics.step + 1
         if self._line is not None:
             self._line.show(completed=done, status=self._status(metrics))
-        elif done == 1 or done == metrics.total_steps or done % (self._every or 1) == 0:
+        elif done == 1 or done == metrics.total_steps or done % max(1, metrics.total_steps // 20) == 0:
             self._show(f"step {done}/{metrics.total_steps}  {self._status(metrics)}")
 
     @contextmanager

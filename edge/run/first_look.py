@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
 from dlora.edge.adapters.compatibility import check_base_model
+from dlora.edge.engine.bundle import Bundle
 from dlora.edge.files import check_writable, locked
 from dlora.edge.training.checkpoint import KEPT, list_checkpoints
 from dlora.edge.training.resolved import Resolved
@@ -16,13 +16,10 @@ from dlora.edge.wire.connecting import ConnectSettings
 from dlora.edge.wire.connection import Connection
 from dlora.protocol.adapters import kind_of, parameter_bytes
 from dlora.protocol.errors import StorageError
+from dlora.protocol.manifest import Manifest
 from dlora.protocol.wire_codecs import TensorRole
 
 from .directory import CACHE, CHECKPOINTS, KEPT_OUTPUTS, check_free, run_directory
-
-if TYPE_CHECKING:
-    from dlora.edge.engine.bundle import Bundle
-    from dlora.protocol.manifest import Manifest
 
 
 def check_place(out: Path, *, resume: bool) -> None:

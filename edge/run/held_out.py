@@ -114,10 +114,6 @@ class HeldOut:
         """The evaluation with the lowest loss, the first of equals; None before any."""
         return min(self.evaluations, key=lambda row: float(row["loss"]), default=None)
 
-    def is_out_of_patience(self) -> bool:
-        """Whether the run is to end, as the function of that name has it."""
-        return is_out_of_patience(self.evaluations, self._trainer.config)
-
     def keep_best(self) -> int:
         """Save the best adapter in place of the last one; gives the step of the one that is saved now."""
         best, last = self.best, self._trainer.next_step

@@ -63,9 +63,7 @@ class LossCurve:
             for dot in range(min(start, here), max(start, here) + 1):
                 grid[dot // 4, column // 2] |= _DOTS[column % 2][dot % 4]
             before = here
-        labels = {0: f"{highest:.3g}", _CURVE_LINES - 1: f"{lowest:.3g}"}
-        if known.size == 1 or highest == lowest:
-            labels = {0: f"{highest:.3g}"}
+        labels = {0: f"{highest:.3g}"} | ({_CURVE_LINES - 1: f"{lowest:.3g}"} if lowest < highest else {})
         return [
             f"{labels.get(index, ''):>{_LABEL}} {''.join(chr(_BLANK + int(cell)) for cell in row)}".rstrip(chr(_BLANK))
             for index, row in enumerate(grid)

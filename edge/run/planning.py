@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import msgspec
 import numpy as np
 import psutil
 
+from dlora.edge.adapters.peft import LoadedAdapter
+from dlora.edge.data.examples import Dataset
 from dlora.edge.model.cached_source import texts_of
 from dlora.edge.model.trunk import MOST_TOKENS
 from dlora.edge.settings import Settings
@@ -35,10 +37,6 @@ from dlora.protocol.targets import ALL_LINEAR, choose_groups, module_names
 from dlora.protocol.traffic import Traffic
 
 from .footprint import split_bytes
-
-if TYPE_CHECKING:
-    from dlora.edge.adapters.peft import LoadedAdapter
-    from dlora.edge.data.examples import Dataset
 
 _STEPS: Final = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)  # blocks on the device that are looked at, up to the bundle's
 _NO_SERVER: Final = "ws://server"  # in place of the address of one that is not named

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from dlora.edge.data.examples import Dataset
 from dlora.edge.data.loading import Reading, load_datasets
 from dlora.edge.data.read_settings import ReadSettings, read_settings
+from dlora.edge.engine.bundle import Bundle
 from dlora.edge.settings import Data
 from dlora.protocol.errors import CheckpointError, DataError
 from dlora.protocol.manifest import Manifest
@@ -15,10 +16,6 @@ from dlora.protocol.manifest import Manifest
 from .display import Display
 from .plan import data_line
 from .run_file import load_run_file
-
-if TYPE_CHECKING:
-    from dlora.edge.data.examples import Dataset
-    from dlora.edge.engine.bundle import Bundle
 
 
 def test_settings(data: Data, manifest: Manifest) -> ReadSettings:

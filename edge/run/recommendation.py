@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
+from dlora.edge.adapters.peft import LoadedAdapter
+from dlora.edge.data.examples import Dataset
 from dlora.edge.settings import Settings
 from dlora.protocol.errors import UsageError
 from dlora.protocol.manifest import Manifest
 
 from .planning import Question, Row, rows_of, settings_for
-
-if TYPE_CHECKING:
-    from dlora.edge.adapters.peft import LoadedAdapter
-    from dlora.edge.data.examples import Dataset
 
 _WHAT_HELPS: Final = (
     "lower --batch-size or --max-length, or export with --head-dtype int8, fewer --device-blocks or --block-dtype int8"

@@ -6,8 +6,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from dlora.edge.adapters.compatibility import check_adapter
+from dlora.edge.adapters.peft import LoadedAdapter, load_adapter
+from dlora.edge.data.examples import Dataset
 from dlora.edge.data.split import AUTO_SHARE
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.model.cache_key import CacheKey
@@ -30,12 +33,7 @@ from .planning import available_memory
 from .reading import read_data
 from .recommendation import choose_automatically
 from .run_file import RunFile, load_run_file
-
-if TYPE_CHECKING:
-    from dlora.edge.adapters.peft import LoadedAdapter
-    from dlora.edge.data.examples import Dataset
-
-    from .watcher import RunWatcher
+from .watcher import RunWatcher
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ class Start:
     profile_steps: int = 10
 
 
-MakeWatchers = Callable[[Settings, Start, Display, Spans], "list[RunWatcher]"]
+MakeWatchers = Callable[[Settings, Start, Display, Spans], list[RunWatcher]]
 """Makes those who follow a run: they stand above this room."""
 
 
@@ -150,9 +148,6 @@ def _as_begun(settings: Settings, begun: Settings) -> Settings:
 
 def _init_adapter(settings: Settings, manifest: Manifest) -> LoadedAdapter | None:
     """The adapter to start from. Raises ``ModelMismatchError`` where it is of another base model."""
-    from dlora.edge.adapters.compatibility import check_adapter
-    from dlora.edge.adapters.peft import load_adapter
-
     if settings.adapter.init_adapter is None:
         return None
     loaded = load_adapter(settings.adapter.init_adapter)

@@ -19,7 +19,7 @@ from .directory import CHECKPOINTS
 from .display import Display
 from .file_names import METRICS, SUMMARY
 from .guard import Guard, worse_line
-from .held_out import HeldOut
+from .held_out import HeldOut, is_out_of_patience
 from .pause import PauseRules, SystemSensors, wait_while_paused
 from .run_file import block_numbers
 from .saving import AdapterSaver
@@ -134,7 +134,7 @@ class RunSteps:
             if saving.on_worse == "stop":
                 return f", for --on-worse stop: {worsening}"
             self._display.warn(worse_line(worsening, self._trainer.peak_rate))
-        if self._held_out.is_out_of_patience():
+        if is_out_of_patience(self._held_out.evaluations, self._config):
             return f": {saving.patience} evaluations in a row were no better"
         return ""
 
