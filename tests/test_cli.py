@@ -21,16 +21,14 @@ from pathlib import Path
 
 import psutil
 import pytest
-from families import tiny_model
 from processes import Finished, cloud_process, finish, run_cloud, run_edge, start_edge
 from serving import serving
-from small_disk import remount_read_only, small_disk
+from small_disk import small_disk
 from tiny import TinyFactory
 from waiting import eventually
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.server import ServerConnection, serve
 
-from dlora.cloud.model.base_model import BaseModel
 from dlora.protocol import messages as m
 from dlora.protocol.errors import (
     BundleError,
@@ -38,7 +36,6 @@ from dlora.protocol.errors import (
     ConnectionFailedError,
     DataError,
     DloraError,
-    ModelMismatchError,
     ProtocolError,
     StorageError,
     UsageError,
@@ -243,12 +240,6 @@ def fake_server(answer: Callable[[ServerConnection], None]) -> Iterator[str]:
         server.shutdown()
 
 
-def test_unreachable_server_is_a_one_line_error(place: Place, tmp_path: Path) -> None:
-    url = f"ws://127.0.0.1:{free_port()}"
-    done = run_edge(*place.train(tmp_path / "out", server=url))
-    assert_fails(done, ConnectionFailedError.exit_code, url, "dlora-cloud serve")
-
-
 NEWER = m.Welcome(
     protocol_version=PROTOCOL_VERSIONS[-1] + 1, software="x", base_model="x", base_fingerprint="x", embedding_size=1,
     hidden_size=1, max_sequence_length=1, max_tokens=1, packs=True,
@@ -294,12 +285,6 @@ def test_port_with_another_protocol_is_an_error(place: Place, tmp_path: Path) ->
     assert_fails(done, ConnectionFailedError.exit_code, url, "no dlora server")
 
 
-def test_server_of_another_model_is_an_error(place: Place, tmp_path: Path) -> None:
-    with serving(BaseModel.from_model(tiny_model("llama", seed=7), "another")) as server:
-        done = run_edge(*place.train(tmp_path / "out", server=server.url))
-    assert_fails(done, ModelMismatchError.exit_code, "another", "export a bundle")
-
-
 # -- the disk --------------------------------------------------------------------------------------------
 
 
@@ -330,13 +315,6 @@ def fill(disk: Path) -> Iterator[Path]:
             except OSError:
                 pass
         yield path
-
-
-def test_read_only_disk_is_a_one_line_error(place: Place, tmp_path: Path) -> None:
-    with small_disk(tmp_path) as disk:
-        remount_read_only(disk)
-        done = run_edge(*place.train(disk / "out"))
-        assert_fails(done, StorageError.exit_code, str(disk / "out"))
 
 
 # -- stopping --------------------------------------------------------------------------------------------

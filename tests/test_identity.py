@@ -40,14 +40,12 @@ def test_device_id_is_made_once_and_kept(tmp_path: Path) -> None:
     assert stat.S_IMODE((state / FILE_NAME).stat().st_mode) == 0o600
 
 
-def test_environment_variable_sets_the_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_device_id_is_where_the_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or in the user's state directory."""
     monkeypatch.setenv(STATE_VARIABLE, str(tmp_path / "named"))
     made = load_device_id()
     assert json.loads((tmp_path / "named" / FILE_NAME).read_text()) == {"device": made}
-
-
-def test_device_id_is_in_the_users_state_directory_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(STATE_VARIABLE, raising=False)
+    monkeypatch.delenv(STATE_VARIABLE)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     load_device_id()
     assert (tmp_path / "dlora-edge" / FILE_NAME).exists()

@@ -83,11 +83,6 @@ def test_a_run_goes_on_in_its_events(place: Place, tmp_path: Path) -> None:
     assert len(scalars_of(out / TENSORBOARD)["loss"]) == STEPS
 
 
-def test_without_the_option_there_are_none(place: Place, tmp_path: Path) -> None:
-    assert run_edge(*place.train(tmp_path / "out", "--steps", 2)).code == 0
-    assert not (tmp_path / "out" / TENSORBOARD).exists()
-
-
 def test_tensorboard_reads_them(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     out = write_run(tmp_path / "run", 30)

@@ -135,7 +135,7 @@ def _option(
         text += f" (default: {f'{default:g}' if isinstance(default, float) else default})"
     is_switch = is_change and field.kind is bool  # what a run has on can be turned off
     option = typer.Option(
-        f"--{field.option}/--no-{field.option}" if is_switch else f"--{field.option}",
+        f"--{field.option}/--{'no-' + field.option}" if is_switch else f"--{field.option}",
         help=text,
         rich_help_panel=field.panel,
         metavar=field.metavar or _METAVARS.get(field.given_kind),
