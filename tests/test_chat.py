@@ -48,9 +48,7 @@ def say(command: list[str], *lines: str) -> Finished:
     return run_command(command, said="".join(f"{line}\n" for line in lines))
 
 
-def test_a_chat_is_answered_turn_by_turn(
-    bundle: Path, server: RunningServer, adapters: Path, tmp_path: Path
-) -> None:
+def test_a_chat_is_answered_turn_by_turn(bundle: Path, server: RunningServer, adapters: Path, tmp_path: Path) -> None:
     """Each answer is the one that ``generate`` gives to all that was said before it."""
     saved = tmp_path / "talk.json"
     command = chat_command(bundle, server, "--system", "w9", "--adapter", adapters / "mine", "--max-new-tokens", 9)

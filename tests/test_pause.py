@@ -125,9 +125,7 @@ def test_rule_holds_until_clear_of_the_threshold(rule: str, starts: float, ends:
         ("metered", {"metered": True}, {}, True),  # a sensor that is silent keeps the state
     ],
 )
-def test_what_held_goes_on_or_ends(
-    rules: str, before: dict[str, float], now: dict[str, float], still: bool
-) -> None:
+def test_what_held_goes_on_or_ends(rules: str, before: dict[str, float], now: dict[str, float], still: bool) -> None:
     held = holding(rules, **before)
     assert len(held) == 1
     assert bool(holding(rules, held, **now)) is still
@@ -140,16 +138,21 @@ def waited(
     *looks: dict[str, float], stop_after_s: float = math.inf, on_pause: Callable[[], None] | None = None
 ) -> tuple[float, list[str]]:
     """Wait while sensors say one thing after the other, one at each look: for how long, and what was said and done."""
-    slept, log = [0.0], list[str]()
+    slept_s, log = 0.0, list[str]()
+
+    def sleep(seconds: float) -> None:
+        nonlocal slept_s
+        slept_s += seconds
+
     wait_while_paused(
         PauseRules.parse(["battery<20,temperature>80"]),
-        lambda name: looks[int(slept[0] // POLL_S)].get(name),
+        lambda name: looks[int(slept_s // POLL_S)].get(name),
         say=log.append,
-        should_stop=lambda: slept[0] >= stop_after_s,
+        should_stop=lambda: slept_s >= stop_after_s,
         on_pause=on_pause or (lambda: log.append("saved")),
-        sleep=lambda seconds: slept.__setitem__(0, slept[0] + seconds),
+        sleep=sleep,
     )
-    return slept[0], log
+    return slept_s, log
 
 
 def test_no_pause_where_no_rule_holds() -> None:

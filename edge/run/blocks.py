@@ -127,7 +127,9 @@ def fill_cache(
     the data are trained on. Raises what ``CachedSource.fill`` raises, and ``StoppedError``.
     """
     trained, *others = datasets
-    indices = _needed(batches, steps)
+    indices: Sequence[int] = range(batches.examples)
+    if len(steps) < batches.steps_per_epoch:
+        indices = sorted({int(index) for step in steps for index in batches.step_indices(step)})
     texts = chain(texts_of(trained, indices), *(texts_of(each) for each in others))
     with display.asking_server(len(indices) + sum(map(len, others))) as advance:
 
@@ -138,13 +140,6 @@ def fill_cache(
 
         if not source.fill(texts, on_progress):
             display.warn("--cache-mb is too little for all texts; the rest is asked for at each step that needs it")
-
-
-def _needed(batches: Batches, steps: range) -> Sequence[int]:
-    """The examples that ``steps`` train on, in the order of the data."""
-    if len(steps) >= batches.steps_per_epoch:
-        return range(batches.examples)
-    return sorted({int(index) for step in steps for index in batches.step_indices(step)})
 
 
 def forget_other_texts(config: Resolved, dataset: Dataset, eval_dataset: Dataset | None = None) -> None:

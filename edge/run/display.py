@@ -134,7 +134,7 @@ class Display:
         self,
         total_steps: int,
         first_step: int = 0,
-        evaluations_left: Callable[[int], int] | None = None,
+        evaluations_left: Callable[[int], int] = lambda _: 0,
         blocks: Sequence[int] | None = None,
     ) -> Iterator[None]:
         """Show progress inside; ``step`` moves it.
@@ -146,7 +146,7 @@ class Display:
         self._blocks = blocks
         self._view = LiveView(total_steps, "group" if blocks is None else "block", blocks)
         self._speed, self._steps = _Speed(), 0
-        self._evaluations_left = evaluations_left or (lambda _: 0)
+        self._evaluations_left = evaluations_left
         with self._live("train", total_steps, first_step, self._view):
             yield
         self._view = None

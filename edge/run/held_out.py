@@ -122,7 +122,7 @@ class HeldOut:
         if self._saved_row() != best:  # the run was resumed from an earlier step, and evaluates at other steps since
             self._display.warn(f"the weights of step {best['step']}, the best evaluation, are gone: the last are kept")
             return last
-        self._saver.copy(self._out / BEST, self._out)
+        self._trainer.copy_adapter(self._out / BEST, self._out)
         if best["step"] == 0:
             self._display.warn(
                 "no evaluation was better than the one before training: what is saved is the adapter that the run "

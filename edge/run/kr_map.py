@@ -51,12 +51,13 @@ def render_map(
     columns = max(1, min(end - first, width - label - 1))
     cells = states_by_column(steps, states, first, end, columns)  # (columns, units)
     rows = states_by_row(cells, height)
-    lines = [
-        f"{_row_label(name, numbers[slice(*units)]):>{label}} {paint(row, colour)}"
-        for units, row in reversed(list(zip(_unit_ranges(cells.shape[1], len(rows)), rows, strict=True)))
-    ]
-    start, stop = str(first), str(end - 1)
-    axis = start + stop.rjust(columns - len(start)) if columns > len(start) + len(stop) else f"{start}–{stop}"
+    lines = []
+    for (begin, stop), row in reversed(list(zip(_unit_ranges(cells.shape[1], len(rows)), rows, strict=True))):
+        last = numbers[stop - 1]
+        said = f"{name} {last}" if stop - begin == 1 else f"{numbers[begin]}–{last}"
+        lines.append(f"{said:>{label}} {paint(row, colour)}")
+    left, right = str(first), str(end - 1)
+    axis = left + right.rjust(columns - len(left)) if columns > len(left) + len(right) else f"{left}–{right}"
     lines.append(f"{'step':>{label}} {axis}")
     seen = [state for state in STATE_ORDER if (states == state).any()]
     legend = "  ".join(f"{paint([state], colour)} {state.name.lower()}" for state in seen)
@@ -93,10 +94,6 @@ def states_by_row(cells: ByteArray, height: int | None) -> list[list[UnitState]]
 
 def _unit_ranges(units: int, rows: int) -> list[tuple[int, int]]:
     return list(pairwise(round(row * units / rows) for row in range(rows + 1)))
-
-
-def _row_label(name: str, numbers: Sequence[int]) -> str:
-    return f"{name} {numbers[0]}" if len(numbers) == 1 else f"{numbers[0]}–{numbers[-1]}"
 
 
 def paint(row: Sequence[UnitState], colour: bool) -> str:

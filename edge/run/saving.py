@@ -50,10 +50,6 @@ class AdapterSaver:
         does."""
         self._trainer.save_adapter(directory, self._record([*self._evaluations, *([evaluation] if evaluation else [])]))
 
-    def copy(self, source: Path, directory: Path) -> None:
-        """Save an adapter of this run, with what was said of it, elsewhere."""
-        self._trainer.copy_adapter(source, directory)
-
     def _record(self, evaluations: list[dict[str, Any]]) -> TrainingRecord:
         steps, config, totals = self._trainer.next_step, self._trainer.config, self.totals
         set_up = totals["set_up_bytes_up"] + totals["set_up_bytes_down"]
