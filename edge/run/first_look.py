@@ -7,13 +7,9 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from dlora.edge.adapters.compatibility import check_base_model
-from dlora.edge.engine.bundle import Bundle
 from dlora.edge.files import check_writable, locked
 from dlora.edge.training.checkpoint import KEPT, list_checkpoints
 from dlora.edge.training.resolved import Resolved
-from dlora.edge.wire.connecting import ConnectSettings
-from dlora.edge.wire.connection import Connection
 from dlora.protocol.adapters import kind_of, parameter_bytes
 from dlora.protocol.errors import StorageError
 from dlora.protocol.manifest import Manifest
@@ -68,9 +64,3 @@ def asks_server_first(config: Resolved, *, resume: bool) -> bool:
     if not config.needs_server or (resume and list_checkpoints(out / CHECKPOINTS)):
         return False
     return not (config.asks_once and (out / CACHE).exists())
-
-
-def check_server(server: str, connecting: ConnectSettings, bundle: Bundle) -> None:
-    """Greet a server and leave again. Raises as ``Connection`` does, and ``ModelMismatchError``."""
-    with Connection(server, connecting) as connection:
-        check_base_model(bundle, connection.welcome)

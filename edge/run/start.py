@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dlora.edge.adapters.compatibility import check_adapter
+from dlora.edge.adapters.compatibility import check_adapter, check_base_model
 from dlora.edge.adapters.peft import LoadedAdapter, load_adapter
 from dlora.edge.data.examples import Dataset
 from dlora.edge.data.split import AUTO_SHARE
@@ -18,6 +18,7 @@ from dlora.edge.model.device_lora import other_storage_line
 from dlora.edge.settings import Settings
 from dlora.edge.training.resolve import check_together, option_that_evaluates, resolve, resolve_without_data
 from dlora.edge.wire.connecting import ConnectSettings, Liveness, Retry, websocket_url
+from dlora.edge.wire.connection import Connection
 from dlora.edge.wire.credentials import Credentials
 from dlora.edge.wire.identity import load_device_id
 from dlora.edge.wire.recorder import check_record, recording
@@ -27,7 +28,7 @@ from dlora.protocol.manifest import Manifest
 
 from .display import Display
 from .file_names import REPORT
-from .first_look import asks_server_first, check_place, check_room, check_server, run_bytes
+from .first_look import asks_server_first, check_place, check_room, run_bytes
 from .pause import PauseRules
 from .planning import available_memory
 from .reading import read_data
@@ -99,7 +100,8 @@ def start_run(settings: Settings, start: Start, display: Display, make_watchers:
     connecting = ConnectSettings(credentials, load_device_id(warn=display.warn), retry, liveness, display.warn)
     if asks_server_first(known, resume=start.resume):
         assert settings.server.server is not None
-        check_server(settings.server.server, connecting, bundle)
+        with Connection(settings.server.server, connecting) as connection:
+            check_base_model(bundle, connection.welcome)
     if loaded is None:
         settings, loaded = _load(settings, bundle, display, begun)
     # Not before: data sets are read while this process is small and has no threads.
