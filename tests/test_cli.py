@@ -131,6 +131,8 @@ def test_unusable_bundle_is_a_one_line_error(place: Place, damage: str, tmp_path
 BAD_DATA: dict[str, tuple[str, bytes | None, tuple[str, ...]]] = {
     "malformed": ("bad.jsonl", f'{GOOD_ROW}\n{GOOD_ROW}\n{{"prompt": \n'.encode(), ("3",)),
     "unknown fields": ("bad.jsonl", b'{"question": "w1"}\n', ("1",)),
+    "not an object": ("bad.jsonl", f"{GOOD_ROW}\n[1]\n".encode(), ("2",)),
+    "wrong type": ("bad.jsonl", b'{"text": 7}\n', ("1",)),
     "empty": ("bad.jsonl", b"\n\n", ()),
     "too long": (
         "bad.jsonl", f"{GOOD_ROW}\n{json.dumps({'prompt': 'w1', 'completion': ' w1' * 40})}\n".encode(),
