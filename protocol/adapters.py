@@ -27,7 +27,7 @@ class AdapterSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         kind: a name in ``KINDS``.
         r: the rank.
-        options: the kind's own whole numbers, by name.
+        options: the kind's own whole numbers, by name; no kind has any so far.
     """
 
     kind: KindName = "lora"
@@ -36,11 +36,8 @@ class AdapterSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Crossing(msgspec.Struct, frozen=True):
-    """The widths of what crosses the wire for one exchange group, for each row that crosses.
-
-    Forward, the server sends one tensor of ``input_width`` and the device answers with one tensor for each of
-    ``output_widths``; backward, the gradients of the same tensors go the other way.
-    """
+    """The widths of what crosses the wire for one exchange group: forward, the server sends a tensor of ``input_width``
+    and the device answers with one for each of ``output_widths``; backward, their gradients go the other way."""
 
     input_width: int
     output_widths: tuple[int, ...]
@@ -66,9 +63,6 @@ class AdapterKind(Protocol):
     def server_makes_state(self) -> bool:
         """Whether the server can make ``state_shapes``; otherwise the device gives it from the first session on."""
 
-    def check(self, spec: AdapterSpec) -> None:
-        """Raise ``UsageError`` for options that the kind does not have."""
-
     def crossing(self, spec: AdapterSpec, group: GroupSpec) -> Crossing:
         """What crosses for ``group``. Raises ``UsageError`` where its modules are too narrow for the rank."""
 
@@ -76,11 +70,7 @@ class AdapterKind(Protocol):
         """What the device trains for ``group``: full names and shapes, all float32, in the optimiser's order."""
 
     def state_shapes(self, spec: AdapterSpec, group: GroupSpec) -> tuple[Shape, ...]:
-        """What the server keeps of ``group`` for the session; nothing for ``lora``.
-
-        The device has a copy, and gives it to a server that has none: see ``adapter_state`` of
-        docs/reference/protocol.md.
-        """
+        """What the server keeps of ``group`` for the session, and the device has a copy of; nothing for ``lora``."""
 
 
 class _Lora:
@@ -88,9 +78,6 @@ class _Lora:
 
     name: Final = "lora"
     server_makes_state: Final = False
-
-    def check(self, spec: AdapterSpec) -> None:
-        _check_no_options(spec)
 
     def crossing(self, spec: AdapterSpec, group: GroupSpec) -> Crossing:
         return Crossing(group.in_features, tuple(target.out_features for target in group.targets))
@@ -113,9 +100,6 @@ class _Ffa:
     name: Final = "ffa"
     server_makes_state: Final = False
 
-    def check(self, spec: AdapterSpec) -> None:
-        _check_no_options(spec)
-
     def crossing(self, spec: AdapterSpec, group: GroupSpec) -> Crossing:
         return Crossing(spec.r, tuple(target.out_features for target in group.targets))
 
@@ -133,9 +117,6 @@ class _Bottleneck:
     name: Final = "bottleneck"
     server_makes_state: Final = True
 
-    def check(self, spec: AdapterSpec) -> None:
-        _check_no_options(spec)
-
     def crossing(self, spec: AdapterSpec, group: GroupSpec) -> Crossing:
         narrowest = min(group.in_features, group.out_features)
         if spec.r > narrowest:
@@ -152,21 +133,17 @@ class _Bottleneck:
         return (spec.r, group.in_features), (group.out_features, spec.r)
 
 
-def _check_no_options(spec: AdapterSpec) -> None:
-    if spec.options:
-        raise UsageError(f"adapters of the kind {spec.kind} have no options, not {', '.join(spec.options)}")
-
-
 KINDS: Final[dict[str, AdapterKind]] = {"lora": _Lora(), "ffa": _Ffa(), "bottleneck": _Bottleneck()}
 """All kinds that this process knows, by name."""
 
 
 def kind_of(spec: AdapterSpec) -> AdapterKind:
-    """The kind of ``spec``. Raises ``UsageError`` where there is none of that name, or it does not take the options."""
+    """The kind of ``spec``. Raises ``UsageError`` where there is none of that name, and for options."""
     kind = KINDS.get(spec.kind)
     if kind is None:
         raise UsageError(f"there are no adapters of the kind {spec.kind!r} here; there are: {', '.join(KINDS)}")
-    kind.check(spec)
+    if spec.options:
+        raise UsageError(f"adapters of the kind {spec.kind} have no options, not {', '.join(spec.options)}")
     return kind
 
 

@@ -27,9 +27,45 @@ Whose fault an error is decides what becomes of it, on the device and in the clo
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import ClassVar
 
 from .interrupts import INTERRUPTED_EXIT_CODE
+
+
+class ErrorCode(StrEnum):
+    """Why the server refused or closed; stable names. ``retryable`` of ``Error`` says whether to come again."""
+
+    PROTOCOL = "protocol"
+    VERSION = "version"
+    BASE_MODEL_MISMATCH = "base_model_mismatch"
+    UNKNOWN_TARGET = "unknown_target"
+    LIMIT = "limit"
+    NON_FINITE = "non_finite"
+    TICKET = "ticket"
+    DAMAGED = "damaged"
+    DEADLINE = "deadline"
+    FLOOD = "flood"
+    TOKEN_MISSING = "token_missing"
+    TOKEN_WRONG = "token_wrong"
+    TOKEN_EXPIRED = "token_expired"
+    TOKEN_REVOKED = "token_revoked"
+    TOO_MANY_FAILURES = "too_many_failures"
+    QUOTA_SESSIONS = "quota_sessions"
+    QUOTA_TOKENS = "quota_tokens"
+    QUOTA_LIVE_BYTES = "quota_live_bytes"
+    QUOTA_COMPUTE = "quota_compute"
+    BUSY = "busy"
+    SHUTTING_DOWN = "shutting_down"
+    INTERNAL = "internal"
+
+
+class ViolationError(Exception):
+    """A message breaks a rule. Whoever sent or received it decides whose fault that is."""
+
+    def __init__(self, text: str, code: ErrorCode = ErrorCode.PROTOCOL) -> None:
+        super().__init__(text)
+        self.code = code
 
 
 class DloraError(Exception):
@@ -95,7 +131,7 @@ class RemoteProtocolError(ProtocolError):
     """The peer sent what the rules forbid.
 
     Attributes:
-        code: the wire code (``messages.ErrorCode``) that the answer carries.
+        code: the wire code (``ErrorCode``) that the answer carries.
         retryable: whether the same may succeed later; a broken rule stays broken.
     """
 
@@ -125,7 +161,7 @@ class RefusedError(DloraError):
     Nobody broke a rule: it is full, stops, has its limits, does not know who calls, or has a bug itself.
 
     Attributes:
-        code: the wire code (``messages.ErrorCode``).
+        code: the wire code (``ErrorCode``).
         retryable: whether the same request may succeed later.
         retry_after_s: when to come again, in seconds, where the server said so.
     """

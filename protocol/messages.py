@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from .adapters import AdapterSpec
-from .error_codes import ErrorCode as ErrorCode
+from .errors import ErrorCode as ErrorCode
 from .groups import GroupSpec
 from .purposes import MAX_TICKET_BYTES as MAX_TICKET_BYTES
 from .purposes import Encode as Encode
@@ -369,29 +369,12 @@ class Error(Message, frozen=True):
 
 
 AnyMessage = (
-    Hello
-    | Welcome
-    | OpenSession
-    | SessionOpened
-    | ResumeSession
-    | SessionResumed
-    | SessionGone
-    | MakeAdapterState
-    | AdapterState
-    | GroupParameters
-    | Embeddings
-    | GroupInput
-    | GroupDelta
-    | LabelledHiddenStates
-    | EncodedHiddenStates
-    | GradHiddenStates
-    | GroupGrad
-    | GroupInputGrad
-    | StepReport
-    | Signal
-    | CloseSession
-    | Error
-)
+    Hello | Welcome | OpenSession | SessionOpened | ResumeSession | SessionResumed | SessionGone
+    | MakeAdapterState | AdapterState | GroupParameters
+    | Embeddings | GroupInput | GroupDelta | LabelledHiddenStates | EncodedHiddenStates
+    | GradHiddenStates | GroupGrad | GroupInputGrad
+    | StepReport | Signal | CloseSession | Error
+)  # fmt: skip
 
 
 def tensors_of(message: Any) -> list[WireTensor]:

@@ -14,9 +14,10 @@ import numpy as np
 from . import messages as m
 from .adapters import Crossing
 from .counting import counted_tokens
-from .states import TRANSITIONS, Side, State, ViolationError, check_tensor
+from .errors import ViolationError
+from .states import TRANSITIONS, Side, State
 from .tensors import WireTensor
-from .wire_codecs import Codecs, TensorRole
+from .wire_codecs import CODECS, Codecs, TensorRole
 
 Key = tuple[int, int]
 """Step and micro-batch: what every message of a micro-batch carries."""
@@ -39,9 +40,21 @@ class Shapes(NamedTuple):
         """Of the hidden states at label positions."""
         return self.encoded_width or self.welcome.hidden_size
 
-    def check(self, tensor: WireTensor, role: TensorRole, shape: tuple[int | None, ...]) -> None:
-        """Raise ``ViolationError`` unless the tensor is stored as its role's codec says, and of this shape."""
-        check_tensor(tensor, self.codecs.of(role).dtype, shape)
+    def check(self, tensor: WireTensor, role: TensorRole | None, shape: tuple[int | None, ...]) -> None:
+        """Raise ``ViolationError`` unless the tensor is stored as its role's codec says (None: as any codec does), and
+        of this shape."""
+        if role is None and tensor.dtype not in CODECS:
+            raise ViolationError(f"a tensor of {tensor.dtype} where floats were due")
+        tensor.check(tensor.dtype if role is None else self.codecs.of(role).dtype, shape)
+
+    def check_all(
+        self, tensors: Sequence[WireTensor], role: TensorRole | None, shapes: Sequence[tuple[int, ...]]
+    ) -> None:
+        """The same of one tensor for each of ``shapes``."""
+        if len(tensors) != len(shapes):
+            raise ViolationError(f"{len(tensors)} tensors where {len(shapes)} were due")
+        for tensor, shape in zip(tensors, shapes, strict=True):
+            self.check(tensor, role, shape)
 
 
 class GroupStates(NamedTuple):
@@ -184,10 +197,7 @@ class MicroBatchRules:
 
     def _check_outputs(self, tensors: Sequence[WireTensor], group: int, role: TensorRole) -> None:
         widths = self._shapes.crossings[group].output_widths
-        if len(tensors) != len(widths):
-            raise ViolationError(f"{len(tensors)} tensors where {len(widths)} were due")
-        for tensor, width in zip(tensors, widths, strict=True):
-            self._shapes.check(tensor, role, (self.rows, width))
+        self._shapes.check_all(tensors, role, [(self.rows, width) for width in widths])
 
     def _backward_state(self) -> State:
         is_finished = len(self.grads_sent) == self.gradients and not self.unanswered
@@ -212,8 +222,8 @@ def check_embeddings(message: m.Embeddings, shapes: Shapes) -> None:
     if message.hidden_states is not None:
         shapes.check(message.hidden_states, TensorRole.EMBEDDINGS, (None, welcome.embedding_size))
     if message.token_ids is not None:
-        check_tensor(message.token_ids, "int32", (None,))
-    check_tensor(message.sequence_lengths, "int32", (None,))
+        message.token_ids.check("int32", (None,))
+    message.sequence_lengths.check("int32", (None,))
     tokens, lengths = message.tokens, message.sequence_lengths.data
     if not 0 < tokens <= welcome.max_tokens:
         raise ViolationError(f"{tokens} tokens; at most {welcome.max_tokens} fit", m.ErrorCode.LIMIT)
@@ -237,7 +247,7 @@ def check_embeddings(message: m.Embeddings, shapes: Shapes) -> None:
     if message.crossing_positions is not None:
         _check_positions(message.crossing_positions, tokens, "crossing positions")
     if message.examples is not None:
-        check_tensor(message.examples, "int32", (lengths.size,))
+        message.examples.check("int32", (lengths.size,))
     if (message.mode == "decode") is (message.position is None) or (message.mode == "decode" and lengths.size > 1):
         raise ViolationError("a position belongs to the one sequence of the mode decode")
 
@@ -259,7 +269,7 @@ def check_position(begun: m.Embeddings, context_length: int, cached_tokens: int)
 
 
 def _check_positions(tensor: WireTensor, tokens: int, name: str) -> None:
-    check_tensor(tensor, "int32", (None,))
+    tensor.check("int32", (None,))
     positions = tensor.data
     if not positions.size:
         return

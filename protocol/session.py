@@ -22,17 +22,16 @@ from typing import Final
 
 from . import messages as m
 from .adapters import crossings, kind_of
-from .errors import LocalProtocolError, RemoteProtocolError, UsageError
+from .errors import LocalProtocolError, RemoteProtocolError, UsageError, ViolationError
 from .frames import Decoder, Prefix, encode, read_prefix
 from .groups import GroupSpec
 from .link import MAX_REPEATS, Link
 from .messages import AnyMessage
 from .micro_batch import GroupStates, Key, MicroBatchRules, Shapes, check_embeddings, check_position
-from .states import TRANSITIONS, C, E, Side, State, ViolationError, check_tensor
-from .tensors import WireTensor
+from .states import TRANSITIONS, C, E, Side, State
 from .units import Units
 from .version import PROTOCOL_VERSIONS
-from .wire_codecs import CODECS, TensorRole, is_finite
+from .wire_codecs import TensorRole, is_finite
 
 NUMBERED: Final = (
     m.ExchangeMessage, m.MakeAdapterState, m.AdapterState, m.GroupParameters, m.StepReport, m.Signal,
@@ -40,7 +39,7 @@ NUMBERED: Final = (
 """What the link numbers: the messages of a session that change what the two sides hold."""
 
 _WITH_MICRO_BATCHES: Final = (State.IDLE, State.SETTING_UP)
-
+_BETWEEN_MICRO_BATCHES: Final = (m.GroupParameters, m.CloseSession)
 _MODES_OF_FIRST_BLOCKS: Final = ("encode", "decode")  # of the purpose encode
 _MODES_OF_ALL_BLOCKS: Final = ("train", "evaluate", "basis", "decode")
 
@@ -55,6 +54,7 @@ class Session:
     Attributes:
         step: the optimizer step that comes next or is under way.
         units: what Kill and Revive switches, and so which groups take part.
+        next_micro_batch: the number of the next one that trains, in this step.
         cached_tokens: of how many tokens C holds keys and values.
         under_way: the micro-batches that have begun and are not through, oldest first.
         bytes_sent, bytes_received: sizes of all frames so far (without the websocket's own framing).
@@ -66,6 +66,7 @@ class Session:
         self.side = side
         self.step = 0
         self.units = Units()
+        self.next_micro_batch = 0
         self.cached_tokens = 0
         self.under_way: dict[Key, MicroBatchRules] = {}
         self.welcome: m.Welcome | None = None
@@ -81,7 +82,6 @@ class Session:
         self._last_of_handshake = 0  # checksum of the peer's last: what the link does not number may come twice, too
         self._sent_since_received = False
         self._unanswered_reports: list[int] = []
-        self._next_micro_batch = 0  # of those that train, in this step
         self._states_set_up = 0  # groups whose adapter state has been said
         self._shapes: Shapes | None = None
 
@@ -102,25 +102,14 @@ class Session:
         return self.opened_with.groups if self.opened_with else ()
 
     @property
-    def live(self) -> tuple[int, ...]:
-        """The groups of all units that exchange, in execution order."""
-        return self.units.group_states.live
-
-    @property
-    def active(self) -> frozenset[int]:
-        """The groups of all units that are trained."""
-        return self.units.group_states.active
-
-    @property
     def is_between_steps(self) -> bool:
         """Whether no step is under way, nor a part of the set-up that the server computes."""
-        return self.state is State.SETTING_UP or (self.state is State.IDLE and self._next_micro_batch == 0)
+        return self.state is State.SETTING_UP or (self.state is State.IDLE and self.next_micro_batch == 0)
 
     @property
     def window(self) -> int:
         """How many micro-batches may be under way at a time, once the session is opened."""
-        assert self.opened_with is not None
-        return self.opened_with.window
+        return self._opening.window
 
     @property
     def may_close(self) -> bool:
@@ -128,10 +117,16 @@ class Session:
         return m.CloseSession in TRANSITIONS[self._state] and not self.under_way
 
     @property
-    def shapes(self) -> Shapes:
-        """Widths, codecs and limits of an open session; codecs of micro-batches that do not evaluate."""
-        assert self._shapes is not None
-        return self._shapes
+    def has_adapter_state(self) -> bool:
+        """Whether the server keeps something of a group for the session."""
+        adapter = self._opening.adapter
+        kind = kind_of(adapter)
+        return any(kind.state_shapes(adapter, group) for group in self.groups)
+
+    @property
+    def _opening(self) -> m.OpenSession:
+        assert self.opened_with is not None
+        return self.opened_with
 
     def send(self, message: AnyMessage) -> bytearray:
         """Check a message of ours and give its frame. Raises ``LocalProtocolError``: a bug of ours; and
@@ -218,15 +213,11 @@ class Session:
         allowed_sender, next_state = TRANSITIONS[self._state].get(type(message), (None, self._state))
         if allowed_sender is not sender:
             raise ViolationError("not now")
-        if self.under_way and (self._state is State.SETTING_UP or isinstance(message, m.GroupParameters)):
+        if self.under_way and (self._state is State.SETTING_UP or isinstance(message, _BETWEEN_MICRO_BATCHES)):
             raise ViolationError("a micro-batch is under way")
         match message:
             case m.Welcome():
-                if message.protocol_version not in PROTOCOL_VERSIONS:
-                    raise ViolationError("a version that was not offered", m.ErrorCode.VERSION)
-                if message.max_sequence_length > message.max_tokens:
-                    raise ViolationError("a longest sequence that no micro-batch has room for")
-                self.welcome = message
+                self._take_welcome(message)
             case m.OpenSession():
                 self._take_open(message)
             case m.SessionOpened():
@@ -240,64 +231,56 @@ class Session:
                 self._take_parameters(message)
             case m.StepReport():
                 self._take_report(message)
-            case m.CloseSession():
-                if self.under_way:
-                    raise ViolationError("a micro-batch is under way")
             case _:
                 pass
         self._state = next_state
 
     # -- opening -----------------------------------------------------------------------------------------
 
+    def _take_welcome(self, message: m.Welcome) -> None:
+        if message.protocol_version not in PROTOCOL_VERSIONS:
+            raise ViolationError("a version that was not offered", m.ErrorCode.VERSION)
+        if message.max_sequence_length > message.max_tokens:
+            raise ViolationError("a longest sequence that no micro-batch has room for")
+        self.welcome = message
+
     def _take_open(self, message: m.OpenSession) -> None:
-        assert self.welcome is not None
-        for group in message.groups:
-            if not group.targets:
-                raise ViolationError("a group without target modules")
-        purpose = message.purpose
+        welcome, purpose = self.welcome, message.purpose
+        assert welcome is not None
+        if not all(group.targets for group in message.groups):
+            raise ViolationError("a group without target modules")
         if isinstance(purpose, m.Train) and purpose.next_step > purpose.total_steps:
             raise ViolationError("next_step lies after the end of the run")
-        if message.context_length > self.welcome.max_context_length:
-            text = f"a context of {message.context_length} tokens; at most {self.welcome.max_context_length} fit"
+        if message.context_length > welcome.max_context_length:
+            text = f"a context of {message.context_length} tokens; at most {welcome.max_context_length} fit"
             raise ViolationError(text, m.ErrorCode.LIMIT)
         if isinstance(purpose, m.Encode) and message.groups:
             raise ViolationError("groups in a session that only encodes")
-        if message.window > self.welcome.window:
-            raise ViolationError(f"a window of {message.window} micro-batches; at most {self.welcome.window} fit")
+        if message.window > welcome.window:
+            raise ViolationError(f"a window of {message.window} micro-batches; at most {welcome.window} fit")
         try:
             widths = crossings(message.adapter, message.groups)
         except UsageError as error:
             raise ViolationError(str(error), m.ErrorCode.LIMIT) from None
         self.opened_with = message
         self.link.set_window(message.window)
-        self._shapes = Shapes(widths, message.codecs, self.welcome, message.encoded_width)
+        self._shapes = Shapes(widths, message.codecs, welcome, message.encoded_width)
         self.units = Units(message)
         if isinstance(purpose, m.Train):
             self.step = purpose.next_step
 
     def _take_opened(self, message: m.SessionOpened) -> State:
-        assert self.opened_with is not None
-        if isinstance(self.opened_with.purpose, m.Train):
+        if isinstance(self._opening.purpose, m.Train):
             if message.units is None or message.ticket is None:
                 raise ViolationError("no units, or no ticket, for a run that trains")
-            self.units.check_opened(message.units)
-            check_tensor(message.ticket, "uint8", (None,))
-            self.units.take(message.units.data)
+            message.ticket.check("uint8", (None,))
+            self.units.take_opened(message.units)
         elif message.units is not None or message.ticket is not None:
             raise ViolationError("units or a ticket where nothing is trained")
         return State.SETTING_UP if self.has_adapter_state else State.IDLE
 
-    @property
-    def has_adapter_state(self) -> bool:
-        """Whether the server keeps something of a group for the session."""
-        assert self.opened_with is not None
-        adapter = self.opened_with.adapter
-        kind = kind_of(adapter)
-        return any(kind.state_shapes(adapter, group) for group in self.groups)
-
     def _check_server_makes_state(self) -> None:
-        assert self.opened_with is not None
-        kind = kind_of(self.opened_with.adapter)
+        kind = kind_of(self._opening.adapter)
         if not kind.server_makes_state:
             raise ViolationError(f"the adapter state of the kind {kind.name} comes from the device")
 
@@ -306,35 +289,20 @@ class Session:
             raise ViolationError(f"the state of group {group} when group {self._states_set_up} comes next")
 
     def _take_adapter_state(self, message: m.AdapterState, next_state: State) -> State:
-        assert self.opened_with is not None
+        assert self._shapes is not None
         self._check_group_to_set_up(message.group)
-        adapter = self.opened_with.adapter
-        shapes = kind_of(adapter).state_shapes(adapter, self.groups[message.group])
-        if self._state is State.TAKING_STATE:
-            shapes = ()  # C has E's
         if not math.isfinite(message.gradient_norm):
             raise ViolationError("a gradient's norm that is not finite", m.ErrorCode.NON_FINITE)
-        # E gives what it has as it is stored, whatever this session's codec: so C has the same bits.
-        is_given = self._state is State.SETTING_UP
-        self._check_tensors(message.tensors, shapes, None if is_given else TensorRole.ADAPTER_STATE)
+        adapter = self._opening.adapter
+        shapes = kind_of(adapter).state_shapes(adapter, self.groups[message.group])
         if self._state is State.SETTING_UP:
+            # E gives what it has as it is stored, whatever this session's codec: so C has the same bits.
+            self._shapes.check_all(message.tensors, None, shapes)
             return next_state
+        has_it_from_device = self._state is State.TAKING_STATE
+        self._shapes.check_all(message.tensors, TensorRole.ADAPTER_STATE, () if has_it_from_device else shapes)
         self._states_set_up += 1
         return State.IDLE if self._states_set_up == len(self.groups) else next_state
-
-    def _check_tensors(
-        self, tensors: Sequence[WireTensor], shapes: Sequence[tuple[int, ...]], role: TensorRole | None
-    ) -> None:
-        """Of what C keeps of a group; ``role``: whose codec they are stored in; None: in any."""
-        if len(tensors) != len(shapes):
-            raise ViolationError(f"{len(tensors)} tensors where {len(shapes)} were due")
-        for tensor, shape in zip(tensors, shapes, strict=True):
-            if role is not None:
-                self.shapes.check(tensor, role, shape)
-            elif tensor.dtype not in CODECS:
-                raise ViolationError(f"a tensor of {tensor.dtype} where floats were due")
-            else:
-                check_tensor(tensor, tensor.dtype, shape)
 
     # -- Kill and Revive ---------------------------------------------------------------------------------
 
@@ -345,36 +313,30 @@ class Session:
             raise ViolationError("a signal in the middle of a micro-batch")
         if message.step != self._unanswered_reports[0]:
             raise ViolationError("a signal for another step")
-        self.units.check_signal(message.units)
-        check_tensor(message.ticket, "uint8", (None,))
+        message.ticket.check("uint8", (None,))
+        self.units.take_signalled(message.units)
         del self._unanswered_reports[0]
-        self.units.take(message.units.data)
 
     def _take_parameters(self, message: m.GroupParameters) -> None:
+        assert self._shapes is not None
         shapes = self.units.check_parameters(message)
         is_answer = self._state is State.TAKING_PARAMETERS
-        self._check_tensors(message.tensors, () if is_answer else shapes, TensorRole.GROUP_PARAMETERS)
+        self._shapes.check_all(message.tensors, TensorRole.GROUP_PARAMETERS, () if is_answer else shapes)
         if is_answer:
             self.units.handed_over.add(message.group)
 
     def _take_report(self, message: m.StepReport) -> None:
-        assert self.opened_with is not None
-        if not isinstance(self.opened_with.purpose, m.Train):
+        if not isinstance(self._opening.purpose, m.Train):
             raise ViolationError("a report where nothing is trained")
         if self.under_way or message.step != self.step or len(self._unanswered_reports) > 1:
             raise ViolationError(f"a report of step {message.step} when step {self.step} was under way")
         self.units.check_given_before_report()
-        check_tensor(message.scores, "fp32", (len(self.units.groups),))
+        message.scores.check("fp32", (len(self.units.groups),))
         self._unanswered_reports.append(message.step)
         self.step += 1
-        self._next_micro_batch = 0
+        self.next_micro_batch = 0
 
     # -- micro-batches -----------------------------------------------------------------------------------
-
-    @property
-    def next_micro_batch(self) -> int:
-        """The number of the next micro-batch that trains, in this step."""
-        return self._next_micro_batch
 
     def _advance_micro_batch(self, message: m.ExchangeMessage, sender: Side) -> None:
         key = (message.step, message.micro_batch)
@@ -394,33 +356,33 @@ class Session:
                 self.cached_tokens = micro_batch.position + micro_batch.tokens
 
     def _begin_micro_batch(self, message: m.Embeddings, key: Key, sender: Side) -> None:
-        assert self.opened_with is not None
-        if sender is not E or len(self.under_way) == self.opened_with.window or key in self.under_way:
+        assert self._shapes is not None
+        opening, mode = self._opening, message.mode
+        if sender is not E or len(self.under_way) == opening.window or key in self.under_way:
             raise ViolationError("not now")
-        trains, purpose = message.mode == "train", self.opened_with.purpose
-        if message.mode not in (_MODES_OF_FIRST_BLOCKS if isinstance(purpose, m.Encode) else _MODES_OF_ALL_BLOCKS):
-            raise ViolationError(f"a micro-batch of the mode {message.mode} in a session that is for something else")
-        if message.mode not in m.WITHOUT_GRADIENTS and not isinstance(purpose, m.Train):
+        if mode not in (_MODES_OF_FIRST_BLOCKS if isinstance(opening.purpose, m.Encode) else _MODES_OF_ALL_BLOCKS):
+            raise ViolationError(f"a micro-batch of the mode {mode} in a session that is for something else")
+        if mode not in m.WITHOUT_GRADIENTS and not isinstance(opening.purpose, m.Train):
             raise ViolationError("a micro-batch that trains, in a session that does not")
-        if (message.mode == "basis") is not (self._state is State.SETTING_UP):
-            raise ViolationError(f"a micro-batch of the mode {message.mode} in {self._state.name}")
-        if self._state is State.SETTING_UP:
+        if (mode == "basis") is not (self._state is State.SETTING_UP):
+            raise ViolationError(f"a micro-batch of the mode {mode} in {self._state.name}")
+        if mode == "basis":
             self._check_server_makes_state()
             if self._states_set_up or self.under_way:  # one at a time: their gradients are summed, and order rounds
                 raise ViolationError("not now")
-        if message.mode != "basis":
+        else:
             self.units.check_given_before_micro_batch()
-        if message.step != self.step or (trains and message.micro_batch != self._next_micro_batch):
-            next_one = f"step {self.step}, micro-batch {self._next_micro_batch}"
+        if message.step != self.step or (mode == "train" and message.micro_batch != self.next_micro_batch):
+            next_one = f"step {self.step}, micro-batch {self.next_micro_batch}"
             raise ViolationError(f"step {message.step}, micro-batch {message.micro_batch} when {next_one} comes next")
-        shapes = self.shapes._replace(codecs=self.opened_with.codecs_of(message.mode))
+        shapes = self._shapes._replace(codecs=opening.codecs_of(mode))
         check_embeddings(message, shapes)
-        if message.mode == "decode":
+        if mode == "decode":
             if self.under_way:  # whatever the window: they go on from each other
                 raise ViolationError("not now")
-            check_position(message, self.opened_with.context_length, self.cached_tokens)
+            check_position(message, opening.context_length, self.cached_tokens)
         self.under_way[key] = MicroBatchRules(message, shapes)
-        self._next_micro_batch += trains
+        self.next_micro_batch += mode == "train"
 
 
 def choose_version(offered: Sequence[int]) -> int | None:

@@ -6,7 +6,6 @@ from enum import Enum, auto
 from typing import Final
 
 from . import messages as m
-from .tensors import WireTensor
 
 
 class Side(Enum):
@@ -81,20 +80,3 @@ to IDLE; in SETTING_UP, before the first state, micro-batches of the mode ``basi
 to IDLE;
 C sends ``Signal`` while a ``StepReport`` is unanswered, before it asks for anything of a micro-batch; either side may
 send ``Error``."""
-
-
-class ViolationError(Exception):
-    """A message breaks a rule. The code that catches it decides whose fault that is."""
-
-    def __init__(self, text: str, code: m.ErrorCode = m.ErrorCode.PROTOCOL) -> None:
-        super().__init__(text)
-        self.code = code
-
-
-def check_tensor(tensor: WireTensor, dtype: str, shape: tuple[int | None, ...]) -> None:
-    """Raise ``ViolationError`` unless the tensor has this dtype and shape; None is any size."""
-    fits = len(tensor.shape) == len(shape) and all(
-        want is None or want == have for want, have in zip(shape, tensor.shape, strict=True)
-    )
-    if tensor.dtype != dtype or not fits:
-        raise ViolationError(f"a tensor of {tensor.dtype} {tensor.shape} where {dtype} {shape} was due")

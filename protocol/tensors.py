@@ -11,7 +11,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from .errors import RemoteProtocolError
+from .errors import RemoteProtocolError, ViolationError
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int32]
@@ -71,6 +71,14 @@ class WireTensor:
     @property
     def nbytes(self) -> int:
         return self.data.nbytes
+
+    def check(self, dtype: str, shape: tuple[int | None, ...]) -> None:
+        """Raise ``ViolationError`` unless it has this dtype and shape; None is any size."""
+        fits = len(self.shape) == len(shape) and all(
+            want is None or want == have for want, have in zip(shape, self.shape, strict=True)
+        )
+        if self.dtype != dtype or not fits:
+            raise ViolationError(f"a tensor of {self.dtype} {self.shape} where {dtype} {shape} was due")
 
     @classmethod
     def from_ints(cls, values: npt.ArrayLike) -> WireTensor:

@@ -26,11 +26,8 @@ class Traffic(msgspec.Struct, frozen=True):
     round_trips: int
 
     def __add__(self, other: Traffic) -> Traffic:
-        return Traffic(
-            self.bytes_up + other.bytes_up,
-            self.bytes_down + other.bytes_down,
-            self.round_trips + other.round_trips,
-        )
+        up, down = self.bytes_up + other.bytes_up, self.bytes_down + other.bytes_down
+        return Traffic(up, down, self.round_trips + other.round_trips)
 
 
 def text_bytes(tokens: int, embedding_size: int, codecs: Codecs, send: Send) -> int:
@@ -47,10 +44,7 @@ def encode_traffic(
         lengths: of its sequences, in tokens.
         width: of what comes out of the blocks that are run.
     """
-    tokens = sum(lengths)
-    text = [] if send == "token-ids" else [text_bytes(tokens, embedding_size, codecs, send)]
-    ids = [4 * tokens] if send == "token-ids" else []
-    up = frame_bytes(1, [*text, 4 * len(lengths), 0, *ids])
+    up = _embeddings_bytes(text_bytes(sum(lengths), embedding_size, codecs, send), [4 * len(lengths), 0], send)
     codec = codecs.of(TensorRole.LAST_HIDDEN_STATES)
     header = msgspec.msgpack.encode([(codec.dtype, (length, width), -1) for length in lengths])
     blocks = -(-(_ENCODED_HEADER + len(header)) // HEADER_BLOCK)
@@ -59,11 +53,12 @@ def encode_traffic(
 
 
 def micro_batch_traffic(
-    crossings: Sequence[Crossing],
+    crossings: Sequence[Crossing] = (),
     *,
-    live: Collection[int],
-    with_grads: Collection[int],
-    answered: Collection[int],
+    live: Collection[int] = (),
+    with_grads: Collection[int] = (),
+    answered: Collection[int] = (),
+    is_basis: bool = False,
     tokens: int,
     sequences: int,
     labelled: int,
@@ -81,6 +76,7 @@ def micro_batch_traffic(
         with_grads: those whose delta gradients the device gets; empty when evaluating.
         answered: those of ``with_grads`` whose input gradient goes back. Where groups follow one another: all
             but the lowest.
+        is_basis: whether it is of the mode ``basis``: no group exchanges, and the loss's gradient goes back.
         rows: tokens that cross at each group; None: all, and E sends no positions.
         send: what E begins with.
     """
@@ -88,15 +84,9 @@ def micro_batch_traffic(
     def nbytes(role: TensorRole, rows: int, width: int) -> int:
         return codecs.of(role).nbytes(rows, width)
 
-    sizes = [] if send == "token-ids" else [nbytes(TensorRole.EMBEDDINGS, tokens, embedding_size)]
-    sizes += [sequences * 4, labelled * 4]
-    if rows is None:
-        rows = tokens
-    else:
-        sizes.append(rows * 4)
-    if send == "token-ids":
-        sizes.append(tokens * 4)
-    up = frame_bytes(1, sizes)
+    counted = [4 * sequences, 4 * labelled, *([] if rows is None else [4 * rows])]
+    up = _embeddings_bytes(text_bytes(tokens, embedding_size, codecs, send), counted, send)
+    rows = tokens if rows is None else rows
     down = frame_bytes(1, [nbytes(TensorRole.LAST_HIDDEN_STATES, labelled, hidden_size)])
     for index in live:
         width, outputs = crossings[index].input_width, crossings[index].output_widths
@@ -106,41 +96,11 @@ def micro_batch_traffic(
             down += frame_bytes(1, [nbytes(TensorRole.DELTA_GRAD, rows, output) for output in outputs])
         if index in answered:
             up += frame_bytes(1, [nbytes(TensorRole.INPUT_GRAD, rows, width)])
-    if with_grads:
+    if with_grads or is_basis:
         up += frame_bytes(1, [nbytes(TensorRole.LAST_HIDDEN_STATES_GRAD, labelled, hidden_size)])
     # One for the embeddings, one for each answer that something follows, one for the loss's gradient.
     round_trips = 1 + len(live) + (1 + len(answered) if with_grads else 0)
     return Traffic(up, down, round_trips)
-
-
-def basis_traffic(
-    *,
-    tokens: int,
-    sequences: int,
-    labelled: int,
-    embedding_size: int,
-    hidden_size: int,
-    codecs: Codecs,
-    rows: int | None = None,
-    send: Send = "embeddings",
-) -> Traffic:
-    """The traffic of one micro-batch of the mode ``basis``: no group exchanges, and the loss's gradient goes back."""
-    without_grad = micro_batch_traffic(
-        (),
-        live=(),
-        with_grads=(),
-        answered=(),
-        tokens=tokens,
-        sequences=sequences,
-        labelled=labelled,
-        embedding_size=embedding_size,
-        hidden_size=hidden_size,
-        codecs=codecs,
-        rows=rows,
-        send=send,
-    )
-    grad = codecs.of(TensorRole.LAST_HIDDEN_STATES_GRAD).nbytes(labelled, hidden_size)
-    return without_grad + Traffic(frame_bytes(1, [grad]), 0, 0)
 
 
 def adapter_state_traffic(state_nbytes: Sequence[Sequence[int]], *, made: bool) -> Traffic:
@@ -157,3 +117,8 @@ def adapter_state_traffic(state_nbytes: Sequence[Sequence[int]], *, made: bool) 
 def report_traffic(units: int, ticket_bytes: int) -> Traffic:
     """The traffic of a step's report and its signal. No round trip: the next step's first covers it."""
     return Traffic(frame_bytes(1, [units * 4]), frame_bytes(1, [units, ticket_bytes]), 0)
+
+
+def _embeddings_bytes(text: int, others: list[int], send: Send) -> int:
+    """A frame of ``Embeddings``, of its tensors' sizes: embeddings come first in it, and token ids last."""
+    return frame_bytes(1, [*others, text] if send == "token-ids" else [text, *others])

@@ -9,10 +9,10 @@ import numpy as np
 
 from . import messages as m
 from .adapters import kind_of
+from .errors import ViolationError
 from .groups import group_units
 from .kill_revive import LIVE, KillReviveConfig, UnitState
 from .micro_batch import GroupStates
-from .states import ViolationError, check_tensor
 from .tensors import ByteArray, WireTensor
 
 
@@ -49,46 +49,23 @@ class Units:
             return []
         return sorted(self._groups_in(UnitState.HELD, UnitState.GIVEN) - self.handed_over)
 
-    def check(self, states: WireTensor) -> None:
-        """Raise ``ViolationError`` for states that C may not say of these units."""
-        config = self._config
-        assert config is not None
-        check_tensor(states, "uint8", (len(self.groups),))
-        if states.data.size and int(states.data.max()) > max(UnitState):
-            raise ViolationError("an unknown unit state")
-        if not config.gives_to_server and (states.data == UnitState.GIVEN).any():
-            raise ViolationError("units given to the server, which the device did not ask for")
-        active = states.data == UnitState.ACTIVE
-        if config.score == "static" and not active[list(config.static)].all():
-            raise ViolationError("a unit is not active that the device has named")
-        if int(active.sum()) < config.budget_floor(len(active)) or not active[list(config.pinned)].all():
-            raise ViolationError("fewer active units than the device asked for")
-
-    def check_opened(self, states: WireTensor) -> None:
-        """The same of an opened session: where a run begins, E has given nothing."""
-        self.check(states)
+    def take_opened(self, states: WireTensor) -> None:
+        """What C says of the units as it opens the session. Raises ``ViolationError`` for what it may not say."""
+        self._check(states)
         assert self._opened_with is not None
         purpose = self._opened_with.purpose
         assert isinstance(purpose, m.Train)
         if purpose.ticket is None and (states.data == UnitState.GIVEN).any():
             raise ViolationError("units given to the server before the run's first step")
+        self._take(states.data)
 
-    def check_signal(self, states: WireTensor) -> None:
+    def take_signalled(self, states: WireTensor) -> None:
         """The same of a signal, by which no unit becomes GIVEN that E has not given."""
-        self.check(states)
+        self._check(states)
         for state, groups in zip(states.data.tolist(), self.groups, strict=True):
             if state == UnitState.GIVEN and not self.handed_over.issuperset(groups):
                 raise ViolationError(f"group {groups[0]} given to the server, which the device has not done")
-
-    def take(self, states: ByteArray) -> None:
-        """What C has said of the units from now on."""
-        self.states = states
-        self.group_states = GroupStates(
-            tuple(sorted(self._groups_in(*LIVE))),
-            frozenset(self._groups_in(UnitState.ACTIVE)),
-            frozenset(self._groups_in(UnitState.GIVEN)),
-        )
-        self.handed_over &= self._groups_in(UnitState.HELD, UnitState.GIVEN)
+        self._take(states.data)
 
     def check_parameters(self, message: m.GroupParameters) -> tuple[tuple[int, ...], ...]:
         """The shapes that E must give of this group. Raises ``ViolationError`` where it is not the next to be given."""
@@ -108,6 +85,29 @@ class Units:
         """Raise ``ViolationError`` where C could not apply what it is to apply."""
         if missing := self.group_states.given - self.handed_over:
             raise ViolationError(f"a micro-batch before the parameters of group {min(missing)}")
+
+    def _check(self, states: WireTensor) -> None:
+        config = self._config
+        assert config is not None
+        states.check("uint8", (len(self.groups),))
+        if states.data.size and int(states.data.max()) > max(UnitState):
+            raise ViolationError("an unknown unit state")
+        if not config.gives_to_server and (states.data == UnitState.GIVEN).any():
+            raise ViolationError("units given to the server, which the device did not ask for")
+        active = states.data == UnitState.ACTIVE
+        if config.score == "static" and not active[list(config.static)].all():
+            raise ViolationError("a unit is not active that the device has named")
+        if int(active.sum()) < config.budget_floor(len(active)) or not active[list(config.pinned)].all():
+            raise ViolationError("fewer active units than the device asked for")
+
+    def _take(self, states: ByteArray) -> None:
+        self.states = states
+        self.group_states = GroupStates(
+            tuple(sorted(self._groups_in(*LIVE))),
+            frozenset(self._groups_in(UnitState.ACTIVE)),
+            frozenset(self._groups_in(UnitState.GIVEN)),
+        )
+        self.handed_over &= self._groups_in(UnitState.HELD, UnitState.GIVEN)
 
     def _groups_in(self, *states: UnitState) -> set[int]:
         """The groups of the units that are in one of these states."""

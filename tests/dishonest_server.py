@@ -104,18 +104,18 @@ class DishonestServer:
     def next_message(self) -> m.AnyMessage:
         """What an honest server would say next in a training micro-batch, with ones for all values."""
         session = self.session
-        begun = next(iter(session.under_way.values()))
+        begun, live = next(iter(session.under_way.values())), session.units.group_states.live
         place: dict[str, Any] = dict(zip(("step", "micro_batch"), begun.key, strict=True))
         tokens = begun.tokens
         if session.state is State.BACKWARD:
-            group = next(group for group in reversed(session.live) if group not in begun.grads_sent)
+            group = next(group for group in reversed(live) if group not in begun.grads_sent)
             grads = tuple(ones(tokens, target.out_features) for target in session.groups[group].targets)
-            return m.GroupGrad(**place, group=group, grads=grads, answer=group != session.live[0])
-        if begun.asked < len(session.live):
-            group = session.live[begun.asked]
+            return m.GroupGrad(**place, group=group, grads=grads, answer=group != live[0])
+        if begun.asked < len(live):
+            group = live[begun.asked]
             return m.GroupInput(**place, group=group, hidden_states=ones(tokens, session.groups[group].in_features))
         hidden_states = ones(begun.labelled, self._manifest.base_model.hidden_size)
-        return m.LabelledHiddenStates(**place, hidden_states=hidden_states, gradients=len(session.live))
+        return m.LabelledHiddenStates(**place, hidden_states=hidden_states, gradients=len(live))
 
     def answer(self, connection: ServerConnection) -> None:
         """All that an honest server would say now, in a training micro-batch."""

@@ -52,9 +52,6 @@ class CoreKind:
     name = "core"
     server_makes_state = True
 
-    def check(self, spec: AdapterSpec) -> None:
-        pass
-
     def crossing(self, spec: AdapterSpec, group: GroupSpec) -> Crossing:
         return Crossing(COLUMNS, (COLUMNS,))
 

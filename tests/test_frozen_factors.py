@@ -51,7 +51,7 @@ from dlora.edge.training.resolved import Resolved
 from dlora.protocol.adapters import crossings, state_bytes
 from dlora.protocol.errors import CheckpointError, NonFiniteError, RefusedError, RemoteProtocolError, UsageError
 from dlora.protocol.groups import GroupSpec, TargetSpec
-from dlora.protocol.traffic import Traffic, adapter_state_traffic, basis_traffic, report_traffic
+from dlora.protocol.traffic import Traffic, adapter_state_traffic, micro_batch_traffic, report_traffic
 from dlora.protocol.wire_codecs import TensorRole
 
 KINDS = ["bottleneck", "ffa"]
@@ -516,7 +516,7 @@ def test_traffic_is_the_formulas(runs: Runs, kind: str, wire_dtype: str, monkeyp
         assert each == {(4, (4,))}
         for step in range(run.adapter.basis_steps or 0):
             for batch in trainer.batches.step_batches(step):
-                set_up += basis_traffic(**sizes_of(batch), **widths)
+                set_up += micro_batch_traffic(is_basis=True, **sizes_of(batch), **widths)
     assert counted == [set_up]
     (batch,) = trainer.batches.step_batches(0)
     # Its signal comes with the next step.

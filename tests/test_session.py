@@ -40,9 +40,6 @@ class Keeping:
     name = "keeping"
     server_makes_state = True
 
-    def check(self, spec: AdapterSpec) -> None:
-        pass
-
     def crossing(self, spec: AdapterSpec, group: GroupSpec) -> Crossing:
         return KINDS["lora"].crossing(spec, group)
 
@@ -135,7 +132,7 @@ def test_round_trips_are_counted_where_one_side_waits() -> None:
 
 
 @pytest.mark.parametrize("when", range(2))
-def test_next_micro_batch_may_come_before_the_signal(when: int) -> None:
+def testnext_micro_batch_may_come_before_the_signal(when: int) -> None:
     pair = Pair([*c.opening(), *c.forward(), *c.backward(), c.report(0)])
     rest = [c.embeddings(1), c.group_input(1), c.group_delta(1)]
     for message in rest[:when]:
@@ -518,8 +515,8 @@ def test_fading_and_held_units_are_asked_and_need_no_gradients() -> None:
     config = KillReviveConfig(active_fraction=0.5)
     for state in (UnitState.FADING, UnitState.HELD):
         pair = Pair([*c.opening(kill_revive=config), c.report(0), c.signal(0, bytes([state, 1])), *c.forward(1)])
-        assert pair.sides[E].live == c.ALL
-        assert pair.sides[E].active == {1, 2}
+        assert pair.sides[E].units.group_states.live == c.ALL
+        assert pair.sides[E].units.group_states.active == {1, 2}
         pair = Pair([*c.opening(kill_revive=config), c.report(0), c.signal(0, bytes([state, 1]))])
         for message in c.forward(1, gradients=2):
             pair.say(message)
@@ -564,7 +561,7 @@ GIVING = [c.parameters(1), c.parameters_taken(1), c.parameters(2), c.parameters_
 def test_a_killed_unit_is_held_for_a_step_and_then_given() -> None:
     pair = Pair([*HELD, *c.forward(1, gradients=3), *c.backward(1), *GIVING, c.report(1), c.signal(1, b"\1\4")])
     for side in pair.sides.values():
-        assert side.live == (0,)
+        assert side.units.group_states.live == (0,)
         assert side.units.group_states.given == {1, 2}
     for message in (*c.forward(2, live=(0,)), *c.backward(2, live=(0,)), *c.forward(2, 9, (0,), mode="evaluate")):
         pair.say(message)
@@ -736,7 +733,7 @@ class Talk:
             self.say(c.embeddings(step, draw(small), mode="evaluate"))
             ((_, micro_batch),) = self.pair.sides[E].under_way
         else:
-            micro_batch = self.pair.sides[E]._next_micro_batch
+            micro_batch = self.pair.sides[E].next_micro_batch
             self.say(c.embeddings(step, micro_batch))
         while unsignalled:
             self.signal(unsignalled)

@@ -21,8 +21,8 @@ from dlora.cloud.admission.tls import check_exposure, server_context
 from dlora.cloud.admission.tokens import BearerTokenStore
 from dlora.cloud.model.base_model import BaseModel
 from dlora.edge.wire.credentials import Credentials, refusal_in, tls_failure
+from dlora.protocol.connections import is_loopback
 from dlora.protocol.errors import UsageError
-from dlora.protocol.loopback import is_loopback
 
 HOST = "127.0.0.1"
 # How websockets tells of a peer that is gone before it answered; with TLS 1.3 that depends on who was faster.

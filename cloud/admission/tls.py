@@ -5,9 +5,9 @@ from __future__ import annotations
 import ssl
 from pathlib import Path
 
+from dlora.protocol.connections import is_loopback
 from dlora.protocol.errors import UsageError
 from dlora.protocol.files import check_readable
-from dlora.protocol.loopback import is_loopback
 
 
 def server_context(cert: Path, key: Path | None, client_ca: Path | None = None) -> ssl.SSLContext:

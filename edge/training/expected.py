@@ -24,7 +24,6 @@ from dlora.protocol.manifest import Manifest
 from dlora.protocol.traffic import (
     Traffic,
     adapter_state_traffic,
-    basis_traffic,
     encode_traffic,
     micro_batch_traffic,
     text_bytes,
@@ -229,7 +228,7 @@ def _mean_traffic(
     if config.invocation:
         rows = round(share * dataset.acting_on_answers(config.invocation).mean_crossing_rows)
     if is_basis:
-        traffic = basis_traffic(rows=rows, **mean_micro_batch)
+        traffic = micro_batch_traffic(is_basis=True, rows=rows, **mean_micro_batch)
     else:
         traffic = micro_batch_traffic(
             crossings(config.spec, config.groups(manifest)), live=live, with_grads=live if trains else (),

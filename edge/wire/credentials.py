@@ -15,9 +15,9 @@ import msgspec
 
 from dlora.edge.files import read_secret
 from dlora.edge.settings import Server
+from dlora.protocol.connections import is_loopback
 from dlora.protocol.errors import ConnectionFailedError, UsageError
 from dlora.protocol.files import check_readable
-from dlora.protocol.loopback import is_loopback
 from dlora.protocol.messages import Error
 
 TOKEN_VARIABLE: Final = "DLORA_TOKEN"
