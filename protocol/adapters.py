@@ -22,13 +22,8 @@ KindName = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
 
 
 class AdapterSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The adapters of a session: all groups have the same kind and rank.
-
-    Attributes:
-        kind: a name in ``KINDS``.
-        r: the rank.
-        options: the kind's own whole numbers, by name; no kind has any so far.
-    """
+    """The adapters of a session: all groups have the same kind, a name in ``KINDS``, and rank ``r``. ``options`` are a
+    kind's own; none has any so far."""
 
     kind: KindName = "lora"
     r: Annotated[int, msgspec.Meta(ge=1, le=MAX_RANK)] = 8

@@ -39,6 +39,7 @@ _NOTE: Final = struct.Struct("<QHH")  # how often it was written; length of the 
 _NOTE_BYTES: Final = 16 << 10
 _LENGTH: Final = struct.Struct("<Q")
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE = 1, 4
+_OUT_OF_MEMORY, _BUG = "out of memory", "bug"
 
 
 class Note:
@@ -81,15 +82,13 @@ class Note:
 
 
 class Child:
-    """A forked process that answers calls until the context ends. Enter it before there are threads or an engine.
+    """A forked process that answers calls until the context ends. Enter it before there are threads or an engine. The
+    signals that end this process end the child with it.
 
     Args:
         work: runs in the child, once a call; gets the call's bytes and returns buffers. Whatever it holds is the
             child's own.
-        note: where it says where it is.
         on_tick: is called with the note's place, once a second while a call goes on.
-
-    The signals that end this process end the child with it.
 
     Attributes:
         is_lost: whether it has died or stands still, so that it answers no more.
@@ -149,10 +148,10 @@ class Child:
         except (EOFError, ConnectionError):
             self.is_lost = True
             raise self._note.error(self._exit_reason()) from None
-        if reply.out_of_memory:
+        if reply.error == _OUT_OF_MEMORY:
             raise self._note.error(self._too_much_memory())
-        if reply.bug:
-            raise RuntimeError(f"in the child process:\n{reply.bug}")
+        if reply.error == _BUG:
+            raise RuntimeError(f"in the child process:\n{reply.text}")
         if reply.error:
             raise _error(_ERRORS[reply.error], reply.text, reply.attributes)
         return parts
@@ -231,9 +230,9 @@ class Child:
         except DloraError as error:
             return _Reply(error=type(error).__name__, text=one_line(str(error)), attributes=vars(error)), ()
         except MemoryError:
-            return _Reply(out_of_memory=True), ()
+            return _Reply(error=_OUT_OF_MEMORY), ()
         except BaseException:
-            return _Reply(bug=traceback.format_exc()), ()
+            return _Reply(error=_BUG, text=traceback.format_exc()), ()
 
 
 class ReplacedChild(Child):
@@ -269,14 +268,12 @@ def _replacing(work: Work, note: Note) -> Work:
 
 
 class _Reply(msgspec.Struct, kw_only=True):
-    """How a call ended; ``parts`` buffers follow."""
+    """How a call ended, ``error`` being a name of ``_ERRORS`` or one of our own; ``parts`` buffers follow."""
 
     parts: int = 0
     error: str = ""
     text: str = ""
     attributes: dict[str, Any] = {}
-    out_of_memory: bool = False
-    bug: str = ""
 
 
 @contextlib.contextmanager

@@ -29,19 +29,16 @@ def run_command(command: Callable[[], None]) -> None:
     """
     interrupts.exit_on_signal()
     try:
-        try:
-            command()
-        except SystemExit as ended:
-            if ended.code == INTERRUPTED_EXIT_CODE:
-                # typer turns Ctrl-C into this code without a word.
-                raise KeyboardInterrupt from None
-            raise
+        command()
     except LocalProtocolError as error:
         traceback.print_exception(error)
         _fail(f"a bug in dlora: {error}; please report it, with the lines above", error.exit_code)
     except DloraError as error:
         _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as ended:
+        # typer turns Ctrl-C into this code without a word.
+        if isinstance(ended, SystemExit) and ended.code != INTERRUPTED_EXIT_CODE:
+            raise
         interrupts.ignore_signals()
         _fail(INTERRUPTED, INTERRUPTED_EXIT_CODE)
     except MemoryError:

@@ -48,8 +48,7 @@ class Controller:
     Args:
         config: the device's settings. Raises ``UsageError`` where they cannot work for these groups.
         groups: the exchange groups in execution order.
-        seed: of the draws.
-        total_steps: length of the run.
+        seed: of the draws; total_steps: length of the run.
         adapter: what crosses for each group, and so what it costs; LoRA by default.
         counts_costs: whether units are ranked by score per cost, instead of by score.
         learnt: units that have an effect before step 0.
@@ -57,7 +56,6 @@ class Controller:
     Attributes:
         digest: SHA-256, 32 bytes, of all that the controller was made with: a ``state`` belongs to no other.
         next_step: the step for which ``states`` holds.
-        timetable: the run's ``Timetable``.
     """
 
     def __init__(
@@ -112,8 +110,8 @@ class Controller:
         """Take the scores of ``step``, (units,), and return the states for ``step + 1``, uint8 (units,).
 
         The scores of units that were not ACTIVE are ignored, but for those of step 0 where the run began without
-        warm-up. Raises ``RemoteProtocolError`` unless ``step`` is
-        ``next_step`` and a step of the run, and the scores are finite, not negative and as many as the units.
+        warm-up. Raises ``RemoteProtocolError`` unless ``step`` is ``next_step`` and a step of the run, and the scores
+        are finite, not negative and as many as the units.
         """
         given = np.asarray(scores, np.float64)
         if step != self.next_step or step >= self._total_steps:

@@ -7,7 +7,8 @@ One formula for both who ask it: an export that puts as many blocks into a bundl
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -46,25 +47,9 @@ class DeviceModel:
     head_dtype: StoredDtype
     block_dtype: BlockDtype
 
-    def groups_here(self, count: int) -> list[GroupSpec]:
-        """Those of the last ``count`` blocks."""
-        return [group for group in self.groups if group.block >= self.blocks - count]
-
-
-def lora_numbers(groups: Iterable[GroupSpec], rank: int) -> int:
-    """How many numbers LoRA of ``rank`` trains beside all modules of ``groups``."""
-    return sum(rank * (group.in_features + target.out_features) for group in groups for target in group.targets)
-
-
-def block_weight_bytes(groups: Iterable[GroupSpec], dtype: BlockDtype) -> int:
-    """Of the linear modules of ``groups``, with a scale of fp32 a row for int8."""
-    values = sum(group.in_features * group.out_features for group in groups)
-    rows = sum(group.out_features for group in groups)
-    return round(values * BLOCK_DTYPES[dtype]) + (_FLOAT * rows if dtype == "int8" else 0)
-
 
 def head_bytes(vocabulary_size: int, hidden_size: int, dtype: StoredDtype) -> int:
-    """Of the LM head's weight, likewise."""
+    """Of the LM head's weight, with a scale of fp32 a row for int8."""
     return vocabulary_size * (hidden_size * STORED_DTYPES[dtype] + (_FLOAT if dtype == "int8" else 0))
 
 
@@ -75,19 +60,24 @@ def training_bytes(model: DeviceModel, count: int, tokens: int, rank: int, train
         tokens: of the largest micro-batch.
         trained: numbers that are trained; None: LoRA of ``rank`` beside every linear module of these blocks.
     """
-    here = model.groups_here(count)
-    widest = max((_block_width(groups, rank) for groups in _by_block(here)), default=0)
+    here = [group for group in model.groups if group.block >= model.blocks - count]
+    # Numbers a token of what each block's modules give, and their LoRA's A.
+    widths = Counter[int]()
+    for group in here:
+        widths[group.block] += group.out_features + rank * len(group.targets)
     # Until backward each block keeps its input, and its products with frozen weights and with lora_A.
-    kept = sum(_block_width(groups, rank) + model.hidden_size for groups in _by_block(here))
+    kept = widths.total() + model.hidden_size * len(widths)
     scores = tokens * max(1, model.hidden_size // _HEAD_WIDTH)
-    numbers = lora_numbers(here, rank) if trained is None else trained
+    if trained is None:
+        trained = sum(rank * (group.in_features + target.out_features) for group in here for target in group.targets)
+    weights = sum(group.in_features * group.out_features for group in here) * BLOCK_DTYPES[model.block_dtype]
+    row_scales = sum(group.out_features for group in here) if model.block_dtype == "int8" else 0
     # The head's pages go before backward begins.
     head = head_bytes(model.vocabulary_size, model.hidden_size, model.head_dtype)
-    backward = _FLOAT * tokens * (_WIDE_COPIES * widest + _SCORES * scores)
+    backward = _FLOAT * tokens * (_WIDE_COPIES * max(widths.values(), default=0) + _SCORES * scores)
     return (RUNTIME_MB + _WIDENED_MB[model.block_dtype]) * 1e6 + _SLACK * (
-        block_weight_bytes(here, model.block_dtype)
-        + _FLOAT * TRAINED_COPIES * numbers
-        + _FLOAT * tokens * kept
+        round(weights)
+        + _FLOAT * (row_scales + TRAINED_COPIES * trained + tokens * kept)
         + max(head, backward)
     )
 
@@ -96,15 +86,3 @@ def blocks_that_fit(model: DeviceModel, available: float, *, rank: int, tokens: 
     """The most blocks, of the last ones, whose estimate is within ``available`` bytes; 0 where there is none."""
     counts = range(model.blocks, 0, -1)
     return next((count for count in counts if training_bytes(model, count, tokens, rank) <= available), 0)
-
-
-def _by_block(groups: Sequence[GroupSpec]) -> list[list[GroupSpec]]:
-    found: dict[int, list[GroupSpec]] = {}
-    for group in groups:
-        found.setdefault(group.block, []).append(group)
-    return list(found.values())
-
-
-def _block_width(groups: Sequence[GroupSpec], rank: int) -> int:
-    """Numbers a token of what one block's modules give, and their LoRA's A."""
-    return sum(group.out_features + rank * len(group.targets) for group in groups)

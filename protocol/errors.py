@@ -1,18 +1,5 @@
 """Every error that dlora raises on purpose, and the exit code of each.
 
-::
-
-    DloraError
-    ├── UsageError, DataError, BundleError, ModelMismatchError
-    ├── ConnectionFailedError
-    │   └── SessionLostError             it is back without the session (never reaches the user)
-    ├── ProtocolError
-    │   ├── LocalProtocolError           the bug is ours: it keeps its traceback
-    │   └── RemoteProtocolError          the fault is the peer's (carries a wire code)
-    │       └── DamagedFrameError        or the network's
-    ├── RefusedError                     the server says no, as it may, and why (carries a wire code)
-    └── StorageError, CheckpointError, ExportError, MissingExtraError, NonFiniteError, WorseError, StoppedError
-
 Each says below what it means and whether the same may go well later; docs/reference/exit-codes.md is made of that.
 A command prints ``error: <one line>`` on stderr and exits with the code. Codes never change meaning.
 

@@ -32,10 +32,7 @@ QUIET_SHARE: Final = 0.05
 
 
 class UnitState(IntEnum):
-    """What a unit does in a step.
-
-    Live units (``LIVE``) exchange in the forward pass. Only ``ACTIVE`` ones are trained.
-    """
+    """What a unit does in a step. Those of ``LIVE`` exchange in the forward pass; only ``ACTIVE`` ones are trained."""
 
     KILLED = 0
     ACTIVE = 1
@@ -111,10 +108,8 @@ class Timetable:
 
     Attributes:
         floor: k, the budget once the ramp is over.
-        warmup: the first step for which a unit may be killed.
-        ramp_end: the first step whose budget is k.
+        warmup: the first step for which a unit may be killed; ramp_end: whose budget is k.
         last_change: the last step at whose start a state may change.
-        total_steps: of the run.
     """
 
     def __init__(self, config: KillReviveConfig, units: int, total_steps: int) -> None:

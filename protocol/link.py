@@ -73,7 +73,9 @@ class Link:
         """Take the next frame, and drop what it acknowledges."""
         self.received = prefix.seq
         self._checksums.append(prefix.checksum)
-        self._drop(prefix.ack)
+        with self._lock:
+            while self._outbox and self._outbox[0][0] <= prefix.ack:
+                self._outbox.popleft()
 
     def missing(self, received: int) -> list[bytearray]:
         """The frames after number ``received``, which the peer lacks, in order.
@@ -85,8 +87,3 @@ class Link:
             if not oldest - 1 <= received <= self.sent:
                 raise RemoteProtocolError(f"a peer that has {received} frames, of {self.sent}")
             return [frame for number, frame in self._outbox if number > received]
-
-    def _drop(self, acknowledged: int) -> None:
-        with self._lock:
-            while self._outbox and self._outbox[0][0] <= acknowledged:
-                self._outbox.popleft()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Final, Literal
 
@@ -49,7 +48,6 @@ class BaseModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
         architecture: Hugging Face ``model_type``.
         fingerprint: hex SHA-256 over the names, shapes and bfloat16 values of all parameters; a server that
             loads the model in float32 or bfloat16 computes the same.
-        blocks: number of transformer blocks.
         embedding_size: width of ``inputs_embeds``; hidden_size: of ``last_hidden_state``.
         parameters: how many, tied ones once.
     """
@@ -102,12 +100,7 @@ class HeadSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
 
 class TokenizerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """``tokenizer.json`` of the tokenizers library, and what else chat templates need.
-
-    Attributes:
-        file: the tokenizer; chat_template: a Jinja file.
-        stop_token_ids: tokens besides ``eos_token_id`` that end an answer.
-    """
+    """``tokenizer.json`` of the tokenizers library, a Jinja file, and what else chat templates need."""
 
     file: BundlePath
     chat_template: BundlePath | None = None
@@ -118,7 +111,7 @@ class TokenizerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 
     @property
     def all_stop_token_ids(self) -> tuple[int, ...]:
-        """Tokens that end an answer."""
+        """Tokens that end an answer: ``eos_token_id`` and what ``stop_token_ids`` has besides."""
         eos = () if self.eos_token_id is None else (self.eos_token_id,)
         return tuple(dict.fromkeys((*self.stop_token_ids, *eos)))
 
@@ -164,9 +157,8 @@ class DeviceBlocksSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     Attributes:
         dtype: of the weights of linear modules; int8 also where it is int4, of those whose rows have no groups.
         max_length: the most tokens of a sequence.
-        blocks: in the order of execution, up to the last of the base model.
-        final_norm: what stands after them: graph input to ``.npy`` file.
-        entry: what stands before block 0, where that is among them.
+        blocks: in the order of execution, up to the last of the base model; entry: what stands before block 0, where
+            that is among them; final_norm: what stands after them, graph input to ``.npy`` file.
         without_decode: why they have no graphs to go on from earlier tokens with, in words; None where they have.
     """
 
@@ -210,12 +202,8 @@ class GraphSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
 
 class ExecutorchSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the ExecuTorch programs of a bundle need.
-
-    Attributes:
-        version: of executorch that wrote them, ``"1.5.1"``; an older runtime cannot be expected to read them.
-        bounds: dynamic dimension, as ``TensorSpec`` has them, to the most that a program takes of it.
-    """
+    """What the ExecuTorch programs of a bundle need: a runtime not older than the ``version`` of executorch that wrote
+    them, ``"1.5.1"``, and of each dynamic dimension of ``TensorSpec`` no more than in ``bounds``."""
 
     version: Annotated[str, msgspec.Meta(pattern=r"\A[0-9]{1,6}(\.[0-9]{1,6}){2}\Z")]
     bounds: dict[str, Positive]
@@ -231,8 +219,6 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         without_activation: full names of those of their modules to which PEFT gives no activated LoRA.
         golden: safetensors file of inputs and outputs: ``<kind>[.<key>].in.<name>`` and ``….out.<name>``.
         files: every other file of the bundle.
-        executorch: where graphs have a file for that engine.
-        device_blocks: where a device can run some of the base model's blocks.
     """
 
     format: int
@@ -327,7 +313,7 @@ def load_manifest(bundle: Path) -> Manifest:
         raise BundleError(f"{path}: its device_blocks are not the last ones; export the bundle again")
     if len({block.path for block in blocks}) != len(blocks):
         raise BundleError(f"{path}: two of its device_blocks have the same path; export the bundle again")
-    for field, name in paths_of(manifest):
+    for field, name in _paths_in(manifest, msgspec.inspect.type_info(Manifest), "manifest"):
         if name not in manifest.files:
             raise BundleError(f"{path}: {field} is {name!r}, which its files do not list; export the bundle again")
         if not _lies_inside(bundle, root, name):
@@ -335,17 +321,8 @@ def load_manifest(bundle: Path) -> Manifest:
     return manifest
 
 
-def paths_of(manifest: Manifest) -> Iterator[tuple[str, str]]:
-    """Every path that stands anywhere in a manifest, with the name of its field: what its type calls ``BundlePath``."""
-    return _paths_in(manifest, _type_of_manifest(), "manifest")
-
-
-@cache
-def _type_of_manifest() -> msgspec.inspect.Type:
-    return msgspec.inspect.type_info(Manifest)
-
-
 def _paths_in(value: Any, type_info: msgspec.inspect.Type, field: str) -> Iterator[tuple[str, str]]:
+    """Every path that stands anywhere in ``value``, with the name of its field: what its type calls ``BundlePath``."""
     match type_info:
         case msgspec.inspect.Metadata(extra={"path": True}):
             yield field, value
@@ -368,10 +345,7 @@ def _paths_in(value: Any, type_info: msgspec.inspect.Type, field: str) -> Iterat
 
 def _lies_inside(bundle: Path, root: Path, name: str) -> bool:
     """Whether ``name`` is a path as docs/reference/bundle.md has them, and leads nowhere else, not even by a symbolic
-    link.
-
-    ``root``: ``bundle`` as it is where no link is left.
-    """
+    link. ``root``: ``bundle`` as it is where no link is left."""
     path = PurePosixPath(name)
     is_plain = bool(path.parts) and str(path) == name and not {"\\", "\0"} & set(name)
     if not is_plain or path.is_absolute() or ".." in path.parts:

@@ -1,7 +1,7 @@
-"""Every message of the wire: one frozen structure each. docs/reference/protocol.md is normative.
+"""Every message of the wire: one frozen structure each. docs/reference/protocol.md is normative, and has more words.
 
-Field names are the wire names; a message's ``type`` is its class name in snake case. ``E`` sends means the
-device (edge), ``C`` the server (cloud).
+Field names are the wire names; a message's ``type`` is its class name in snake case. ``E`` is the device (edge), ``C``
+the server (cloud).
 """
 
 from __future__ import annotations
@@ -52,13 +52,7 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 
 class ExchangeMessage(Message, frozen=True):
-    """Base of the messages of a micro-batch.
-
-    Attributes:
-        step: the optimizer step, counted from 0 in the present part of the run; one that is made longer begins a
-            new part.
-        micro_batch: the micro-batch within the step.
-    """
+    """Base of the messages of a micro-batch of a step; steps are counted from 0 in the present part of the run."""
 
     step: Index
     micro_batch: Index
@@ -67,9 +61,7 @@ class ExchangeMessage(Message, frozen=True):
 class Hello(Message, frozen=True):
     """E sends first: the wire versions it speaks, and what it is.
 
-    Attributes:
-        device: the device's own stable name, random; with it, a device that was restarted takes the place of the
-            session that it left behind.
+    ``device`` is its own stable name, random: restarted, it takes the place of the session that it left behind.
     """
 
     protocol_versions: Annotated[list[int], msgspec.Meta(min_length=1, max_length=32)]
@@ -83,8 +75,7 @@ class Welcome(Message, frozen=True):
     Attributes:
         base_fingerprint: hex SHA-256 of the base model's weights, see docs/reference/bundle.md.
         embedding_size: width of the hidden states that E sends; hidden_size: of those that C returns.
-        max_sequence_length: longest sequence in tokens.
-        max_tokens: most tokens of one micro-batch, as ``counting.py`` counts them.
+        max_sequence_length: in tokens; max_tokens: of one micro-batch, as ``counting.py`` counts them.
         packs: whether C runs sequences end to end; otherwise each counts as the longest of its micro-batch.
         window: the most micro-batches of a session that C has under way at a time.
         max_context_length: the longest context, in tokens, whose keys and values C keeps; 0: it keeps none.
@@ -108,9 +99,7 @@ class OpenSession(Message, frozen=True):
 
     Attributes:
         groups: the exchange groups in execution order; C refuses any that it did not trace itself.
-        adapter: what crosses for each group.
         codecs: how each tensor crosses, by its role; evaluation_codecs: in micro-batches without gradients.
-        purpose: what the session is for.
         window: how many micro-batches E may have under way at a time; at most what C said.
         times: whether C is to say when it did what, in its messages of a micro-batch.
     """
@@ -143,10 +132,8 @@ class SessionOpened(Message, frozen=True):
     """C has opened the session.
 
     Attributes:
-        session: a name for logs.
-        token: resumes the session once, over another connection.
-        units: uint8 (units,), a ``UnitState`` each; only for the purpose ``train``.
-        ticket: uint8, the controller's state, opaque and signed; only for the purpose ``train``.
+        session: a name for logs; token: resumes the session once, over another connection.
+        units, ticket: as in ``Signal``; only for the purpose ``train``.
     """
 
     session: ShortText
@@ -156,11 +143,9 @@ class SessionOpened(Message, frozen=True):
 
 
 class ResumeSession(Message, frozen=True):
-    """E comes back to its session over a new connection.
+    """E comes back to its session over a new connection, with the last token that it got.
 
-    Attributes:
-        token: of the ``SessionOpened`` or ``SessionResumed`` that came last.
-        received: ``seq`` of the last frame of the session that E has.
+    ``received``: ``seq`` of the last frame of the session that E has.
     """
 
     session: ShortText
@@ -169,11 +154,9 @@ class ResumeSession(Message, frozen=True):
 
 
 class SessionResumed(Message, frozen=True):
-    """C goes on with the session. Both sides send again what the other does not have.
+    """C goes on with the session, and gives another token. Both sides send again what the other does not have.
 
-    Attributes:
-        token: for the next time.
-        received: ``seq`` of the last frame of the session that C has.
+    ``received``: ``seq`` of the last frame of the session that C has.
     """
 
     token: ResumeToken
@@ -210,9 +193,8 @@ class GroupParameters(Message, frozen=True):
     """E gives C what it trains of a group whose unit is killed, for C to apply until the unit is revived; C answers
     with the same of no tensors. Only where E asked for ``on_kill`` ``give_to_server``.
 
-    Attributes:
-        tensors: of the adapter kind's ``parameter_shapes``, in that order, with the scaling in what is nearest to the
-            output: stored as adapter state is.
+    ``tensors``: of the adapter kind's ``parameter_shapes``, in that order, with the scaling in what is nearest to the
+    output: stored as adapter state is.
     """
 
     group: Index
@@ -232,8 +214,8 @@ class Embeddings(ExchangeMessage, frozen=True):
         sequence_lengths: int32 (sequences,), summing to tokens.
         label_positions: int32 (labelled,), ascending rows of the packed tokens whose last hidden state E wants; none in
             the mode ``encode``, which gives those of all tokens.
-        crossing_positions: int32 (rows,), ascending rows of the packed tokens at which adapters act: only these cross
-            at each group, and there may be none. None: all tokens.
+        crossing_positions: int32 (rows,), ascending rows at which adapters act: only these cross at each group, and
+            there may be none. None: all tokens.
         examples: int32 (sequences,), numbers that E gives its examples, where C is to know one again.
         token_ids: int32 (tokens,), which C looks up; only where the device's user asked for it.
         position: of the first token in the context; only in the mode ``decode``.
@@ -296,11 +278,8 @@ class LabelledHiddenStates(ExchangeMessage, frozen=True):
 
 
 class EncodedHiddenStates(ExchangeMessage, frozen=True):
-    """C ends a micro-batch of the mode ``encode``: what came out of the last block that it ran.
-
-    Attributes:
-        hidden_states: of each sequence, (length, width), a tensor of its own, which can be kept by itself.
-    """
+    """C ends a micro-batch of the mode ``encode``: of each sequence what came out of the last block that it ran, as a
+    tensor of its own, (length, width), which can be kept by itself."""
 
     hidden_states: tuple[WireTensor, ...]
 
@@ -316,8 +295,7 @@ class GroupGrad(ExchangeMessage, frozen=True):
 
     Attributes:
         answer: whether C waits for the group's ``GroupInputGrad``. The lowest group needs none.
-        computed_s, queued_s: of the whole micro-batch so far, as in ``LabelledHiddenStates``.
-        times: as in ``GroupInput``.
+        computed_s, queued_s: as in ``LabelledHiddenStates``; times: as in ``GroupInput``.
     """
 
     group: Index

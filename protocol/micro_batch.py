@@ -35,11 +35,6 @@ class Shapes(NamedTuple):
     welcome: m.Welcome
     encoded_width: int = 0
 
-    @property
-    def labelled_width(self) -> int:
-        """Of the hidden states at label positions."""
-        return self.encoded_width or self.welcome.hidden_size
-
     def check(self, tensor: WireTensor, role: TensorRole | None, shape: tuple[int | None, ...]) -> None:
         """Raise ``ViolationError`` unless the tensor is stored as its role's codec says (None: as any codec does), and
         of this shape."""
@@ -106,11 +101,6 @@ class MicroBatchRules:
         self.unanswered: set[int] = set()
         self._shapes = shapes
 
-    @property
-    def is_finished(self) -> bool:
-        """Whether its last message has been said."""
-        return self.state is State.IDLE
-
     def advance(self, message: m.ExchangeMessage, sender: Side, groups: GroupStates) -> None:
         """Take the next message. Raises ``ViolationError``; nothing has changed then."""
         allowed_sender, next_state = TRANSITIONS[self.state].get(type(message), (None, self.state))
@@ -160,8 +150,8 @@ class MicroBatchRules:
         live, active, _ = groups
         if self.asked < len(live):
             raise ViolationError(f"only {self.asked} of {len(live)} live groups were asked")
-        shape = (self.labelled, self._shapes.labelled_width)
-        self._shapes.check(message.hidden_states, TensorRole.LAST_HIDDEN_STATES, shape)
+        width = self._shapes.encoded_width or self._shapes.welcome.hidden_size
+        self._shapes.check(message.hidden_states, TensorRole.LAST_HIDDEN_STATES, (self.labelled, width))
         if message.gradients > (len(live) if self.trains else 0):
             raise ViolationError("more gradients than groups took part")
         if self.trains and message.gradients < len(active):

@@ -34,11 +34,7 @@ _RECORD: Final = struct.Struct("<dIB")
 
 
 class RecordedFrame(NamedTuple):
-    """One frame.
-
-    Attributes:
-        time: seconds since the recording began, when it was sent or had come; up: from the device to the server.
-    """
+    """One frame, its ``time`` in seconds since the recording began; ``up``: from the device to the server."""
 
     time: float
     up: bool
@@ -46,11 +42,7 @@ class RecordedFrame(NamedTuple):
 
 
 class FramesWriter:
-    """Writes a recording.
-
-    Attributes:
-        nbytes: written so far.
-    """
+    """Writes a recording; ``nbytes`` is its size so far."""
 
     def __init__(self, file: BinaryIO, recording_id: bytes) -> None:
         assert len(recording_id) == ID_BYTES

@@ -350,7 +350,7 @@ class Session:
             # C answers a report before anything that E sent after it: else the units would not be those of this step.
             raise ViolationError(f"the report of step {self._unanswered_reports[0]} has no signal yet")
         micro_batch.advance(message, sender, self.units.group_states if micro_batch.exchanges else GroupStates())
-        if micro_batch.is_finished:
+        if micro_batch.state is State.IDLE:
             del self.under_way[key]
             if micro_batch.mode == "decode":
                 self.cached_tokens = micro_batch.position + micro_batch.tokens

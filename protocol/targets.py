@@ -25,9 +25,15 @@ def choose_groups(
 
     Raises ``UsageError`` for a name or a block that selects nothing, and where nothing is left.
     """
+    for name in target_modules:
+        if not _matching_names(manifest, [name]) or (name == ALL_LINEAR and len(target_modules) > 1):
+            raise UsageError(f"the bundle has no module {name!r} that can be trained; {_choices_text(manifest.groups)}")
+    known = {group.block for group in manifest.groups}
+    if unknown := sorted(set(blocks) - known):
+        raise UsageError(
+            f"--blocks: the bundle has nothing to train in block {unknown[0]}; blocks are {number_ranges(known)}"
+        )
     names = tuple(target_modules) or manifest.defaults.target_modules
-    _check_names(manifest, target_modules)
-    _check_blocks(manifest, blocks)
     selected = _matching_names(manifest, names)
     groups = _filter(manifest, lambda group, target: target.name in selected and (not blocks or group.block in blocks))
     if not groups:
@@ -129,20 +135,6 @@ def _matching_names(manifest: Manifest, names: Sequence[str]) -> set[str]:
         return modules
     endings = tuple(f".{name}" for name in names)
     return {module for module in modules if module.endswith(endings)} | modules.intersection(names)
-
-
-def _check_names(manifest: Manifest, target_modules: Sequence[str]) -> None:
-    for name in target_modules:
-        if not _matching_names(manifest, [name]) or (name == ALL_LINEAR and len(target_modules) > 1):
-            raise UsageError(f"the bundle has no module {name!r} that can be trained; {_choices_text(manifest.groups)}")
-
-
-def _check_blocks(manifest: Manifest, blocks: Collection[int]) -> None:
-    known = {group.block for group in manifest.groups}
-    if unknown := sorted(set(blocks) - known):
-        raise UsageError(
-            f"--blocks: the bundle has nothing to train in block {unknown[0]}; blocks are {number_ranges(known)}"
-        )
 
 
 def _choices_text(groups: Iterable[GroupSpec]) -> str:

@@ -20,8 +20,7 @@ class Units:
     """What Kill and Revive switches in a session; nothing where a session does not train.
 
     Attributes:
-        states: uint8 (units,), the ``UnitState`` of each as last signalled.
-        groups: the exchange groups of each unit.
+        states: uint8 (units,), the ``UnitState`` of each as last signalled; groups: the exchange groups of each.
         group_states: the exchange groups that take part, by what their units do.
         handed_over: the groups whose parameters E has given C, as long as their units are HELD or GIVEN.
     """
