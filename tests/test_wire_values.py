@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import conversations as c
 import msgspec
 import numpy as np
 import pytest
@@ -13,8 +12,6 @@ from dlora.protocol import messages as m
 from dlora.protocol.choices import WireDtype
 from dlora.protocol.errors import NonFiniteError, RemoteProtocolError, UsageError
 from dlora.protocol.frames import HEADER_BLOCK, Decoder, encode, write_checksum
-from dlora.protocol.session import Session
-from dlora.protocol.states import Side
 from dlora.protocol.tensors import MAX_EXPONENT, SCALE_BYTES, WireTensor
 from dlora.protocol.wire_codecs import CODECS, Codecs, TensorRole, decode_floats, encode_floats, is_finite
 
@@ -36,16 +33,6 @@ def test_an_exponent_is_an_integer() -> None:
     frame = bytearray((len(header).to_bytes(4, "little") + bytes(12) + header).ljust(HEADER_BLOCK, b"\0"))
     with pytest.raises(RemoteProtocolError, match="exponent"):
         Decoder().decode(write_checksum(frame))
-
-
-def test_the_first_ticket_must_be_uint8() -> None:
-    session = Session(Side.EDGE)
-    session.send(c.hello())
-    session.receive(encode(c.welcome()))
-    session.send(c.open_session())
-    units = c.session_opened().units
-    with pytest.raises(RemoteProtocolError, match="uint8"):
-        session.receive(encode(m.SessionOpened(session="one", units=units, ticket=c.floats(3), token=c.TOKEN)))
 
 
 def test_server_has_each_codec_of_the_device() -> None:

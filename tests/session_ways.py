@@ -1,0 +1,147 @@
+"""Ways to every state of a session, and what both of its sides refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import conversations as c
+import msgspec
+import pytest
+from conversations import MAX_CONTEXT, TOKENS, Pair
+
+from dlora.protocol import messages as m
+from dlora.protocol.adapters import KINDS, AdapterSpec, Crossing
+from dlora.protocol.errors import LocalProtocolError, ProtocolError, RemoteProtocolError
+from dlora.protocol.groups import GroupSpec
+from dlora.protocol.kill_revive import KillReviveConfig
+from dlora.protocol.session import Session
+from dlora.protocol.states import Side, State
+from dlora.protocol.tensors import WireTensor
+
+E, C = Side.EDGE, Side.CLOUD
+PROTOCOL, LIMIT, NON_FINITE = m.ErrorCode.PROTOCOL, m.ErrorCode.LIMIT, m.ErrorCode.NON_FINITE
+f, ints = c.floats, WireTensor.from_ints
+T, L, W = c.TOKENS, c.LABELLED, c.WIDTH
+ENCODED_WIDTH = 6
+OPENED = m.SessionOpened(session="one", token=c.TOKEN)
+
+KEEPING = AdapterSpec(kind="keeping", r=2)
+
+
+class Keeping:
+    """A kind that is LoRA on the wire, and for which a server keeps a vector of each group."""
+
+    name = "keeping"
+    server_makes_state = True
+
+    def crossing(self, spec: AdapterSpec, group: GroupSpec) -> Crossing:
+        return KINDS["lora"].crossing(spec, group)
+
+    def parameter_shapes(self, spec: AdapterSpec, group: GroupSpec) -> dict[str, tuple[int, ...]]:
+        return KINDS["lora"].parameter_shapes(spec, group)
+
+    def state_shapes(self, spec: AdapterSpec, group: GroupSpec) -> tuple[tuple[int, ...], ...]:
+        return ((group.in_features,),)
+
+
+KINDS.setdefault("keeping", Keeping())
+
+# The shortest way to each state.
+WAYS: dict[State, list[m.AnyMessage]] = {
+    State.START: [],
+    State.GREETING: c.opening()[:1],
+    State.GREETED: c.opening()[:2],
+    State.OPENING: c.opening()[:3],
+    State.SETTING_UP: c.opening(adapter=KEEPING),
+    State.MAKING_STATE: [*c.opening(adapter=KEEPING), m.MakeAdapterState(group=0)],
+    State.TAKING_STATE: [*c.opening(adapter=KEEPING), c.adapter_state()],
+    State.TAKING_PARAMETERS: [
+        *c.opening(kill_revive=c.GIVES), c.report(), c.signal(units=b"\3\1"), c.parameters(),
+    ],
+    State.IDLE: c.opening(),
+    State.FORWARD: [*c.opening(), c.embeddings()],
+    State.DELTA: [*c.opening(), c.embeddings(), c.group_input()],
+    State.LOSS: [*c.opening(), *c.forward()],
+    State.BACKWARD: [*c.opening(), *c.forward(), c.grad_hidden_states(), c.group_grad(group=2)],
+    State.RESUMING: [*c.opening()[:2], c.resume_session()],
+    State.RESUMED: [*c.opening()[:2], c.resume_session(), c.session_resumed()],
+    State.CLOSED: [*c.opening(), m.CloseSession()],
+}
+
+
+def refuses(session: Session, act: Callable[[], object], kind: type[ProtocolError]) -> Any:
+    """That ``act`` raises ``kind`` and leaves the session as it was; gives the error."""
+    before = c.everything(session)
+    with pytest.raises(kind) as raised:
+        act()
+    assert c.everything(session) == before
+    return raised.value
+
+
+def refused_by_both(
+    pair: Pair, message: m.AnyMessage, text: str, code: m.ErrorCode = PROTOCOL, sender: Side | None = None
+) -> None:
+    """That neither side sends or takes ``message``, and why."""
+    sender = sender or c.sender_of(message)
+    speaker, listener = pair.sides[sender], pair.sides[c.other(sender)]
+    error = refuses(listener, lambda: c.hear(listener, message), RemoteProtocolError)
+    assert text in str(error)
+    assert error.code == code
+    if code is not m.ErrorCode.NON_FINITE:  # ours are looked at where floats become wire tensors
+        assert text in str(refuses(speaker, lambda: speaker.send(message), LocalProtocolError))
+
+
+def say_all(pair: Pair, messages: Iterable[m.AnyMessage]) -> None:
+    for message in messages:
+        pair.say(message)
+
+
+def changed(message: m.AnyMessage, **changes: Any) -> m.AnyMessage:
+    return msgspec.structs.replace(message, **changes)
+
+
+def using(context_length: int = MAX_CONTEXT, **changes: Any) -> list[m.AnyMessage]:
+    return [*c.opening()[:2], c.open_session(purpose=m.Use(context_length=context_length), **changes), OPENED]
+
+
+def decoding(position: int | None, tokens: int = TOKENS, **changes: Any) -> m.Embeddings:
+    tensors = {"hidden_states": f(tokens, W), "sequence_lengths": ints([tokens])}
+    return c.embeddings(mode="decode", position=position, **{**tensors, **changes})
+
+
+def decoded(position: int, tokens: int = TOKENS) -> Iterator[m.AnyMessage]:
+    yield decoding(position, tokens)
+    for group in c.ALL:
+        yield c.group_input(group=group, hidden_states=f(tokens, c.GROUPS[group].in_features))
+        yield c.group_delta(group=group, deltas=tuple(f(tokens, each.out_features) for each in c.GROUPS[group].targets))
+    yield c.labelled()
+
+
+def encoding(**changes: Any) -> list[m.AnyMessage]:
+    settings = {"groups": (), "purpose": m.Encode(blocks=2, width=ENCODED_WIDTH), **changes}
+    return [*c.opening()[:2], c.open_session(**settings), OPENED]
+
+
+def to_encode(**changes: Any) -> m.Embeddings:
+    return c.embeddings(mode="encode", **{"label_positions": ints([]), **changes})
+
+
+def encoded(*lengths: int, micro_batch: int = 0, width: int = ENCODED_WIDTH) -> m.EncodedHiddenStates:
+    tensors = tuple(f(length, width) for length in lengths)
+    return m.EncodedHiddenStates(step=0, micro_batch=micro_batch, hidden_states=tensors)
+
+
+def bottleneck_state(group: int) -> tuple[WireTensor, ...]:
+    spec = c.GROUPS[group]
+    return f(2, spec.in_features), f(spec.out_features, 2)
+
+
+BOTTLENECK = AdapterSpec(kind="bottleneck", r=2)
+HALF = KillReviveConfig(active_fraction=0.5)
+HELD = [*c.opening(kill_revive=c.GIVES), c.report(0), c.signal(0, b"\1\3")]
+GIVING = [c.parameters(1), c.parameters_taken(1), c.parameters(2), c.parameters_taken(2)]
+GOES_ON = [*c.opening(kill_revive=c.GIVES, next_step=3, ticket=b"signed")[:-1], c.session_opened(b"\1\4")]
+BASIS = [c.embeddings(mode="basis"), c.labelled(), c.grad_hidden_states()]
+SETTING_UP = c.opening(adapter=BOTTLENECK)
+ENCODED_CONTEXT = encoding(purpose=m.Encode(blocks=2, width=ENCODED_WIDTH, context_length=5))
