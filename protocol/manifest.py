@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Final, Literal
 
@@ -313,12 +314,17 @@ def load_manifest(bundle: Path) -> Manifest:
         raise BundleError(f"{path}: its device_blocks are not the last ones; export the bundle again")
     if len({block.path for block in blocks}) != len(blocks):
         raise BundleError(f"{path}: two of its device_blocks have the same path; export the bundle again")
-    for field, name in _paths_in(manifest, msgspec.inspect.type_info(Manifest), "manifest"):
+    for field, name in _paths_in(manifest, _type_of_manifest(), "manifest"):
         if name not in manifest.files:
             raise BundleError(f"{path}: {field} is {name!r}, which its files do not list; export the bundle again")
         if not _lies_inside(bundle, root, name):
             raise BundleError(f"{path}: {field} names a file outside the bundle: {name!r}; do not use this bundle")
     return manifest
+
+
+@cache
+def _type_of_manifest() -> msgspec.inspect.Type:
+    return msgspec.inspect.type_info(Manifest)
 
 
 def _paths_in(value: Any, type_info: msgspec.inspect.Type, field: str) -> Iterator[tuple[str, str]]:

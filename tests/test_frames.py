@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from random_frames import Reached, frames
 
 from dlora.protocol import messages as m
 from dlora.protocol.adapters import AdapterSpec
-from dlora.protocol.errors import DamagedFrameError, NonFiniteError, RemoteProtocolError
+from dlora.protocol.errors import NonFiniteError, RemoteProtocolError
 from dlora.protocol.frames import HEADER_BLOCK, PREFIX_BYTES, Decoder, encode, frame_bytes, read_prefix, write_checksum
 from dlora.protocol.groups import GroupSpec, TargetSpec
 from dlora.protocol.kill_revive import KillReviveConfig
@@ -32,164 +32,89 @@ GROUPS = (
     GroupSpec(0, 6, (TargetSpec("layers.0.self_attn.q_proj", 6), TargetSpec("layers.0.self_attn.v_proj", 2))),
     GroupSpec(1, 6, (TargetSpec("layers.1.self_attn.q_proj", 6),)),
 )
-
+ints, octets = WireTensor.from_ints, WireTensor.from_bytes
+TOKEN = bytes(range(m.RESUME_TOKEN_BYTES))
 SEQ, ACK = 5, 4
-
+_FIRST: dict[str, Any] = {"step": 3, "micro_batch": 0}
 _INT8_GRADS = floats(3, 6, dtype="int8"), floats(3, 2, dtype="int8")
+
+
+def open_session(purpose: Any, kind: str, r: int, codecs: Codecs, groups: Any = GROUPS, **more: Any) -> m.OpenSession:
+    evaluation_codecs = codecs if isinstance(purpose, m.Encode) else Codecs.all("fp16")
+    return m.OpenSession(
+        base_fingerprint="ab" * 32, groups=groups, adapter=AdapterSpec(kind=kind, r=r), codecs=codecs,
+        evaluation_codecs=evaluation_codecs, purpose=purpose, **more,
+    )  # fmt: skip
+
+
+_TRAIN = m.Train(
+    kill_revive=KillReviveConfig(active_fraction=0.125, pinned=(1,)), seed=7, total_steps=100, next_step=3,
+    ticket=b"ticket",
+)  # fmt: skip
+_GIVES = KillReviveConfig(active_fraction=0.5, score="static", on_kill="give_to_server", warmup_steps=0)
+_TRAIN_GIVING = m.Train(kill_revive=_GIVES, seed=7, total_steps=100, learnt=(0, 1))
+_INT8, _FP16 = Codecs.parse("int8"), Codecs.all("fp16")
 
 # One of each, and what more there is of some; the golden files are only ever added to.
 EXAMPLES: dict[str, m.AnyMessage] = {
     "hello": m.Hello(protocol_versions=[2], software="dlora-edge 0.1.0", device="5eed" * 8),
     "welcome": m.Welcome(
-        protocol_version=4,
-        software="dlora-cloud 0.1.0",
-        base_model="smollm2-135m",
-        base_fingerprint="ab" * 32,
-        embedding_size=6,
-        hidden_size=6,
-        max_sequence_length=128,
-        max_tokens=512,
-        packs=False,
-        max_context_length=2048,
+        protocol_version=4, software="dlora-cloud 0.1.0", base_model="smollm2-135m", base_fingerprint="ab" * 32,
+        embedding_size=6, hidden_size=6, max_sequence_length=128, max_tokens=512, packs=False, max_context_length=2048,
     ),
-    "open_session": m.OpenSession(
-        base_fingerprint="ab" * 32,
-        groups=GROUPS,
-        adapter=AdapterSpec(kind="lora", r=8),
-        codecs=Codecs.parse("int8"),
-        evaluation_codecs=Codecs.all("fp16"),
-        purpose=m.Train(
-            kill_revive=KillReviveConfig(active_fraction=0.125, pinned=(1,)),
-            seed=7,
-            total_steps=100,
-            next_step=3,
-            ticket=b"ticket",
-        ),
-    ),
-    "open_session_bottleneck": m.OpenSession(
-        base_fingerprint="ab" * 32,
-        groups=GROUPS,
-        adapter=AdapterSpec(kind="bottleneck", r=2),
-        codecs=Codecs.parse("int8"),
-        evaluation_codecs=Codecs.all("fp16"),
-        purpose=m.Train(
-            kill_revive=KillReviveConfig(active_fraction=0.5, score="static", on_kill="give_to_server", warmup_steps=0),
-            seed=7,
-            total_steps=100,
-            learnt=(0, 1),
-        ),
-        window=2,
-    ),
-    "open_session_use": m.OpenSession(
-        base_fingerprint="ab" * 32,
-        groups=GROUPS[1:],
-        adapter=AdapterSpec(kind="ffa", r=8),
-        codecs=Codecs.all("fp16"),
-        evaluation_codecs=Codecs.all("fp16"),
-        purpose=m.Use(),
-    ),
-    "open_session_context": m.OpenSession(
-        base_fingerprint="ab" * 32,
-        groups=GROUPS[1:],
-        adapter=AdapterSpec(kind="lora", r=8),
-        codecs=Codecs.all("fp16"),
-        evaluation_codecs=Codecs.all("fp16"),
-        purpose=m.Use(context_length=4096),
-    ),
-    "open_session_encode": m.OpenSession(
-        base_fingerprint="ab" * 32,
-        groups=(),
-        adapter=AdapterSpec(),
-        codecs=Codecs.all("int8"),
-        evaluation_codecs=Codecs.all("int8"),
-        purpose=m.Encode(blocks=26, width=576),
-        window=8,
-    ),
-    "open_session_encode_context": m.OpenSession(
-        base_fingerprint="ab" * 32,
-        groups=(),
-        adapter=AdapterSpec(),
-        codecs=Codecs.all("fp16"),
-        evaluation_codecs=Codecs.all("fp16"),
-        purpose=m.Encode(blocks=26, width=576, context_length=4096),
+    "open_session": open_session(_TRAIN, "lora", 8, _INT8),
+    "open_session_bottleneck": open_session(_TRAIN_GIVING, "bottleneck", 2, _INT8, window=2),
+    "open_session_use": open_session(m.Use(), "ffa", 8, _FP16, GROUPS[1:]),
+    "open_session_context": open_session(m.Use(context_length=4096), "lora", 8, _FP16, GROUPS[1:]),
+    "open_session_encode": open_session(m.Encode(blocks=26, width=576), "lora", 8, Codecs.all("int8"), (), window=8),
+    "open_session_encode_context": open_session(
+        m.Encode(blocks=26, width=576, context_length=4096), "lora", 8, _FP16, ()
     ),
     "make_adapter_state": m.MakeAdapterState(group=3),
     "adapter_state": m.AdapterState(group=1, tensors=(floats(2, 3), floats(3)), gradient_norm=0.5),
     "group_parameters": m.GroupParameters(group=2, tensors=(floats(2, 2),)),
     "session_opened": m.SessionOpened(
-        session="0badcafe",
-        units=WireTensor.from_bytes(b"\x01\x00"),
-        ticket=WireTensor.from_bytes(b"signed"),
-        token=bytes(range(m.RESUME_TOKEN_BYTES)),
+        session="0badcafe", units=octets(b"\x01\x00"), ticket=octets(b"signed"), token=TOKEN
     ),
-    "resume_session": m.ResumeSession(session="0badcafe", token=bytes(range(m.RESUME_TOKEN_BYTES)), received=7),
-    "session_resumed": m.SessionResumed(token=bytes(range(m.RESUME_TOKEN_BYTES)), received=9),
+    "resume_session": m.ResumeSession(session="0badcafe", token=TOKEN, received=7),
+    "session_resumed": m.SessionResumed(token=TOKEN, received=9),
     "session_gone": m.SessionGone(),
     "embeddings": m.Embeddings(
-        step=3,
-        micro_batch=0,
-        mode="train",
-        hidden_states=floats(3, 6, dtype="fp16"),
-        sequence_lengths=WireTensor.from_ints([2, 1]),
-        label_positions=WireTensor.from_ints([0, 2]),
+        **_FIRST, mode="train", hidden_states=floats(3, 6, dtype="fp16"), sequence_lengths=ints([2, 1]),
+        label_positions=ints([0, 2]),
     ),
     "embeddings_answers": m.Embeddings(
-        step=3,
-        micro_batch=0,
-        mode="train",
-        hidden_states=floats(3, 6, dtype="int8"),
-        sequence_lengths=WireTensor.from_ints([2, 1]),
-        label_positions=WireTensor.from_ints([1, 2]),
-        crossing_positions=WireTensor.from_ints([1, 2]),
-        examples=WireTensor.from_ints([4, 9]),
+        **_FIRST, mode="train", hidden_states=floats(3, 6, dtype="int8"), sequence_lengths=ints([2, 1]),
+        label_positions=ints([1, 2]), crossing_positions=ints([1, 2]), examples=ints([4, 9]),
     ),
     "embeddings_basis_of_token_ids": m.Embeddings(
-        step=0,
-        micro_batch=1,
-        mode="basis",
-        hidden_states=None,
-        sequence_lengths=WireTensor.from_ints([3]),
-        label_positions=WireTensor.from_ints([1]),
-        crossing_positions=WireTensor.from_ints([]),
-        token_ids=WireTensor.from_ints([7, 300, 49151]),
+        step=0, micro_batch=1, mode="basis", hidden_states=None, sequence_lengths=ints([3]), label_positions=ints([1]),
+        crossing_positions=ints([]), token_ids=ints([7, 300, 49151]),
     ),
     "embeddings_decode": m.Embeddings(
-        step=0,
-        micro_batch=9,
-        mode="decode",
-        hidden_states=floats(3, 6, dtype="fp16"),
-        sequence_lengths=WireTensor.from_ints([3]),
-        label_positions=WireTensor.from_ints([0, 1, 2]),
-        position=300,
+        step=0, micro_batch=9, mode="decode", hidden_states=floats(3, 6, dtype="fp16"), sequence_lengths=ints([3]),
+        label_positions=ints([0, 1, 2]), position=300,
     ),
     "embeddings_encode": m.Embeddings(
-        step=0,
-        micro_batch=2,
-        mode="encode",
-        hidden_states=floats(3, 6, dtype="fp16"),
-        sequence_lengths=WireTensor.from_ints([1, 2]),
-        label_positions=WireTensor.from_ints([]),
+        step=0, micro_batch=2, mode="encode", hidden_states=floats(3, 6, dtype="fp16"), sequence_lengths=ints([1, 2]),
+        label_positions=ints([]),
     ),
     "encoded_hidden_states": m.EncodedHiddenStates(
         step=0, micro_batch=2, hidden_states=(floats(1, 6, dtype="fp16"), floats(2, 6, dtype="fp16"))
     ),
-    "group_input": m.GroupInput(
-        step=3, micro_batch=0, group=1, hidden_states=floats(3, 6), times=(0.5, 1.0, 1.0, 2.0)
-    ),
-    "group_delta": m.GroupDelta(step=3, micro_batch=0, group=0, deltas=(floats(3, 6), floats(3, 2))),
+    "group_input": m.GroupInput(**_FIRST, group=1, hidden_states=floats(3, 6), times=(0.5, 1.0, 1.0, 2.0)),
+    "group_delta": m.GroupDelta(**_FIRST, group=0, deltas=(floats(3, 6), floats(3, 2))),
     "labelled_hidden_states": m.LabelledHiddenStates(
-        step=3, micro_batch=0, hidden_states=floats(2, 6), gradients=2, computed_s=0.5
+        **_FIRST, hidden_states=floats(2, 6), gradients=2, computed_s=0.5
     ),
-    "grad_hidden_states": m.GradHiddenStates(step=3, micro_batch=0, grad_hidden_states=floats(2, 6, dtype="fp16")),
-    "group_grad": m.GroupGrad(
-        step=3, micro_batch=0, group=0, grads=_INT8_GRADS, answer=False, computed_s=0.75, queued_s=0.25
-    ),
-    "group_input_grad": m.GroupInputGrad(step=3, micro_batch=0, group=1, grad_hidden_states=floats(3, 6)),
+    "grad_hidden_states": m.GradHiddenStates(**_FIRST, grad_hidden_states=floats(2, 6, dtype="fp16")),
+    "group_grad": m.GroupGrad(**_FIRST, group=0, grads=_INT8_GRADS, answer=False, computed_s=0.75, queued_s=0.25),
+    "group_input_grad": m.GroupInputGrad(**_FIRST, group=1, grad_hidden_states=floats(3, 6)),
     "step_report": m.StepReport(step=3, scores=WireTensor("fp32", np.array([0.5, 0.0], np.float32))),
-    "signal": m.Signal(step=3, units=WireTensor.from_bytes(b"\x01\x02"), ticket=WireTensor.from_bytes(b"signed")),
+    "signal": m.Signal(step=3, units=octets(b"\x01\x02"), ticket=octets(b"signed")),
     "close_session": m.CloseSession(),
     "error": m.Error(code="busy", message="the server is full", retryable=True, retry_after_s=5.0),
-}
+}  # fmt: skip
 
 
 def test_every_message_has_an_example() -> None:
@@ -205,18 +130,12 @@ def test_golden_bytes_both_ways(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_trailing_data_and_truncation_are_refused(name: str) -> None:
-    frame = bytes(encode(EXAMPLES[name]))
-    for broken in (frame + b"\0", frame[:-1], frame[:3], b"", frame[: HEADER_BLOCK // 2]):
-        with pytest.raises(RemoteProtocolError):
-            Decoder().decode(broken)
-
-
-@pytest.mark.parametrize("name", EXAMPLES)
-def test_a_frame_has_the_size_that_the_formula_gives(name: str) -> None:
+def test_a_frame_has_the_size_that_the_formula_gives_and_nothing_behind(name: str) -> None:
     frame = encode(EXAMPLES[name])
     blocks = -(-(PREFIX_BYTES + read_prefix(frame).header_length) // HEADER_BLOCK)
     assert len(frame) == frame_bytes(blocks, [tensor.nbytes for tensor in m.tensors_of(EXAMPLES[name])])
+    with pytest.raises(RemoteProtocolError, match="left over"):
+        Decoder().decode(write_checksum(frame + b"\0"))
 
 
 def test_decoded_tensors_are_views_that_cannot_be_written() -> None:
@@ -251,8 +170,6 @@ def test_decoded_tensors_are_views_that_cannot_be_written() -> None:
     ids=str,
 )
 def test_changed_headers_are_refused(change: dict[str, object]) -> None:
-    import msgspec
-
     frame = bytes(encode(EXAMPLES["group_input"]))
     length = read_prefix(frame).header_length
     header = msgspec.msgpack.encode(msgspec.msgpack.decode(frame[PREFIX_BYTES : PREFIX_BYTES + length]) | change)
@@ -266,43 +183,6 @@ def test_padding_must_be_zero() -> None:
     frame = bytearray(encode(EXAMPLES["group_delta"]))
     frame[HEADER_BLOCK - 1] = 1
     with pytest.raises(RemoteProtocolError, match="padding"):
-        Decoder().decode(write_checksum(frame))
-
-
-def test_garbage_gives_a_message_or_the_documented_error() -> None:
-    reached = Reached()
-
-    @settings(max_examples=400, deadline=None)
-    @given(frames([bytes(encode(message)) for message in EXAMPLES.values()], sorted(EXAMPLES)))
-    def decode(data: bytes) -> None:
-        reached.count(lambda: Decoder().decode(data))
-
-    decode()
-    # Half of them are sealed, and half of those have a header that is a map.
-    assert reached.past_checksum > 50, reached
-    assert reached.parsed > 20, reached
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.sampled_from(sorted(EXAMPLES)), st.integers(0, 2000), st.integers(0, 255))
-def test_a_changed_byte_is_noticed_wherever_it_is(name: str, where: int, value: int) -> None:
-    frame = encode(EXAMPLES[name], seq=SEQ, ack=ACK)
-    before = bytes(frame)
-    frame[where % len(frame)] = value
-    if frame == before:
-        return
-    with pytest.raises(DamagedFrameError):
-        Decoder().decode(frame)
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.sampled_from(sorted(EXAMPLES)), st.integers(0, 2000), st.integers(0, 255))
-def test_a_changed_byte_under_a_right_checksum_gives_a_message_or_the_documented_error(
-    name: str, where: int, value: int
-) -> None:
-    frame = encode(EXAMPLES[name])
-    frame[where % len(frame)] = value
-    with contextlib.suppress(RemoteProtocolError):
         Decoder().decode(write_checksum(frame))
 
 
@@ -325,19 +205,12 @@ def test_fp16_exponent_puts_the_peak_below_the_largest_half() -> None:
         assert 0 < scaled < 65504
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_nan_and_infinity_are_not_sent(dtype: str, value: float) -> None:
-    array = np.ones((2, 3), np.float32)
-    array[1, 2] = value
-    with pytest.raises(NonFiniteError):
-        encode_floats(array, dtype)  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize(("dtype", "stored"), [("fp32", np.float32), ("fp16", np.float16)])
-def test_is_finite_sees_every_nan_and_infinity(dtype: str, stored: type) -> None:
-    for value in (np.nan, np.inf, -np.inf):
-        data = np.zeros(5, stored)
-        data[3] = value
-        assert not is_finite(WireTensor(dtype, data))
-    assert is_finite(WireTensor(dtype, np.array([np.finfo(stored).max], stored)))
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_nan_and_infinity_are_not_sent_and_are_seen_where_they_come(dtype: Any, stored: type, value: float) -> None:
+    data = np.ones((2, 3), stored)
+    assert is_finite(WireTensor(dtype, np.full(5, np.finfo(stored).max)))
+    data[1, 2] = value
+    assert not is_finite(WireTensor(dtype, data))
+    with pytest.raises(NonFiniteError):
+        encode_floats(data.astype(np.float32), dtype)

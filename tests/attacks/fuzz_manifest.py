@@ -16,25 +16,9 @@ import numpy as np
 from attacks.fuzz_target import Target, decode_json, encode_json, join, mutate_bytes, mutate_value, split
 
 from dlora.edge.engine.bundle import Bundle
+from dlora.protocol import manifest as schema
 from dlora.protocol.errors import BundleError
 from dlora.protocol.groups import GroupSpec, TargetSpec
-from dlora.protocol.manifest import (
-    MANIFEST_NAME,
-    AdapterDefaults,
-    BaseModelSpec,
-    BlockSpec,
-    DeviceBlocksSpec,
-    EmbeddingSpec,
-    EntrySpec,
-    FileSpec,
-    GraphSpec,
-    HeadSpec,
-    Manifest,
-    TableSpec,
-    TensorSpec,
-    TokenizerSpec,
-    encode_manifest,
-)
 from dlora.protocol.version import BUNDLE_FORMAT
 
 WEIGHT = "embedding.npy"
@@ -50,7 +34,7 @@ def target(directory: Path) -> Target:
     manifest = manifest_of({"graph.onnx": b"graph", "tokenizer.json": b"{}", WEIGHT: weight})
 
     def run(data: bytes) -> None:
-        for name, content in zip((MANIFEST_NAME, WEIGHT), split(data), strict=True):
+        for name, content in zip((schema.MANIFEST_NAME, WEIGHT), split(data), strict=True):
             (directory / name).write_bytes(content)
         try:
             bundle = Bundle.open(directory)
@@ -67,7 +51,7 @@ def target(directory: Path) -> Target:
     return Target("manifest", (join(manifest, weight),), mutate, run)
 
 
-def _of_blocks(manifest: Manifest) -> list[str]:
+def _of_blocks(manifest: schema.Manifest) -> list[str]:
     """The weight files of blocks, tables and final norm."""
     blocks = manifest.device_blocks
     if blocks is None:
@@ -106,53 +90,32 @@ def _described(content: bytes) -> dict[str, object]:
 
 def manifest_of(files: dict[str, bytes]) -> bytes:
     """A manifest as small as can be, of files with this content; the first is graph and golden vectors."""
-    tensor = TensorSpec("ids", "int64", ("tokens",))
-    manifest = Manifest(
+    tensor = schema.TensorSpec("ids", "int64", ("tokens",))
+    base = schema.BaseModelSpec(
+        name="tiny", architecture="llama", fingerprint="ab" * 32, blocks=1, embedding_size=4, hidden_size=4,
+        vocabulary_size=5, max_sequence_length=8, parameters=99,
+    )
+    graph = schema.GraphSpec(
+        kind="embedding", files={"onnx": "graph.onnx"}, inputs=(tensor,), outputs=(tensor,), error=0.0, tolerance=1e-5
+    )
+    table = schema.TableSpec(WEIGHT, 0)
+    block = schema.BlockSpec(
+        index=0, path="layers.0", graph="0", window=4, weights={"mlp.weight": WEIGHT}, tables={"cos": table}
+    )
+    return schema.encode_manifest(schema.Manifest(
         format=BUNDLE_FORMAT,
         software="dlora",
-        base_model=BaseModelSpec(
-            name="tiny",
-            architecture="llama",
-            fingerprint="ab" * 32,
-            blocks=1,
-            embedding_size=4,
-            hidden_size=4,
-            vocabulary_size=5,
-            max_sequence_length=8,
-            parameters=99,
-        ),
-        defaults=AdapterDefaults(2, 8.0, ("q_proj",)),
+        base_model=base,
+        defaults=schema.AdapterDefaults(2, 8.0, ("q_proj",)),
         groups=(GroupSpec(0, 4, (TargetSpec("layers.0.q_proj", 4),)),),
-        embedding=EmbeddingSpec(WEIGHT, "fp16"),
-        head=HeadSpec(weight=WEIGHT, dtype="fp16", tied=True),
-        tokenizer=TokenizerSpec(file="tokenizer.json"),
-        graphs=(
-            GraphSpec(
-                kind="embedding",
-                files={"onnx": "graph.onnx"},
-                inputs=(tensor,),
-                outputs=(tensor,),
-                error=0.0,
-                tolerance=1e-5,
-            ),
-        ),
+        embedding=schema.EmbeddingSpec(WEIGHT, "fp16"),
+        head=schema.HeadSpec(weight=WEIGHT, dtype="fp16", tied=True),
+        tokenizer=schema.TokenizerSpec(file="tokenizer.json"),
+        graphs=(graph,),
         golden="graph.onnx",
-        files={name: FileSpec(**_described(content)) for name, content in files.items()},  # type: ignore[arg-type]
-        device_blocks=DeviceBlocksSpec(
-            dtype="fp16",
-            max_length=8,
-            blocks=(
-                BlockSpec(
-                    index=0,
-                    path="layers.0",
-                    graph="0",
-                    window=4,
-                    weights={"mlp.weight": WEIGHT},
-                    tables={"cos": TableSpec(WEIGHT, 0)},
-                ),
-            ),
-            final_norm={"0.weight": WEIGHT},
-            entry=EntrySpec(2.0, TableSpec(WEIGHT, 0)),
+        files={name: schema.FileSpec(**_described(content)) for name, content in files.items()},  # type: ignore[arg-type]
+        device_blocks=schema.DeviceBlocksSpec(
+            dtype="fp16", max_length=8, blocks=(block,), final_norm={"0.weight": WEIGHT},
+            entry=schema.EntrySpec(2.0, table),
         ),
-    )
-    return encode_manifest(manifest)
+    ))  # fmt: skip

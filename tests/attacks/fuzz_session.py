@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from random import Random
-from typing import Any, Final
+from typing import Final
 
 import conversations as c
-import numpy as np
 from attacks import fuzz_decoder
 from attacks.fuzz_decoder import RESUMING, SESSION_OPENED
 from attacks.fuzz_target import Target
@@ -72,16 +71,15 @@ def _speak(session: Session, frame: bytes) -> None:
 
 
 def _listen(session: Session, frame: bytes) -> None:
-    before = _standing(session)
+    before = c.everything(session)
     try:
         message = session.receive(frame)
     except RemoteProtocolError:
-        assert _standing(session) == before
+        assert c.everything(session) == before
         return
     if message is None:
         return
-    for tensor in m.tensors_of(message):
-        assert is_finite(tensor)
+    assert all(is_finite(tensor) for tensor in m.tensors_of(message))
     if isinstance(message, m.Embeddings):
         tokens = message.hidden_states.shape[0]
         positions, lengths = message.label_positions.data.tolist(), message.sequence_lengths.data.tolist()
@@ -151,17 +149,3 @@ def _numbered_anew(session: Session, frame: bytes) -> bytes:
     return fuzz_decoder.sealed(
         b"".join(number.to_bytes(4, "little") for number in (prefix.header_length, seq, ack, 0)) + frame[PREFIX_BYTES:]
     )
-
-
-def _standing(session: Session) -> dict[str, Any]:
-    """All that a session remembers, in a form that nothing changes later."""
-    standing: dict[str, Any] = {"link": (session.link.sent, session.link.received)}
-    for name, value in vars(session).items():
-        match value:
-            case np.ndarray():
-                standing[name] = value.tobytes()
-            case set() | list():
-                standing[name] = tuple(value)
-            case _ if name not in ("_decoder", "link"):
-                standing[name] = value
-    return standing
