@@ -163,6 +163,8 @@ def test_decoded_tensors_are_views_that_cannot_be_written() -> None:
         {"hidden_states": ["fp64", [3, 6], 0]},
         {"hidden_states": ["fp32", [3, 6], 5]},
         {"hidden_states": ["fp16", [6, 6], 999]},
+        {"hidden_states": ["fp16", [6, 6], True]},
+        *({"hidden_states": ["int8", shape, 0]} for shape in ([72], [1, 70, 1], [])),
         {"hidden_states": ["fp32", [3, 5], 0]},
         {"hidden_states": ["fp32", [True, 18], 0]},
         {"hidden_states": None},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import msgspec
 import numpy as np
 import pytest
 import torch
@@ -10,8 +9,8 @@ import torch
 from dlora.cloud.exchange.torch_codecs import TORCH_CODECS
 from dlora.protocol import messages as m
 from dlora.protocol.choices import WireDtype
-from dlora.protocol.errors import NonFiniteError, RemoteProtocolError, UsageError
-from dlora.protocol.frames import HEADER_BLOCK, Decoder, encode, write_checksum
+from dlora.protocol.errors import NonFiniteError, UsageError
+from dlora.protocol.frames import Decoder, encode
 from dlora.protocol.tensors import MAX_EXPONENT, SCALE_BYTES, WireTensor
 from dlora.protocol.wire_codecs import CODECS, Codecs, TensorRole, decode_floats, encode_floats, is_finite
 
@@ -26,13 +25,6 @@ def test_half_with_an_exponent_beyond_float32_is_not_finite(value: float, expone
 @pytest.mark.parametrize("peak", [3.4e38, 1e30, 1.0, 1e-30, 1e-45])
 def test_everything_that_we_send_is_finite(peak: float) -> None:
     assert is_finite(encode_floats(np.array([peak, -peak / 3, 0], np.float32), "fp16"))
-
-
-def test_an_exponent_is_an_integer() -> None:
-    header = msgspec.msgpack.encode({"type": "step_report", "step": 0, "scores": ["fp16", [0], True]})
-    frame = bytearray((len(header).to_bytes(4, "little") + bytes(12) + header).ljust(HEADER_BLOCK, b"\0"))
-    with pytest.raises(RemoteProtocolError, match="exponent"):
-        Decoder().decode(write_checksum(frame))
 
 
 def test_server_has_each_codec_of_the_device() -> None:
@@ -69,14 +61,6 @@ def test_int8_with_too_large_a_scale_is_not_finite(scale: float) -> None:
     data = tensor.data.copy()
     data[1, -SCALE_BYTES:] = np.array([scale], "<f4").view(np.uint8)[2:]
     assert not is_finite(WireTensor("int8", data))
-
-
-@pytest.mark.parametrize("shape", [[6], [1, 2, 3], []])
-def test_int8_has_two_dimensions(shape: list[int]) -> None:
-    header = msgspec.msgpack.encode({"type": "step_report", "step": 0, "scores": ["int8", shape, 0]})
-    frame = bytearray((len(header).to_bytes(4, "little") + bytes(12) + header).ljust(HEADER_BLOCK, b"\0"))
-    with pytest.raises(RemoteProtocolError, match="shape"):
-        Decoder().decode(write_checksum(frame))
 
 
 def test_codecs_as_users_write_them() -> None:

@@ -60,12 +60,9 @@ def _fuzz(name: str, seconds: int, seed: int) -> dict[str, float | str | None]:
     memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
     with tempfile.TemporaryDirectory(dir=memory) as directory, (CRASHES / f"{name}.log").open("w+") as log:
         options = ["--seconds", str(seconds), "--seed", str(seed), "--worker", directory]
-        process = subprocess.Popen(
-            [sys.executable, __file__, name, *options],
-            stdout=log,
-            stderr=log,
-            env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
-        )
+        environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, __file__, name, *options]
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         log.seek(0)
@@ -100,29 +97,16 @@ def _work(name: str, directory: Path, seconds: int, seed: int) -> None:
             return target.sealed(bytes(atheris.Mutate(data, max_size)))[:max_size]
         return target.mutate(bytes(data), rng)[:max_size]
 
-    _limit_memory()
+    # An allocation far beyond the input's size becomes a MemoryError, which no target may raise.
+    limit = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + MAX_GROWTH_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     arguments = [
-        sys.argv[0],
-        f"-max_total_time={seconds}",
-        f"-seed={seed}",
-        f"-max_len={MAX_INPUT_BYTES}",
-        "-len_control=0",
-        f"-timeout={HANG_S}",
-        "-rss_limit_mb=1024",
-        "-malloc_limit_mb=256",
-        "-print_final_stats=1",
-        f"-artifact_prefix={CRASHES}/{name}-",
-        str(corpus),
-    ]
+        sys.argv[0], f"-max_total_time={seconds}", f"-seed={seed}", f"-max_len={MAX_INPUT_BYTES}", "-len_control=0",
+        f"-timeout={HANG_S}", "-rss_limit_mb=1024", "-malloc_limit_mb=256", "-print_final_stats=1",
+        f"-artifact_prefix={CRASHES}/{name}-", str(corpus),
+    ]  # fmt: skip
     atheris.Setup(arguments, target.run, custom_mutator=mutate)
     atheris.Fuzz()
-
-
-def _limit_memory() -> None:
-    """An allocation far beyond the input's size becomes a ``MemoryError``, which no target may raise."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + MAX_GROWTH_BYTES
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 def _target(name: str, directory: Path):  # type: ignore[no-untyped-def]  # its type is only importable later

@@ -8,7 +8,7 @@ from random import Random
 
 import msgspec
 import numpy as np
-from attacks.fuzz_checkpoint import close_safetensors, open_safetensors
+from attacks.fuzz_checkpoint import mutate_safetensors
 from attacks.fuzz_target import Target, decode_json, encode_json, join, mutate_bytes, mutate_value, split
 
 from dlora.edge.adapters.peft import CONFIG_NAME, WEIGHTS_NAME, SavedModule, load_adapter, save_adapter
@@ -49,11 +49,7 @@ def mutate(data: bytes, rng: Random) -> bytes:
     config, weights = split(data)
     try:
         if rng.random() < 0.5:
-            settings = decode_json(config)
-            return join(encode_json(mutate_value(settings, rng)), weights)
-        header, body = open_safetensors(weights)
+            return join(encode_json(mutate_value(decode_json(config), rng)), weights)
     except ValueError:
         return mutate_bytes(data, rng)
-    if rng.random() < 0.3:
-        return join(config, close_safetensors(header, mutate_bytes(body, rng)))
-    return join(config, close_safetensors(mutate_value(header, rng), body))
+    return join(config, mutate_safetensors(weights, rng, 0.3))

@@ -80,6 +80,17 @@ def close_safetensors(header: Any, body: bytes) -> bytes:
     return len(raw).to_bytes(8, "little") + raw + body
 
 
+def mutate_safetensors(data: bytes, rng: Random, of_body: float) -> bytes:
+    """Change the header of a safetensors file; or, in so many of the cases, the bytes behind it."""
+    try:
+        header, body = open_safetensors(data)
+    except ValueError:
+        return mutate_bytes(data, rng)
+    if rng.random() < of_body:
+        return close_safetensors(header, mutate_bytes(body, rng))
+    return close_safetensors(mutate_value(header, rng), body)
+
+
 def _with_state(header: Any, rng: Random) -> Any:
     """Change what stands inside of the one metadata entry."""
     try:

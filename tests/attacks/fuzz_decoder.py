@@ -12,19 +12,10 @@ from attacks.fuzz_target import Target, decode_msgpack, encode_msgpack, mutate_b
 from dlora.protocol import messages as m
 from dlora.protocol.errors import RemoteProtocolError
 from dlora.protocol.frames import HEADER_BLOCK, PREFIX_BYTES, Decoder, encode, write_checksum
-from dlora.protocol.tensors import WireTensor
 
-TOKEN: Final = bytes(range(m.RESUME_TOKEN_BYTES))
-SESSION_OPENED: Final = m.SessionOpened(
-    session="one", units=WireTensor.from_bytes(b"\1\1"), ticket=WireTensor.from_bytes(b"signed"), token=TOKEN
-)
-RESUMING: Final = (
-    m.ResumeSession(session="one", token=TOKEN, received=0),
-    m.SessionResumed(token=TOKEN, received=0),
-    m.SessionGone(),
-)
+RESUMING: Final = (c.resume_session(), c.session_resumed(), m.SessionGone())
 EXAMPLES: Final[tuple[m.AnyMessage, ...]] = (
-    c.hello(), c.welcome(), c.open_session(wire_dtype="fp16", ticket=b"signed"), SESSION_OPENED, *RESUMING,
+    c.hello(), c.welcome(), c.open_session(wire_dtype="fp16", ticket=b"signed"), c.session_opened(), *RESUMING,
     *c.forward(), *c.backward(), c.embeddings(hidden_states=c.floats(c.TOKENS, c.WIDTH, dtype="fp16")), c.report(),
     c.signal(), m.CloseSession(), c.error(), m.Error(code="busy", message="", retryable=True, retry_after_s=5.0),
 )  # fmt: skip
@@ -63,19 +54,13 @@ def mutate(data: bytes, rng: Random) -> bytes:
         tensors = mutate_bytes(tensors, rng) if rng.random() < 0.5 else _other_words(tensors, rng)
     if kind == 3:
         tensors = tensors.ljust(rng.choice((64, 256, 1024, 4096)), b"\0")
-    return _frame(data, header, tensors)
+    start = len(header).to_bytes(4, "little") + data[4:PREFIX_BYTES] + header
+    return sealed(start.ljust(_padded(len(start)), b"\0") + tensors)
 
 
 def sealed(frame: bytes) -> bytes:
     """With a checksum that fits, where there is room for one."""
     return bytes(write_checksum(bytearray(frame))) if len(frame) >= PREFIX_BYTES else frame
-
-
-def _frame(old: bytes, header: bytes, tensors: bytes) -> bytes:
-    start = (len(header).to_bytes(4, "little") + old[4:PREFIX_BYTES] + header).ljust(
-        _padded(PREFIX_BYTES + len(header)), b"\0"
-    )
-    return sealed(start + tensors)
 
 
 def _other_words(tensors: bytes, rng: Random) -> bytes:

@@ -14,7 +14,7 @@ import conversations as c
 import msgspec
 import numpy as np
 import safetensors.numpy
-from attacks.fuzz_checkpoint import close_safetensors, open_safetensors
+from attacks.fuzz_checkpoint import close_safetensors, mutate_safetensors, open_safetensors
 from attacks.fuzz_decoder import mutate as mutate_frame
 from attacks.fuzz_target import Target, decode_json, encode_json, join, mutate_bytes, mutate_value, split
 
@@ -154,10 +154,4 @@ def with_about(truth: bytes, rng: Random) -> bytes:
 
 def with_tensors(truth: bytes, rng: Random) -> bytes:
     """Other tensors, with the same description: in the header or in the bytes behind it."""
-    try:
-        header, body = open_safetensors(truth)
-    except ValueError:
-        return mutate_bytes(truth, rng)
-    if rng.random() < 0.5:
-        return close_safetensors(header, mutate_bytes(body, rng))
-    return close_safetensors(mutate_value(header, rng), body)
+    return mutate_safetensors(truth, rng, 0.5)

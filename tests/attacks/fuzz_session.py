@@ -6,6 +6,7 @@ session as it was, and what is accepted must be safe to compute with.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from random import Random
@@ -13,7 +14,7 @@ from typing import Final
 
 import conversations as c
 from attacks import fuzz_decoder
-from attacks.fuzz_decoder import RESUMING, SESSION_OPENED
+from attacks.fuzz_decoder import RESUMING
 from attacks.fuzz_target import Target
 
 from dlora.protocol import messages as m
@@ -27,7 +28,7 @@ OPENED: Final = 2  # the settings' bit for a session that is open already; the l
 AS_IT_IS, NUMBERED_ANEW, OURS = range(3)
 MAX_RECORDS: Final = 64
 ROLES: Final = (Side.EDGE, Side.CLOUD)
-OPENING: Final[tuple[m.AnyMessage, ...]] = (c.hello(), c.welcome(), c.open_session(), SESSION_OPENED)
+OPENING: Final = c.opening()
 _DECODER: Final = Decoder()
 _SENDERS: Final = {kind: role for row in TRANSITIONS.values() for kind, (role, _) in row.items()}
 
@@ -41,12 +42,11 @@ def target(_directory: Path) -> Target:
     ]  # fmt: skip
     resume, resumed, gone = RESUMING
     resuming = [c.hello(), c.welcome(), resume, gone, *OPENING[2:]]
-    corpus = []
-    for index, role in enumerate(ROLES):
-        corpus.append(bytes([index | OPENED]) + _records(steps, role))
-        corpus.append(bytes([index]) + _records(resuming, role))
-        corpus.append(bytes([index]) + _records([c.hello(), c.welcome(), resume, resumed], role))
-    return Target("session", tuple(corpus), mutate, run, sealed)
+    talks = ((OPENED, steps), (0, resuming), (0, [c.hello(), c.welcome(), resume, resumed]))
+    corpus = tuple(
+        bytes([index | opened]) + _records(talk, role) for index, role in enumerate(ROLES) for opened, talk in talks
+    )
+    return Target("session", corpus, mutate, run, sealed)
 
 
 def run(data: bytes) -> None:
@@ -146,6 +146,5 @@ def _numbered_anew(session: Session, frame: bytes) -> bytes:
         return frame
     seq, ack = (session.link.received + 1, session.link.sent) if numbered else (0, 0)
     prefix = read_prefix(frame)
-    return fuzz_decoder.sealed(
-        b"".join(number.to_bytes(4, "little") for number in (prefix.header_length, seq, ack, 0)) + frame[PREFIX_BYTES:]
-    )
+    numbers = struct.pack("<IIII", prefix.header_length, seq, ack, 0)
+    return fuzz_decoder.sealed(numbers + frame[PREFIX_BYTES:])

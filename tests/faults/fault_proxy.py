@@ -12,8 +12,8 @@ import struct
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from io import BufferedReader
@@ -103,40 +103,31 @@ class Plan:
 
 
 class FaultProxy:
-    """Listens at ``url`` and passes on to a server, whose address may change.
+    """Listens at ``url`` and passes on to a server, whose address may change, until its context ends.
 
     Args:
         strike: does what a proxy cannot do itself: kills, restarts, full disks, clocks. Called in the thread that
             holds the frame, so that the frame waits for it.
-        seed: of the bytes that are flipped.
 
     Attributes:
-        messages: all that went through, in order, where ``keep_messages``; counts: how many of each name.
+        messages: all that went through, in order; counts: how many of each name.
         reports: by step, the scores of every report of it. More than one means that a step was run twice and
             was not the same.
         done: the faults so far, in order; connections: of devices so far.
     """
 
-    def __init__(
-        self,
-        server_url: str,
-        strike: Callable[[Fault], None] | None = None,
-        *,
-        seed: int = 0,
-        keep_messages: bool = False,
-    ) -> None:
+    def __init__(self, server_url: str, strike: Callable[[Fault], None] = lambda _: None) -> None:
         self.counts: Counter[str] = Counter()
         self.messages: list[Message] = []
         self.reports: dict[int, set[bytes]] = {}
         self.done: list[Fault] = []
         self.connections = 0
         self._strike = strike
-        self._keep_messages = keep_messages
-        self._random = random.Random(seed)
+        self._random = random.Random(0)
         self._plans: list[Plan] = []
         self._lock = threading.Lock()
         self._links: set[_Link] = set()
-        self._server = (urlsplit(server_url).hostname, urlsplit(server_url).port)
+        self.point_at(server_url)
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=64)
         self.url = f"ws://127.0.0.1:{self._listener.getsockname()[1]}"
         self._accepting = threading.Thread(target=self._accept, daemon=True)
@@ -156,21 +147,18 @@ class FaultProxy:
         if fault in ON_A_FRAME:
             self.plan(Plan(fault))
             return
-        if not self._snapshot() and fault in (Fault.CUT_LINK, Fault.HALF_OPEN):
-            return  # there is nothing that it could happen to
-        self.done.append(fault)
-        if fault is Fault.HALF_OPEN:
-            for link in self._snapshot():
-                link.silent = True
-        elif fault is not Fault.CUT_LINK and self._strike is not None:
-            self._strike(fault)
-        if fault in CUTS:
-            self.cut()
+        links = self._snapshot()
+        if links or fault not in (Fault.CUT_LINK, Fault.HALF_OPEN):  # else there is nothing that it could happen to
+            self.done.append(fault)
+            self._happen(fault, links)
 
-    def cut(self) -> None:
-        """Reset every connection."""
-        for link in self._snapshot():
-            link.reset()
+    def _happen(self, fault: Fault, links: Iterable[_Link]) -> None:
+        if fault not in (Fault.CUT_LINK, Fault.HALF_OPEN):
+            self._strike(fault)
+        for link in links:
+            link.silent |= fault is Fault.HALF_OPEN
+            if fault in CUTS:
+                link.reset()
 
     @property
     def pending(self) -> list[Plan]:
@@ -178,11 +166,15 @@ class FaultProxy:
         with self._lock:
             return [plan for plan in self._plans if not plan.done]
 
-    def close(self) -> None:
+    def __enter__(self) -> FaultProxy:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)  # a blocked accept() does not notice close()
         self._listener.close()
-        self.cut()
+        for link in self._snapshot():
+            link.reset()
         self._accepting.join(5)
 
     # -- one frame -------------------------------------------------------------------------------------------
@@ -210,13 +202,8 @@ class FaultProxy:
             case _:
                 if when == "after":
                     link.send(direction, frame)
-                if fault is Fault.HALF_OPEN:
-                    link.silent = True
-                elif fault is not Fault.CUT_LINK and self._strike is not None:
-                    self._strike(fault)
-                if fault in CUTS:
-                    link.reset()
-                elif when == "before":
+                self._happen(fault, [link])
+                if when == "before" and fault not in CUTS:
                     link.send(direction, frame)
 
     def saw(self, direction: Direction, decoded: m.AnyMessage) -> Message:
@@ -224,8 +211,7 @@ class FaultProxy:
         message = Message(name, direction, getattr(decoded, "step", None))
         with self._lock:
             self.counts[name] += 1
-            if self._keep_messages:
-                self.messages.append(message)
+            self.messages.append(message)
             if isinstance(decoded, m.StepReport):
                 self.reports.setdefault(decoded.step, set()).add(decoded.scores.data.tobytes())
         return message
@@ -273,7 +259,7 @@ class FaultProxy:
 
     def _pump(self, link: _Link, direction: Direction) -> None:
         decoder = Decoder()
-        source = link.source(direction)
+        source = link.to["down" if direction == "up" else "up"]
         with suppress(OSError, ValueError), source.makefile("rb", 1 << 16) as stream:
             _pass_http(link, direction, stream)
             while frame := _read_frame(stream):
@@ -290,54 +276,35 @@ class _Link:
 
     Attributes:
         silent: whether everything is swallowed from now on, both ways, and nobody told.
+        to: where what goes in a direction is sent.
     """
 
     def __init__(self, device: socket.socket, server: socket.socket) -> None:
         self.silent = False
-        self._device = device
-        self._server = server
-
-    def source(self, direction: Direction) -> socket.socket:
-        return self._device if direction == "up" else self._server
+        self.to: dict[Direction, socket.socket] = {"up": server, "down": device}
 
     def send(self, direction: Direction, data: bytes | bytearray) -> None:
         if not self.silent:
-            (self._server if direction == "up" else self._device).sendall(data)
+            self.to[direction].sendall(data)
 
     def end(self, direction: Direction) -> None:
         """One side has hung up: pass that on, unless the line is dead."""
         if not self.silent:
             with suppress(OSError):
-                (self._server if direction == "up" else self._device).shutdown(socket.SHUT_WR)
+                self.to[direction].shutdown(socket.SHUT_WR)
 
     def reset(self) -> None:
         """RST both ways: what is under way is lost."""
-        for end in (self._device, self._server):
+        for end in self.to.values():
             with suppress(OSError):
                 end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
         self.close()
 
     def close(self) -> None:
-        for end in (self._device, self._server):
+        for end in self.to.values():
             with suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)  # wakes the thread that reads it
             end.close()
-
-
-@contextmanager
-def fault_proxy(
-    server_url: str,
-    strike: Callable[[Fault], None] | None = None,
-    *,
-    seed: int = 0,
-    keep_messages: bool = False,
-) -> Iterator[FaultProxy]:
-    """A proxy until the context ends."""
-    proxy = FaultProxy(server_url, strike, seed=seed, keep_messages=keep_messages)
-    try:
-        yield proxy
-    finally:
-        proxy.close()
 
 
 def _pass_http(link: _Link, direction: Direction, stream: BufferedReader) -> None:

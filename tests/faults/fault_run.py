@@ -9,7 +9,8 @@ import signal
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any, Final
 
 import numpy as np
 from families import save_tiny
-from fault_proxy import Boundary, Fault, FaultProxy, Message, Plan, fault_proxy
+from fault_proxy import Boundary, Fault, FaultProxy, Message, Plan
 from forked import END_TIMEOUT_S, Command, Start, fork_command, free_port, wait_until_it_listens
 from safetensors.numpy import load_file
 
@@ -113,18 +114,13 @@ class Replicas:
     def url(self, index: int) -> str:
         return f"ws://127.0.0.1:{self._ports[index]}"
 
-    def kill(self, index: int) -> None:
-        """SIGKILL; then another one in its place, and return once it listens."""
+    def restart(self, index: int, number: int = signal.SIGTERM) -> None:
+        """End it with a signal; then another one in its place, and return once it listens."""
         with self._lock:
-            self.servers[index].kill()
-            self._start(index)
-
-    def restart(self, index: int) -> None:
-        """SIGTERM; then another one in its place, and return once it listens."""
-        with self._lock:
-            self.servers[index].signal(signal.SIGTERM)
+            self.servers[index].signal(number)
             self.servers[index].end()
-            self._start(index)
+            self.servers[index] = self._fork(index)
+            wait_until_it_listens(self.servers[index], self._ports[index])
 
     def health(self, index: int) -> dict[str, Any]:
         with urllib.request.urlopen(self.url(index).replace("ws:", "http:") + "/healthz", timeout=120) as answer:
@@ -133,10 +129,6 @@ class Replicas:
     def close(self) -> None:
         for server in self.servers:
             server.kill()
-
-    def _start(self, index: int) -> None:
-        self.servers[index] = self._fork(index)
-        wait_until_it_listens(self.servers[index], self._ports[index])
 
     def _fork(self, index: int) -> Command:
         return self._place.start(
@@ -195,43 +187,36 @@ class Reference:
     def boundaries(self, step: int) -> list[Boundary | AtFile]:
         """Every message of a step, and every operation on a file when it is saved; and, of whichever step, what the
         server is given of killed units."""
-        found: list[Boundary | AtFile] = []
-        counted: dict[str, itertools.count[int]] = {}
-        for message in self.messages:
-            if message.step == step:
-                nth = next(counted.setdefault(message.name, itertools.count()))
-                found.append(Boundary(message.name, step, nth=nth))
-        given = sum(message.name == "group_parameters" for message in self.messages)
-        found += [Boundary("group_parameters", nth=nth) for nth in range(given)]
+        found: list[Boundary | AtFile] = [*_each(message for message in self.messages if message.step == step)]
+        found += _each(message for message in self.messages if message.name == "group_parameters")
         saves = [nth for nth, text in enumerate(self.files) if f"checkpoint-{step + 1:06d}" in text and "open" in text]
         later = [nth for nth, text in enumerate(self.files) if f"checkpoint-{step + 2:06d}" in text]
         found += [AtFile(nth, self.files[nth]) for nth in range(saves[0], later[0])]
         return found
 
-
-    def set_up_boundaries(self) -> list[Boundary | AtFile]:
+    def set_up_boundaries(self) -> list[Boundary]:
         """Every message before the first step's own, where the server keeps something of the adapters."""
-        names = [message.name for message in self.messages]
-        if "adapter_state" not in names:
-            return []
-        last = max(index for index, name in enumerate(names) if name == "adapter_state")
-        counted: dict[str, itertools.count[int]] = {}
-        found: list[Boundary | AtFile] = []
-        for message in self.messages[: last + 1]:
-            if message.name not in ("hello", "welcome", "open_session", "session_opened"):
-                nth = next(counted.setdefault(message.name, itertools.count()))
-                found.append(Boundary(message.name, message.step, nth=nth))
-        return found
+        last = max((index for index, each in enumerate(self.messages) if each.name == "adapter_state"), default=-1)
+        opening = ("hello", "welcome", "open_session", "session_opened")
+        return list(_each(each for each in self.messages[: last + 1] if each.name not in opening))
+
+
+def _each(messages: Iterable[Message]) -> Iterator[Boundary]:
+    """A boundary at each of them, which are counted by their names."""
+    counted = Counter[str]()
+    for message in messages:
+        yield Boundary(message.name, message.step, nth=counted[message.name])
+        counted[message.name] += 1
 
 
 def record(
     place: Place, running: Replicas, out: Path, options: Sequence[object] = (), *, watch: bool = True
 ) -> Reference:
     """Train undisturbed. Raises ``RuntimeError`` where even that fails."""
-    with fault_proxy(running.url(0), keep_messages=True) as proxy:
+    with FaultProxy(running.url(0)) as proxy:
         device = start_device(place, out, proxy.url, options, watch=watch)
         files: list[str] = []
-        watcher = _answer_gate(device, lambda text: files.append(text))
+        watcher = answer_gate(device, files.append)
         code = device.end(LONG_S)
         watcher.join()
         if code:
@@ -258,27 +243,19 @@ class FaultRun:
     """One disturbed run: a device at a proxy, and what each planned fault does to it."""
 
     def __init__(
-        self,
-        place: Place,
-        running: Replicas,
-        out: Path,
-        options: Sequence[object] = (),
-        *,
-        seed: int = 0,
-        at: int = 0,
-        most_restarts: int = 1,
+        self, place: Place, running: Replicas, out: Path, options: Sequence[object] = (), *, most_restarts: int = 1,
         timeout_s: float = END_TIMEOUT_S,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self._place = place
         self._running = running
         self._out = out
         self._options = options
-        self._at = at
+        self._at = 0
         self._most_restarts = most_restarts
         self._timeout_s = timeout_s
         self._device: Command | None = None
         self._behind: list[threading.Thread] = []
-        self.proxy = FaultProxy(running.url(at), self._strike, seed=seed)
+        self.proxy = FaultProxy(running.url(0), self._strike)
 
     def run(self, at_file: AtFile | None = None, fault: Fault | None = None) -> Outcome:
         """Train to the end, starting the device again whenever it was killed or its disk was full."""
@@ -296,7 +273,7 @@ class FaultRun:
                     self._place, self._out, self.proxy.url, self._options,
                     resume=outcome.restarts > 0, watch=at_file is not None and not outcome.restarts,
                 )  # fmt: skip
-                watcher = _answer_gate(self._device, at)
+                watcher = answer_gate(self._device, at)
                 code = self._device.end(self._timeout_s)
                 watcher.join()
                 if code == 0:
@@ -311,9 +288,14 @@ class FaultRun:
         finally:
             for thread in self._behind:
                 thread.join()
-            self.proxy.close()
+            self.proxy.__exit__()
         outcome.recovery = self._recovery(outcome)
         return outcome
+
+    def compare(self, outcome: Outcome, reference: Reference) -> None:
+        """Add what differs from the undisturbed run, where all went well so far."""
+        if not outcome.wrong:
+            compare(outcome, self._out, reference.out, self.proxy.reports)
 
     def _excused(self) -> set[int]:
         done = set(self.proxy.done)
@@ -332,7 +314,7 @@ class FaultRun:
         assert device is not None
         match fault:
             case Fault.KILL_SERVER:
-                self._running.kill(index)
+                self._running.restart(index, signal.SIGKILL)
             case Fault.RESTART_SERVER:
                 # Not here: while it stops, it goes on with the frames that come after this one.
                 self._later(lambda: self._running.restart(index))
@@ -376,16 +358,15 @@ def run_with_fault(
 ) -> Outcome:
     """One fault at one boundary of a run (and ``more``), held against the run without."""
     fault_run = FaultRun(place, running, out, options)
-    fault_run.proxy.plan(*more)
     if isinstance(boundary, Boundary):
-        fault_run.proxy.plan(Plan(fault, boundary, when))
+        fault_run.proxy.plan(*more, Plan(fault, boundary, when))
         outcome = fault_run.run()
     else:
+        fault_run.proxy.plan(*more)
         outcome = fault_run.run(boundary, fault)
     if not fault_run.proxy.done or fault_run.proxy.pending:
         outcome.wrong.append("the fault never happened")
-    if not outcome.wrong:
-        compare(outcome, out, reference.out, fault_run.proxy.reports)
+    fault_run.compare(outcome, reference)
     return outcome
 
 
@@ -429,16 +410,15 @@ def _rows(out: Path) -> list[dict[str, Any]]:
     return [{key: row[key] for key in SAME} for row in map(json.loads, lines)]
 
 
-def _answer_gate(device: Command, at: Any) -> threading.Thread:
-    """Call ``at`` before each of the device's file operations, which waits for it."""
+def answer_gate(device: Command, is_full: Callable[[str], object]) -> threading.Thread:
+    """Ask ``is_full`` before each of the device's file operations, which waits for it and fails where it is true."""
 
     def answer() -> None:
         if device.gate is None:
             return
         with suppress(EOFError, OSError):
             while True:
-                at(os.fsdecode(device.gate.recv_bytes()))
-                device.gate.send_bytes(b"go")
+                device.gate.send_bytes(b"full" if is_full(os.fsdecode(device.gate.recv_bytes())) else b"go")
 
     thread = threading.Thread(target=answer, daemon=True)
     thread.start()

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import itertools
 import queue
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
 from fault_proxy import ON_A_FRAME, Boundary, Fault, Plan
-from fault_run import AtFile, Outcome, Place, Reference, Replicas, make_place, record, replicas, run_with_fault
+from fault_run import AtFile, Outcome, Reference, Replicas, make_place, record, replicas, run_with_fault
 
 from dlora.edge.adapters.parts import PARTS_NAME
 from dlora.protocol.choices import KindChoice
@@ -56,11 +55,10 @@ class Cell:
 
     case: Case
     outcome: Outcome
-    seconds: float
 
 
 class Matrix:
-    """Runs cases, ``workers`` at a time, each with replicas of its own."""
+    """Runs cases, ``workers`` at a time, each with replicas of its own, until its context ends."""
 
     def __init__(self, directory: Path, workers: int = 2, kind: KindChoice = "lora") -> None:
         self._directory = directory
@@ -89,16 +87,14 @@ class Matrix:
         with ThreadPoolExecutor(self._workers) as pool:
             yield from pool.map(self._run, cases)
 
-    def close(self) -> None:
-        self._closing.close()
+    def __enter__(self) -> Matrix:
+        return self
 
-    @property
-    def place(self) -> Place:
-        return self._place
+    def __exit__(self, *_: object) -> None:
+        self._closing.close()
 
     def _run(self, case: Case) -> Cell:
         running = self._idle.get()
-        started = time.perf_counter()
         try:
             outcome = run_with_fault(
                 self._place, running, self.reference, self._directory / f"run-{next(self._names)}" / "out", case.fault,
@@ -106,16 +102,7 @@ class Matrix:
             )  # fmt: skip
         finally:
             self._idle.put(running)
-        return Cell(case, outcome, time.perf_counter() - started)
-
-
-@contextmanager
-def matrix(directory: Path, workers: int = 2, kind: KindChoice = "lora") -> Iterator[Matrix]:
-    found = Matrix(directory, workers, kind)
-    try:
-        yield found
-    finally:
-        found.close()
+        return Cell(case, outcome)
 
 
 def _first_of_each(cases: Sequence[Case]) -> Iterator[Case]:

@@ -9,15 +9,13 @@ import itertools
 import json
 import re
 import shutil
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from drawn import one_in
-from fault_run import DAY_S, STEPS, Place, Replicas, make_place, replicas, write_data
+from fault_run import DAY_S, STEPS, Place, Replicas, answer_gate, make_place, replicas, write_data
 from forked import Command, fork_command
 from matrix import SERVER
 from test_tensorboard import scalars_of
@@ -76,23 +74,10 @@ def run(
             jump(command)
         return event == "open" and general(name) == full_at
 
-    answering = answer(command, is_full)
+    answering = answer_gate(command, is_full)
     code = command.end()
     answering.join()
     return Ended(list(dict.fromkeys(files)), log.read_text().splitlines(), code)
-
-
-def answer(command: Command, is_full: Callable[[str], bool]) -> threading.Thread:
-    def work() -> None:
-        gate = command.gate
-        assert gate is not None
-        with suppress(EOFError, OSError):
-            while True:
-                gate.send_bytes(b"full" if is_full(gate.recv_bytes().decode()) else b"go")
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    return thread
 
 
 def general(name: str) -> str:

@@ -10,14 +10,14 @@ from collections.abc import Iterator, Sequence
 import pytest
 from drawn import one_in
 from fault_proxy import Fault
-from matrix import FAULTS, Cell, Matrix, matrix
+from matrix import FAULTS, Cell, Matrix
 
 from dlora.protocol.choices import KindChoice
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Matrix]:
-    with matrix(tmp_path_factory.mktemp("faults")) as found:
+    with Matrix(tmp_path_factory.mktemp("faults")) as found:
         yield found
 
 
@@ -39,7 +39,7 @@ def test_faults_at_each_kind_of_boundary_change_no_bit(whole: Matrix) -> None:
 @pytest.fixture(scope="module")
 def bottleneck(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Matrix]:
     """Of a kind of which the server keeps a part: activated, over int8."""
-    with matrix(tmp_path_factory.mktemp("faults-bottleneck"), kind="bottleneck") as found:
+    with Matrix(tmp_path_factory.mktemp("faults-bottleneck"), kind="bottleneck") as found:
         yield found
 
 
@@ -59,7 +59,7 @@ def test_a_killed_server_changes_no_bit_of_bottlenecks(bottleneck: Matrix) -> No
 def test_faults_change_no_bit_of_the_kinds_that_the_server_keeps_a_part_of(
     tmp_path_factory: pytest.TempPathFactory, kind: KindChoice
 ) -> None:
-    with matrix(tmp_path_factory.mktemp(f"faults-{kind}"), kind=kind) as found:
+    with Matrix(tmp_path_factory.mktemp(f"faults-{kind}"), kind=kind) as found:
         cases = [case for nth, fault in enumerate(FAULTS) for case in one_in(8, found.cases(fault), nth)]
         check(list(found.run(cases)))
 
