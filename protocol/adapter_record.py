@@ -30,8 +30,7 @@ class TrainingRecord(msgspec.Struct, frozen=True, kw_only=True):
     """What an adapter learnt, and what that took. Never a seed, a path, a server's name or a digest of the data.
 
     Attributes:
-        steps: optimizer steps.
-        examples: of the training data; tokens, labelled: that all steps have seen, labels among them.
+        steps: of the optimizer; examples: of the training data; tokens, labelled: that all steps have seen.
         eval_loss_before, eval_loss_after: mean loss a label on held-out data of the base model and of this very
             adapter; None where it was not evaluated. eval_tokens: labels of that data.
         bytes_per_token: both ways, of all steps; round_trips_per_step: waits for the server.
@@ -55,15 +54,12 @@ class TrainingRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AdapterRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """The whole file.
+    """The whole file; what nobody knows is None.
 
     Attributes:
-        format: of this file; software: that wrote it.
-        base_model, base_fingerprint: the name and the fingerprint of the base model.
-        kind: what it was trained as; rank.
+        kind: what it was trained as.
         weights_sha256: of ``adapter_model.safetensors``.
         replaces_sha256: of the weights that are being replaced: a save that was cut short may have left these.
-        training: None where nobody knows.
     """
 
     format: int

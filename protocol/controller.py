@@ -32,6 +32,8 @@ from .kill_revive import MARGIN, TRIAL_SHARE, KillReviveConfig, Timetable, UnitS
 
 Floats = npt.NDArray[np.float64]
 States = npt.NDArray[np.uint8]
+Flags = npt.NDArray[np.bool_]
+Indices = npt.NDArray[np.intp]
 
 EMA_DECAY: Final = 0.85
 """Of the moving average of a unit's scores."""
@@ -165,14 +167,14 @@ class Controller:
         self._since = np.frombuffer(state, "<i8", units, 8 + 2 * units).astype(np.int64)
         self._ema = np.frombuffer(state, "<f8", units, 8 + 10 * units).astype(np.float64)
 
-    def _fixed_set(self) -> npt.NDArray[np.bool_]:
+    def _fixed_set(self) -> Flags:
         if self.timetable.floor == self._states.size:
             return np.ones(self._states.size, np.bool_)
         chosen = self._pinned.copy()
         chosen[list(self.config.static)] = True
         return chosen
 
-    def _first_set(self, has_learnt: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    def _first_set(self, has_learnt: Flags) -> Flags:
         """The pinned units; of the others first those that have learnt something; each time evenly along the depth."""
         chosen = self._pinned.copy()
         for among in (has_learnt, ~has_learnt):
@@ -181,7 +183,7 @@ class Controller:
             chosen[list(evenly(left, count))] = True
         return chosen
 
-    def _begin_with(self, chosen: npt.NDArray[np.bool_], has_learnt: npt.NDArray[np.bool_]) -> None:
+    def _begin_with(self, chosen: Flags, has_learnt: Flags) -> None:
         """The others are killed from step 0 on; those that have learnt nothing have no effect that could be kept."""
         self._states[~chosen] = _KILLED
         self._kill(np.flatnonzero(~chosen & has_learnt), 0)
@@ -202,7 +204,7 @@ class Controller:
             return np.random.default_rng([self._seed, step, 0]).random(self._states.size)
         return self._ema / self._costs
 
-    def _ranked(self, among: npt.NDArray[np.bool_], rank_values: Floats) -> npt.NDArray[np.intp]:
+    def _ranked(self, among: Flags, rank_values: Floats) -> Indices:
         """Indices of the units ``among``, best first: pinned ones, then by worth; a tie goes to the deeper unit.
 
         Worth counts times the gap that a unit fills: the worst is taken out, its neighbours' gaps grow, and so on (the
@@ -250,9 +252,7 @@ class Controller:
             better = rank_values[best] > rank_values[failed]
             self._swap(failed[better], best[better], step)
 
-    def _replaceable_units(
-        self, step: int, rank_values: Floats, on_probation: npt.NDArray[np.bool_], judged: npt.NDArray[np.bool_]
-    ) -> npt.NDArray[np.intp]:
+    def _replaceable_units(self, step: int, rank_values: Floats, on_probation: Flags, judged: Flags) -> Indices:
         """Units that may lose their seat, worst first: clearly below the last seat that no trial may take."""
         order = self._ranked((self._states == _ACTIVE) & ~on_probation, rank_values)
         safe = self.timetable.floor - self.trial_seats
@@ -261,13 +261,12 @@ class Controller:
         rest = order[safe:]
         old_enough = judged[rest] | (step - self._since[rest] >= self.config.kill_every)
         below = rank_values[rest] < rank_values[order[safe - 1]] * (1.0 - MARGIN)
-        replaceable: npt.NDArray[np.intp] = rest[old_enough & below & ~self._pinned[rest]][::-1]
+        replaceable: Indices = rest[old_enough & below & ~self._pinned[rest]][::-1]
         return replaceable
 
-    def _draw(self, step: int, rank_values: Floats, idle: npt.NDArray[np.bool_], count: int) -> npt.NDArray[np.intp]:
+    def _draw(self, step: int, rank_values: Floats, idle: Flags, count: int) -> Indices:
         """Draw ``count`` of the ``idle`` units without replacement, p ~ (I/max I + 0.1)·(1 + idle/(4·revive_every)),
-        times the distance to the nearest active unit, with I = max I for a unit that was never scored.
-        """
+        times the distance to the nearest active unit, with I = max I for a unit that was never scored."""
         indices = np.flatnonzero(idle)
         if self.config.score == "random" or not rank_values[indices].any():
             weight = np.full(len(indices), DRAW_FLOOR)
@@ -282,12 +281,12 @@ class Controller:
         keys = np.random.default_rng([self._seed, step, 1]).standard_exponential(len(indices)) / weight
         return indices[np.argsort(keys, kind="stable")[: max(0, count)]]
 
-    def _swap(self, out: npt.NDArray[np.intp], into: npt.NDArray[np.intp], step: int) -> None:
+    def _swap(self, out: Indices, into: Indices, step: int) -> None:
         self._kill(out, step)
         self._states[into] = _ACTIVE
         self._since[into] = step
 
-    def _kill(self, units: npt.NDArray[np.intp], step: int) -> None:
+    def _kill(self, units: Indices, step: int) -> None:
         if self.config.on_kill == "hold_forward" or self.config.gives_to_server:
             self._states[units] = _HELD
         elif self.config.on_kill == "fade" and step and self.timetable.can_fade(step):
@@ -297,9 +296,7 @@ class Controller:
         self._since[units] = step
 
 
-def unit_costs(
-    groups: Sequence[GroupSpec], units: Sequence[Sequence[int]], crossings: Sequence[Crossing]
-) -> Floats:
+def unit_costs(groups: Sequence[GroupSpec], units: Sequence[Sequence[int]], crossings: Sequence[Crossing]) -> Floats:
     """What each unit costs relative to the others: float64 (units,), positive, mean 1.
 
     The mean of three costs, each with mean 1: numbers on the wire for each row that crosses (forward and backward, so

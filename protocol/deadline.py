@@ -11,16 +11,11 @@ MAX_FACTOR: Final = 10.0
 class Deadline:
     """A deadline for something that happens again and again, and has been measured.
 
-    It is ``factor`` times the longest of the last 64 waits, at least ``floor_s`` and at most ten times that: a peer
-    that is slow on purpose must not be able to make us wait for hours. The longest and not the mean: a wait is mostly
-    over soon, and a peer that is given up too early costs more than one that is given up late. Nothing measured yet:
-    ``floor_s``.
+    It is ``factor`` times the longest of the last 64 waits, at least ``floor_s``, in seconds, and at most ten times
+    that: a peer that is slow on purpose must not be able to make us wait for hours. The longest and not the mean: a
+    wait is mostly over soon, and a peer that is given up too early costs more than one that is given up late.
 
     It has no clock; the caller measures. Several threads may wait for the same peer.
-
-    Args:
-        floor_s: never less, in seconds.
-        factor: the deadline is this many times the longest recent wait; at least 1.
     """
 
     def __init__(self, floor_s: float, factor: float = 10.0) -> None:

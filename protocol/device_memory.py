@@ -32,13 +32,8 @@ _WIDE_COPIES: Final = 3  # of a block's widest tensors, in the pass that is unde
 
 @dataclass(frozen=True)
 class DeviceModel:
-    """What of a base model is on the device.
-
-    Attributes:
-        blocks: how many the base model has.
-        groups: the exchange groups of all modules that can be trained; all linear modules of the blocks, that is.
-        head_dtype, block_dtype: how the weights of head and blocks are stored.
-    """
+    """What of a base model with so many ``blocks`` is on the device; ``groups`` are the exchange groups of all modules
+    that can be trained, of all linear modules of the blocks, that is."""
 
     blocks: int
     hidden_size: int

@@ -24,12 +24,9 @@ MAX_REPEATS: Final = 16  # in a row; a network that doubles frames makes one
 
 
 class Link:
-    """One side's end.
+    """One side's end; ``sent`` and ``received`` are the last number in each direction, 0 before the first.
 
     A server's session computes in one thread while its device comes back in another, so the outbox has a lock.
-
-    Attributes:
-        sent, received: the last number in each direction; 0 before the first.
     """
 
     def __init__(self) -> None:
@@ -45,11 +42,8 @@ class Link:
         self._limit = window * MAX_UNACKNOWLEDGED
 
     def keep(self, frame: bytearray) -> None:
-        """Keep the frame with the next number until it is acknowledged.
-
-        Raises ``RemoteProtocolError`` where the peer has not acknowledged for too long: it must not be able to make
-        us keep more and more.
-        """
+        """Keep the frame with the next number until it is acknowledged. Raises ``RemoteProtocolError`` where the peer
+        has not acknowledged for too long: it must not be able to make us keep more and more."""
         with self._lock:
             if len(self._outbox) >= self._limit:
                 raise RemoteProtocolError(f"the peer has acknowledged none of the last {self._limit} frames")
@@ -78,10 +72,8 @@ class Link:
                 self._outbox.popleft()
 
     def missing(self, received: int) -> list[bytearray]:
-        """The frames after number ``received``, which the peer lacks, in order.
-
-        Raises ``RemoteProtocolError`` if it cannot be: it acknowledged more before, or got what was never sent.
-        """
+        """The frames after number ``received``, which the peer lacks, in order. Raises ``RemoteProtocolError`` if it
+        cannot be: it acknowledged more before, or got what was never sent."""
         with self._lock:
             oldest = self._outbox[0][0] if self._outbox else self.sent + 1
             if not oldest - 1 <= received <= self.sent:

@@ -24,11 +24,8 @@ Key = tuple[int, int]
 
 
 class Shapes(NamedTuple):
-    """What is the same for all micro-batches of a session and a mode: widths, codecs and the server's limits.
-
-    Attributes:
-        encoded_width: of what C gives in a session of the purpose ``encode``; 0 in one of another.
-    """
+    """What is the same for all micro-batches of a session and a mode: widths, codecs and the server's limits;
+    ``encoded_width`` as ``OpenSession`` has it."""
 
     crossings: tuple[Crossing, ...]
     codecs: Codecs
@@ -53,12 +50,8 @@ class Shapes(NamedTuple):
 
 
 class GroupStates(NamedTuple):
-    """Groups by what their units do.
-
-    Attributes:
-        live: those of all units that exchange, in execution order; active: those of units that are trained.
-        given: those that C applies by itself.
-    """
+    """Groups by what their units do: ``live`` ones exchange, in execution order, ``active`` ones are trained, and those
+    that are ``given`` C applies by itself."""
 
     live: tuple[int, ...] = ()
     active: frozenset[int] = frozenset()
@@ -72,7 +65,6 @@ class MicroBatchRules:
         begun: a message that ``check_embeddings`` passed.
 
     Attributes:
-        key: its step and number.
         mode: as its first message says; trains: whether a backward pass with the groups follows.
         state: FORWARD to BACKWARD, and IDLE once it is through.
         tokens: of all its sequences; rows: that cross at each group; labelled: whose last hidden state is wanted.
@@ -243,11 +235,8 @@ def check_embeddings(message: m.Embeddings, shapes: Shapes) -> None:
 
 
 def check_position(begun: m.Embeddings, context_length: int, cached_tokens: int) -> None:
-    """Raise ``ViolationError`` unless C can go on from there with these tokens, in the mode ``decode``.
-
-    Args:
-        context_length: of the session; cached_tokens: of how many C holds keys and values.
-    """
+    """Raise ``ViolationError`` unless C, which holds keys and values of ``cached_tokens``, can go on from there with
+    these, in the mode ``decode``."""
     if not context_length:
         raise ViolationError("a micro-batch of the mode decode, in a session that has no context length")
     assert begun.position is not None

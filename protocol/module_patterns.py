@@ -55,10 +55,8 @@ Patterns = Mapping[str, Sequence[ModulePattern]]
 
 
 def read_patterns(directory: Path, config: Mapping[str, Any], key: str) -> Patterns:
-    """The patterns under ``key``, ready to match a module's whole name as PEFT matches them.
-
-    Raises ``CheckpointError`` for more than names and ``.``, ``\\.``, ``.*``, ``[0-9]``, ``|``, ``^`` or ``$``.
-    """
+    """The patterns under ``key``, ready to match a module's whole name as PEFT matches them. Raises ``CheckpointError``
+    for more than names and ``.``, ``\\.``, ``.*``, ``[0-9]``, ``|``, ``^`` or ``$``."""
     patterns = config.get(key) or {}
     if not isinstance(patterns, dict):
         raise CheckpointError(f"{directory}: {key} in {CONFIG_NAME} must be an object")
@@ -118,10 +116,7 @@ def _read(pattern: str) -> list[ModulePattern]:
 
 
 def _whole(pieces: Sequence[str]) -> re.Pattern[str]:
-    """What matches pieces with anything between them.
-
-    A piece that is found is never looked for again (``(?>``): where what follows fits further on, it fits after the
-    first place as well. ``fnmatch`` does so too.
-    """
+    """What matches pieces with anything between them. A piece that is found is never looked for again (``(?>``): where
+    what follows fits further on, it fits after the first place as well. ``fnmatch`` does so too."""
     first, *others, last = pieces
     return re.compile(first + "".join(f"(?>.*?{piece})" for piece in others) + f".*{last}")

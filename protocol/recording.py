@@ -71,10 +71,8 @@ def find_recorded(directory: Path, part: str, file: str) -> Path:
 
 
 def read_recording(directory: Path) -> Recording:
-    """The frames in ``directory``, or in its ``frames``; it may be the file itself.
-
-    Raises ``DataError`` where there are none, and where the file is no recording or is torn.
-    """
+    """The frames in ``directory``, or in its ``frames``; it may be the file itself. Raises ``DataError`` where there
+    are none, and where the file is no recording or is torn."""
     path = find_recorded(directory, FRAMES_DIRECTORY, FRAMES_FILE)
     try:
         content = read_regular(path)

@@ -57,8 +57,7 @@ class Session:
         next_micro_batch: the number of the next one that trains, in this step.
         cached_tokens: of how many tokens C holds keys and values.
         under_way: the micro-batches that have begun and are not through, oldest first.
-        bytes_sent, bytes_received: sizes of all frames so far (without the websocket's own framing).
-        round_trips: how often we received after having sent.
+        bytes_sent, bytes_received: of all frames so far; round_trips: how often we received after having sent.
         link: the numbers of the session's frames, and those that the peer may lack.
     """
 
@@ -145,10 +144,7 @@ class Session:
         return frame
 
     def receive(self, frame: bytes | bytearray | memoryview) -> AnyMessage | None:
-        """Decode and check a frame of the peer's; None for one that came before.
-
-        Raises ``RemoteProtocolError`` with its wire code.
-        """
+        """Decode and check a frame of the peer's; None for one that came before. Raises ``RemoteProtocolError``."""
         message = self._decoder.decode(frame)
         prefix = read_prefix(frame)
         numbered = isinstance(message, NUMBERED)
@@ -180,10 +176,8 @@ class Session:
         return message
 
     def resume(self, handshake: Session, received: int) -> list[bytearray]:
-        """Go on over another connection, whose ``handshake`` has ended in RESUMED: the frames to send again.
-
-        ``received`` is the last number that the peer has. Raises ``RemoteProtocolError`` if that cannot be.
-        """
+        """Go on over another connection, whose ``handshake`` has ended in RESUMED: the frames to send again, after the
+        number ``received``, the last that the peer has. Raises ``RemoteProtocolError`` if that cannot be."""
         missing = self.link.missing(received)
         if self._state is State.CLOSED:
             self._state = self._before_error

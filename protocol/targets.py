@@ -82,12 +82,8 @@ def groups_of(manifest: Manifest, names: Collection[str]) -> tuple[GroupSpec, ..
 def names_selecting(
     manifest: Manifest, groups: tuple[GroupSpec, ...], blocks: Collection[int] = ()
 ) -> tuple[str, ...]:
-    """Names that select these groups' modules, and no others: as short as can be.
-
-    Args:
-        groups: as ``groups_of`` gives them.
-        blocks: that the names will be looked for in; none: in all.
-    """
+    """Names that select the modules of ``groups``, as ``groups_of`` gives them, and no others: as short as can be.
+    ``blocks``: where they will be looked for; none: in all."""
     short = tuple(module_names(groups))
     is_exact = choose_groups(manifest, short, blocks) == groups
     return short if is_exact else tuple(target_names(groups))

@@ -104,10 +104,9 @@ def is_exponent(exponent: int, dtype: str) -> bool:
 
 
 def parse_descriptor(descriptor: Any, frame: memoryview, offset: int) -> tuple[WireTensor, int]:
-    """View the tensor that ``descriptor`` names at ``offset`` of ``frame``; return it and its end.
+    """View the tensor that ``descriptor`` names at ``offset`` of ``frame``, without a copy; gives it and its end.
 
-    Raises ``RemoteProtocolError`` unless the descriptor is ``[dtype, shape, exponent]`` within the limits and
-    its bytes lie inside the frame. Nothing is allocated.
+    Raises ``RemoteProtocolError`` unless it is ``[dtype, shape, exponent]`` within limits and the frame.
     """
     match descriptor:
         case [str(dtype), list(shape), int(exponent)] if dtype in DTYPES:

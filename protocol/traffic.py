@@ -35,15 +35,9 @@ def text_bytes(tokens: int, embedding_size: int, codecs: Codecs, send: Send) -> 
     return 4 * tokens if send == "token-ids" else codecs.of(TensorRole.EMBEDDINGS).nbytes(tokens, embedding_size)
 
 
-def encode_traffic(
-    lengths: Sequence[int], *, width: int, embedding_size: int, codecs: Codecs, send: Send
-) -> Traffic:
-    """The traffic of one micro-batch of the mode ``encode``.
-
-    Args:
-        lengths: of its sequences, in tokens.
-        width: of what comes out of the blocks that are run.
-    """
+def encode_traffic(lengths: Sequence[int], *, width: int, embedding_size: int, codecs: Codecs, send: Send) -> Traffic:
+    """The traffic of one micro-batch of the mode ``encode``, of sequences of these lengths, in tokens; ``width``:
+    of what comes out of the blocks that are run."""
     up = _embeddings_bytes(text_bytes(sum(lengths), embedding_size, codecs, send), [4 * len(lengths), 0], send)
     codec = codecs.of(TensorRole.LAST_HIDDEN_STATES)
     header = msgspec.msgpack.encode([(codec.dtype, (length, width), -1) for length in lengths])
@@ -104,10 +98,8 @@ def micro_batch_traffic(
 
 
 def adapter_state_traffic(state_nbytes: Sequence[Sequence[int]], *, made: bool) -> Traffic:
-    """The traffic of setting up what the server keeps of each group: it is ``made`` there, or given back by the device.
-
-    ``state_nbytes``: the sizes of each group's tensors.
-    """
+    """The traffic of setting up what the server keeps of each group, whose tensors have these sizes: it is ``made``
+    there, or given back by the device."""
     groups = len(state_nbytes)
     with_state = sum(frame_bytes(1, list(sizes)) for sizes in state_nbytes)
     without = groups * frame_bytes(1, [])

@@ -1,13 +1,16 @@
 """How floating-point tensors are stored on the wire: one codec a storage, chosen by what a tensor is.
 
-The server has a twin of each codec in torch (``dlora.cloud.exchange.torch_codecs``), which gives the same bits.
+A codec has the ``dtype`` of what it stores, a key of ``DTYPES``. ``encode`` takes a float32 array, and raises
+``NonFiniteError`` on NaN or infinity; ``decode`` gives float32, maybe a view of the frame, so do not write into it;
+``nbytes`` are those of the stored array of (rows, width) values. The server has a twin of each codec in torch
+(``dlora.cloud.exchange.torch_codecs``), which gives the same bits.
 """
 
 from __future__ import annotations
 
 import math
 from enum import StrEnum
-from typing import Final, Protocol
+from typing import Final
 
 import msgspec
 import numpy as np
@@ -84,29 +87,6 @@ class Codecs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     def of(self, role: TensorRole) -> Codec:
         """The codec of a role."""
         return CODECS[getattr(self, role.value)]
-
-
-class Codec(Protocol):
-    """One way to store a floating-point tensor.
-
-    Attributes:
-        dtype: of the stored array, a key of ``DTYPES``; no two codecs have the same.
-    """
-
-    @property
-    def dtype(self) -> str: ...
-
-    def encode(self, values: FloatArray) -> WireTensor:
-        """Put a float32 array on the wire. Raises ``NonFiniteError`` on NaN or infinity."""
-
-    def decode(self, tensor: WireTensor) -> FloatArray:
-        """The values as float32; maybe a view of the frame, so do not write into it."""
-
-    def is_finite(self, tensor: WireTensor) -> bool:
-        """Whether all values are finite."""
-
-    def nbytes(self, rows: int, width: int) -> int:
-        """Bytes of the stored array of (rows, width) values."""
 
 
 class _Fp32:
@@ -204,10 +184,9 @@ _LEAST_SCALE: Final = np.float32(1e-30)
 _NOT_FINITE: Final = "NaN or infinity in what was to be sent"
 _ALWAYS_FINITE_EXPONENT: Final = 112  # any finite half times 2**112 is below float32's largest
 
+Codec = _Fp32 | _Fp16 | _Int8
 CODECS: Final[dict[str, Codec]] = {"int8": _Int8(), "fp16": _Fp16(), "fp32": _Fp32()}
-"""All codecs, by name."""
-
-_BY_DTYPE: Final = {codec.dtype: codec for codec in CODECS.values()}
+"""All codecs, by name, which is their dtype."""
 
 
 def encode_floats(values: FloatArray, name: WireDtype) -> WireTensor:
@@ -217,10 +196,10 @@ def encode_floats(values: FloatArray, name: WireDtype) -> WireTensor:
 
 def decode_floats(tensor: WireTensor) -> FloatArray:
     """The float32 values of a tensor that some codec stored."""
-    return _BY_DTYPE[tensor.dtype].decode(tensor)
+    return CODECS[tensor.dtype].decode(tensor)
 
 
 def is_finite(tensor: WireTensor) -> bool:
     """Whether a tensor of any dtype has neither NaN nor infinity."""
-    codec = _BY_DTYPE.get(tensor.dtype)
+    codec = CODECS.get(tensor.dtype)
     return codec is None or codec.is_finite(tensor)
