@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from dlora.protocol.errors import NonFiniteError, RemoteProtocolError
 from dlora.protocol.frames import HEADER_BLOCK, PREFIX_BYTES, Decoder, encode, frame_bytes, read_prefix, write_checksum
 from dlora.protocol.groups import GroupSpec, TargetSpec
 from dlora.protocol.kill_revive import KillReviveConfig
-from dlora.protocol.tensors import WireTensor, fp16_exponent
+from dlora.protocol.tensors import DTYPES, SCALE_BYTES, WireTensor, fp16_exponent
 from dlora.protocol.wire_codecs import Codecs, decode_floats, encode_floats, is_finite
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -136,6 +137,19 @@ def test_a_frame_has_the_size_that_the_formula_gives_and_nothing_behind(name: st
     assert len(frame) == frame_bytes(blocks, [tensor.nbytes for tensor in m.tensors_of(EXAMPLES[name])])
     with pytest.raises(RemoteProtocolError, match="left over"):
         Decoder().decode(write_checksum(frame + b"\0"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (5,), (2, 3), (3, 0), (1, 2, 3), (2, 1, 2, 1)])
+def test_tensors_of_any_kind_and_shape_come_as_they_went(dtype: str, shape: tuple[int, ...]) -> None:
+    """Whatever their bits."""
+    if dtype == "int8":  # in memory it has two dimensions, whatever a frame may say
+        shape = shape[0] if shape else 1, math.prod(shape[1:]) + SCALE_BYTES
+    nbytes = math.prod(shape) * DTYPES[dtype].itemsize
+    data = np.frombuffer(np.random.default_rng(0).bytes(nbytes), DTYPES[dtype]).reshape(shape)
+    for exponent in (0, -127, -1, 1, 113, 127) if dtype == "fp16" else (0,):
+        message = m.GroupDelta(**_FIRST, group=0, deltas=(WireTensor(dtype, data, exponent), *_INT8_GRADS))
+        assert Decoder().decode(encode(message)) == message
 
 
 def test_decoded_tensors_are_views_that_cannot_be_written() -> None:

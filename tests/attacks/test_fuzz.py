@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import math
 import os
 import struct
 import subprocess
@@ -13,12 +12,9 @@ import tracemalloc
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from random import Random
-from typing import Any
+from random import Random, randrange
 
 import conversations as c
-import msgspec
-import numpy as np
 import pytest
 from attacks import fuzz_checkpoint, fuzz_session
 from attacks.fuzz import TARGETS
@@ -38,10 +34,9 @@ from dlora.protocol.frames import HEADER_BLOCK, Decoder, encode
 from dlora.protocol.manifest import MANIFEST_NAME, FileSpec, check_file
 from dlora.protocol.session import Session
 from dlora.protocol.states import Side
-from dlora.protocol.tensors import DTYPES, SCALE_BYTES, WireTensor
+from dlora.protocol.tensors import WireTensor
 
 HERE = Path(__file__).parent
-INPUTS = 1500
 
 
 def made(name: str, directory: Path) -> Target:
@@ -55,12 +50,15 @@ def made(name: str, directory: Path) -> Target:
 @pytest.mark.parametrize("name", TARGETS)
 def test_mutated_inputs_raise_only_documented_errors(name: str, tmp_path: Path) -> None:
     """What ``fuzz.py`` does, without coverage: chains of mutations, always the same ones."""
-    target = made(name, tmp_path)
-    rng = Random(0)
+    run_mutated(made(name, tmp_path), 0, 1500)
+
+
+def run_mutated(target: Target, seed: int, inputs: int) -> None:
+    rng = Random(seed)
     pool = list(target.corpus)
     for data in pool:
         target.run(data)
-    for _ in range(INPUTS):
+    for _ in range(inputs):
         data = target.mutate(rng.choice(pool), rng)
         target.run(data)
         if len(data) < 20_000 and rng.random() < 0.2:
@@ -109,91 +107,27 @@ def test_fuzz_command_runs(tmp_path: Path) -> None:
 
 # -- frames ----------------------------------------------------------------------------------------------
 
-INDEX = st.integers(0, 2**32 - 1)
-SHAPES = [(), (0,), (1,), (5,), (2, 3), (3, 0), (1, 2, 3), (2, 1, 2, 1)]
-# Hypothesis is the slow part here: few draws an example.
-KINDS = st.sampled_from(
-    [(dtype, shape, 0) for dtype in DTYPES for shape in SHAPES]
-    + [("fp16", (2, 3), exponent) for exponent in (-127, -1, 1, 112, 113, 127)]
-)
-BITS = st.binary(min_size=1, max_size=8)
-
-
-@st.composite
-def any_message(draw: st.DrawFn) -> m.AnyMessage:
-    """A message with any numbers, short text, and tensors of any kind and bits."""
-    message = draw(st.sampled_from(EXAMPLES))
-    changes: dict[str, Any] = {}
-    for name, value in msgspec.structs.asdict(message).items():
-        if isinstance(value, WireTensor):
-            changes[name] = tensor(*draw(KINDS), draw(BITS))
-        elif isinstance(value, tuple) and value and isinstance(value[0], WireTensor):
-            changes[name] = (tensor(*draw(KINDS), draw(BITS)), tensor(*draw(KINDS), b"\x3c"))
-        elif name in ("step", "received", "gradients"):
-            changes[name] = draw(INDEX)
-        elif name in ("software", "message", "session"):
-            changes[name] = draw(st.text(max_size=12))
-    return msgspec.structs.replace(message, **changes)
-
-
-def tensor(dtype: str, shape: tuple[int, ...], exponent: int, bits: bytes) -> WireTensor:
-    """``bits`` over and over."""
-    if dtype == "int8":  # in memory it has two dimensions, whatever a frame may say
-        shape = shape[0] if shape else 1, math.prod(shape[1:]) + SCALE_BYTES
-    nbytes = math.prod(shape) * DTYPES[dtype].itemsize
-    data = np.frombuffer((bits * (nbytes + 1))[:nbytes], DTYPES[dtype]).reshape(shape)
-    return WireTensor(dtype, data, exponent)
-
-
 DECODER = Decoder()
 
 
-def check_frame(message: m.AnyMessage, seq: int, where: int, flip: int) -> None:
-    frame = encode(message, seq=seq, ack=seq // 2)
-    assert DECODER.decode(frame) == message
-    at = where % len(frame)
-    with pytest.raises(RemoteProtocolError):
-        DECODER.decode(frame[:at])
-    frame[at] ^= flip
-    with pytest.raises(RemoteProtocolError):
-        DECODER.decode(frame)
-    # An attacker writes the checksum anew: then it is a message, or it is refused.
-    try:
-        changed = DECODER.decode(sealed(bytes(frame)))
-    except RemoteProtocolError:
-        return
-    assert DECODER.decode(encode(changed)) == changed
-
-
-FRAMES = {"message": any_message(), "seq": INDEX, "where": st.integers(0, 2**16), "flip": st.integers(1, 255)}
-
-
-@settings(max_examples=500, deadline=None, derandomize=True)
-@given(**FRAMES)
-def test_mutated_frames_decode_or_are_refused(message: m.AnyMessage, seq: int, where: int, flip: int) -> None:
-    check_frame(message, seq, where, flip)
-
-
 @pytest.mark.slow
-@settings(max_examples=20_000, deadline=None, database=None)
-@given(**FRAMES)
-def test_many_mutated_frames_decode_or_are_refused(
-    message: m.AnyMessage, seq: int, where: int, flip: int
-) -> None:
-    check_frame(message, seq, where, flip)
+def test_many_mutated_frames_decode_or_are_refused(tmp_path: Path) -> None:
+    """Others each time."""
+    seed = randrange(2**32)
+    print("seed", seed)
+    run_mutated(made("decoder", tmp_path), seed, 20_000)
 
 
 @pytest.mark.parametrize("message", EXAMPLES, ids=lambda message: type(message).__name__)
 def test_truncated_or_changed_frame_is_refused(message: m.AnyMessage) -> None:
     frame = encode(message, seq=3, ack=2)
-    decoder = Decoder()
     for at in range(len(frame)):
         with pytest.raises(RemoteProtocolError):
-            decoder.decode(frame[:at])
+            DECODER.decode(frame[:at])
         changed = frame.copy()
         changed[at] ^= 0x10
-        with pytest.raises(RemoteProtocolError):
-            decoder.decode(changed)
+        with pytest.raises(DamagedFrameError):
+            DECODER.decode(changed)
 
 
 def header_of(fields: bytes, fill: bytes, times: int) -> bytes:

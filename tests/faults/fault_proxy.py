@@ -322,24 +322,15 @@ def _pass_http(link: _Link, direction: Direction, stream: BufferedReader) -> Non
 
 def _read_frame(stream: BufferedReader) -> bytearray:
     """One websocket frame as it came; empty at the end."""
-    frame = bytearray(stream.read(2))
-    if len(frame) < 2:
+    head = stream.read(2)
+    if len(head) < 2:
         return bytearray()
-    rest = _head_bytes(frame) - 2
-    frame += stream.read(rest)
-    length = frame[1] & 127
+    head += stream.read(_head_bytes(head) - 2)
+    length = head[1] & 127
     if length > 125:
-        length = int.from_bytes(frame[2 : 4 if length == 126 else 10], "big")
-    head = len(frame)
-    frame += bytes(length)
-    with memoryview(frame) as view:
-        got = 0
-        while got < length:
-            more = stream.readinto(view[head + got :])
-            if not more:
-                return bytearray()
-            got += more
-    return frame
+        length = int.from_bytes(head[2 : 4 if length == 126 else 10], "big")
+    payload = stream.read(length)
+    return bytearray(head + payload) if len(payload) == length else bytearray()
 
 
 def _head_bytes(frame: bytes | bytearray) -> int:

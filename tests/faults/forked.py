@@ -26,7 +26,7 @@ from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from multiprocessing.sharedctypes import RawArray
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from processes import quiet_environment
 
@@ -104,12 +104,8 @@ class Command:
         return lines[-1][:300] if lines else "(said nothing)"
 
 
-class Start(Protocol):
-    """Start ``dlora-edge`` (``package`` "edge") or ``dlora-cloud`` ("cloud"); what it says is added to ``log``."""
-
-    def __call__(
-        self, package: str, arguments: Sequence[object], log: Path, *, watch: Path | None = None, **environment: str
-    ) -> Command: ...
+Start = Callable[..., Command]
+"""Start ``dlora-edge`` (package "edge") or ``dlora-cloud`` ("cloud"); what it says is added to a log."""
 
 
 def fork_command(
@@ -117,9 +113,8 @@ def fork_command(
 ) -> Command:
     """Start a command in milliseconds; see ``Start``.
 
-    Args:
-        watch: a directory; before it opens for writing, renames or removes a file in there, the process sends the
-            operation through ``gate`` and waits for an answer: ``b"full"`` fails it, as a full disk does.
+    ``watch`` is a directory: before it opens for writing, renames or removes a file in there, the process sends the
+    operation through ``gate`` and waits for an answer. ``b"full"`` fails it, as a full disk does.
     """
     _start_fork_server()
     clocks = Clocks()
@@ -148,13 +143,9 @@ def spawn_command(
 ) -> Command:
     """Start a command as a shell does; see ``Start``. Its file operations cannot be watched."""
     executable = Path(sys.executable).parent / f"dlora-{package}"
+    environment = {**quiet_environment(), **environment}
     with log.open("a") as output:
-        process = subprocess.Popen(
-            [executable, *map(str, arguments)],
-            stdout=output,
-            stderr=output,
-            env={**quiet_environment(), **environment},
-        )
+        process = subprocess.Popen([executable, *map(str, arguments)], stdout=output, stderr=output, env=environment)
 
     def wait(timeout_s: float) -> int | None:
         with suppress(subprocess.TimeoutExpired):
@@ -194,14 +185,9 @@ def free_port() -> int:
 
 
 def _run(
-    package: str,
-    arguments: list[str],
-    log: str,
-    clocks: Clocks,
-    gate: Connection | None,
-    watched: str,
+    package: str, arguments: list[str], log: str, clocks: Clocks, gate: Connection | None, watched: str,
     environment: dict[str, str],
-) -> None:
+) -> None:  # fmt: skip
     os.environ.update({**quiet_environment(), **environment})
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(descriptor, 1)
