@@ -43,11 +43,8 @@ _OUT_OF_MEMORY, _BUG = "out of memory", "bug"
 
 
 class Note:
-    """Where the child is, in memory that parent and child share.
-
-    Args:
-        advice: what to do where that place needs too much memory, or never ends.
-    """
+    """Where the child is, in memory that parent and child share; ``advice`` says what to do where that place needs too
+    much memory, or never ends."""
 
     def __init__(self, advice: str) -> None:
         self.advice = advice

@@ -58,10 +58,8 @@ class ViolationError(Exception):
 class DloraError(Exception):
     """Something else that we name; ``selftest`` or ``doctor`` found a problem, ``plan`` nothing that fits.
 
-    Base of all errors that dlora raises on purpose; its text is one line that says what to do.
-
-    Attributes:
-        again: whether the same command may go well later, in Markdown.
+    Base of all errors that dlora raises on purpose; its text is one line that says what to do. ``again``: whether the
+    same command may go well later, in Markdown.
     """
 
     exit_code: ClassVar[int] = 1
@@ -115,12 +113,8 @@ class LocalProtocolError(ProtocolError):
 
 
 class RemoteProtocolError(ProtocolError):
-    """The peer sent what the rules forbid.
-
-    Attributes:
-        code: the wire code (``ErrorCode``) that the answer carries.
-        retryable: whether the same may succeed later; a broken rule stays broken.
-    """
+    """The peer sent what the rules forbid; the answer carries its ``code``, an ``ErrorCode``. A broken rule stays
+    broken: the same does not succeed later."""
 
     retryable: ClassVar[bool] = False
 
@@ -145,12 +139,8 @@ class SessionLostError(ConnectionFailedError):
 class RefusedError(DloraError):
     """The server refused, and why.
 
-    Nobody broke a rule: it is full, stops, has its limits, does not know who calls, or has a bug itself.
-
-    Attributes:
-        code: the wire code (``ErrorCode``).
-        retryable: whether the same request may succeed later.
-        retry_after_s: when to come again, in seconds, where the server said so.
+    Nobody broke a rule: it is full, stops, has its limits, does not know who calls, or has a bug itself. ``code`` is an
+    ``ErrorCode``; ``retryable``: whether the same request may succeed later, after so many seconds where it said so.
     """
 
     exit_code = 8

@@ -39,8 +39,7 @@ class Prefix(NamedTuple):
 
     Attributes:
         seq: number of the frame in its session's direction, from 1; 0 for messages outside of a session.
-        ack: the last ``seq`` that the sender has received.
-        checksum: CRC-32 (IEEE 802.3) of all other bytes of the frame.
+        ack: the last ``seq`` that the sender has received; checksum: CRC-32 (IEEE 802.3) of all other bytes.
     """
 
     header_length: int

@@ -15,13 +15,10 @@ Gain = Annotated[float, msgspec.Meta(ge=1 / MAX_GAIN, le=MAX_GAIN)]
 
 
 class TargetSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One target module.
+    """One target module, by its full name in the base model, as PEFT spells it, and the width of its output.
 
-    Attributes:
-        name: its full name in the base model, as PEFT spells it.
-        out_features: the width of its output.
-        gain: what the output of its adapters is multiplied by before it is added, so that a learning rate means the
-            same for every module of every model: see ``dlora.export.gains``.
+    ``gain`` is what the output of its adapters is multiplied by before it is added, so that a learning rate means the
+    same for every module of every model: see ``dlora.export.gains``.
     """
 
     name: str

@@ -53,8 +53,7 @@ class KillReviveConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
             baseline ``static`` has its own units instead.
         unit: what is switched: a whole ``block`` (all its exchange groups) or a single exchange ``group``.
         score: what the device reports and the cloud ranks by; ``random`` and ``static`` ignore it.
-        warmup_fraction: share of the steps, from the first on, in which nothing is killed.
-        warmup_steps: the least number of such steps, where the share is less.
+        warmup_fraction: share of the steps, from the first on, in which nothing is killed; ``warmup_steps`` at least.
         ramp_fraction: share of the steps at which the cubic budget reaches ``k``.
         kill_every, revive_every: ticks, in steps. revive_every 0: never revive.
         probation: steps for which a revived unit is not ranked.

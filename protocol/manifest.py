@@ -128,8 +128,7 @@ class BlockSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     """One block that a device can run.
 
     Attributes:
-        index: its number; path: its name in the base model, which those of its modules begin with.
-        graph: the key of its graphs.
+        path: its name in the base model, which those of its modules begin with; graph: the key of its graphs.
         window: how many tokens its attention sees at most, the token itself among them; None: all before it.
         weights: graph input to ``.npy`` file; tables: likewise, of what depends on positions.
     """

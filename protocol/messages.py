@@ -73,7 +73,7 @@ class Welcome(Message, frozen=True):
     """C answers: the version both will speak, the base model it serves, and its limits.
 
     Attributes:
-        base_fingerprint: hex SHA-256 of the base model's weights, see docs/reference/bundle.md.
+        base_fingerprint: hex SHA-256, see docs/reference/bundle.md.
         embedding_size: width of the hidden states that E sends; hidden_size: of those that C returns.
         max_sequence_length: in tokens; max_tokens: of one micro-batch, as ``counting.py`` counts them.
         packs: whether C runs sequences end to end; otherwise each counts as the longest of its micro-batch.
@@ -259,11 +259,11 @@ class GroupDelta(ExchangeMessage, frozen=True):
 
 
 class LabelledHiddenStates(ExchangeMessage, frozen=True):
-    """C ends the forward pass: the last hidden states at the label positions, or, in a session of the purpose
-    ``encode``, what came there out of the last block that it ran.
+    """C ends the forward pass.
 
     Attributes:
-        hidden_states: (labelled, hidden_size), or (labelled, width) of that purpose.
+        hidden_states: the last ones at the label positions, (labelled, hidden_size); or, in a session of the purpose
+            ``encode``, what came there out of the last block that it ran, (labelled, width).
         gradients: how many ``GroupGrad`` will follow a ``GradHiddenStates``; at 0, E sends that only in the mode
             ``basis``.
         computed_s: that C has computed on this micro-batch so far; queued_s: that it has waited for its turn.

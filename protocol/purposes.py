@@ -18,10 +18,8 @@ class Train(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     """The purpose of a training run: C switches its units, and E reports every step.
 
     Attributes:
-        seed: of C's draws.
-        total_steps: length of the run, or of its present part, which kill-and-revive's timetable needs.
-        next_step: the step that comes next; above 0 when a run goes on.
-        ticket: the last ticket that E got, where a run goes on.
+        seed: of C's draws; total_steps: of the run, or of its present part, which kill-and-revive's timetable needs.
+        next_step, ticket: where a run goes on, the step that comes next and the last ticket that E got.
         learnt: units whose adapters have an effect before step 0, from an adapter to start from or an earlier part.
     """
 
@@ -36,9 +34,8 @@ class Train(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 class Use(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="purpose", tag="use"):
     """The purpose of evaluating and generating: every group of the session is live, all the time.
 
-    Attributes:
-        context_length: for how many tokens C is to keep keys and values, so that micro-batches of the mode ``decode``
-            go on from them; 0: none.
+    ``context_length``: for how many tokens C is to keep keys and values, so that micro-batches of the mode ``decode``
+    go on from them; 0: none.
     """
 
     context_length: Index = 0
@@ -51,8 +48,7 @@ class Encode(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     Attributes:
         blocks: how many of them; width: of the hidden states that come out of the last of these.
-        context_length: for how many tokens C is to keep keys and values of these blocks, so that micro-batches of the
-            mode ``decode`` go on from them; 0: none.
+        context_length: as of ``Use``, of keys and values of these blocks.
     """
 
     blocks: Width
