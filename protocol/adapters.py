@@ -49,14 +49,13 @@ class Crossing(msgspec.Struct, frozen=True):
 
 
 class AdapterKind(Protocol):
-    """What both sides must know of a kind."""
+    """What both sides must know of a kind.
 
-    @property
-    def name(self) -> str: ...
+    ``server_makes_state``: whether it can make ``state_shapes``; else the device gives it from the first session on.
+    """
 
-    @property
-    def server_makes_state(self) -> bool:
-        """Whether the server can make ``state_shapes``; otherwise the device gives it from the first session on."""
+    name: str
+    server_makes_state: bool
 
     def crossing(self, spec: AdapterSpec, group: GroupSpec) -> Crossing:
         """What crosses for ``group``. Raises ``UsageError`` where its modules are too narrow for the rank."""
@@ -71,8 +70,8 @@ class AdapterKind(Protocol):
 class _Lora:
     """LoRA (Hu et al., arXiv 2106.09685): A and B of every target module on the device, full widths on the wire."""
 
-    name: Final = "lora"
-    server_makes_state: Final = False
+    name = "lora"
+    server_makes_state = False
 
     def crossing(self, spec: AdapterSpec, group: GroupSpec) -> Crossing:
         return Crossing(group.in_features, tuple(target.out_features for target in group.targets))
@@ -92,8 +91,8 @@ class _Ffa:
     """FFA-LoRA (Sun et al., arXiv 2403.12313): A is frozen and the server's, one for all target modules of a group; B
     of every module is on the device."""
 
-    name: Final = "ffa"
-    server_makes_state: Final = False
+    name = "ffa"
+    server_makes_state = False
 
     def crossing(self, spec: AdapterSpec, group: GroupSpec) -> Crossing:
         return Crossing(spec.r, tuple(target.out_features for target in group.targets))
@@ -109,8 +108,8 @@ class _Bottleneck:
     """A frozen A, and a frozen B stacked over a group's target modules, on the server; one core R a group, r by r, on
     the device: ``dW_j = scaling · B_j R A`` (LoRA-XS, Bałazy et al., arXiv 2405.17604, with A and R shared)."""
 
-    name: Final = "bottleneck"
-    server_makes_state: Final = True
+    name = "bottleneck"
+    server_makes_state = True
 
     def crossing(self, spec: AdapterSpec, group: GroupSpec) -> Crossing:
         narrowest = min(group.in_features, group.out_features)
