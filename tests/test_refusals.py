@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import conversations as c
@@ -154,6 +155,7 @@ REFUSED = [
     Refused([*IDLE, c.report(0), c.report(1)], c.report(2), "a report of step 2"),
     Refused([*IDLE, c.report(0)], c.signal(1), "for another step"),
     Refused([*IDLE, c.report(0)], c.signal(0, b"\1"), "where uint8 (2,) was due"),
+    Refused([*IDLE, c.report(0)], w.changed(c.signal(0), ticket=f(3)), "where uint8"),
     Refused([*IDLE, c.report(0)], c.signal(0, b"\1\x09"), "an unknown unit state"),
     # Groups, and their gradients.
     Refused([*IDLE, c.report(0), c.signal(0, b"\0\1"), c.embeddings(1)], c.group_input(1), "belongs to a killed unit"),
@@ -200,6 +202,10 @@ REFUSED = [
     Refused(IDLE, w.BASIS[0], "of the mode basis in IDLE"),
     *(Refused(FROM_DEVICE, message, "comes from the device") for message in (w.BASIS[0], m.MakeAdapterState(group=0))),
     Refused(GREETED, c.open_session(adapter=AdapterSpec(kind="bottleneck", r=64)), "no wider", LIMIT),
+    Refused(w.WAYS[State.MAKING_STATE], c.adapter_state(gradient_norm=math.inf), "not finite", NON_FINITE),
+    Refused(GREETED, c.open_session(window=2), "a window of 2 micro-batches; at most 1 fit"),
+    Refused(w.WAYS[State.OPENING], w.OPENED, "no units, or no ticket, for a run that trains"),
+    Refused(w.using()[:3], c.session_opened(), "units or a ticket where nothing is trained"),
     *(
         Refused(w.SETTING_UP, c.adapter_state(0, tensors=tensors), "where floats were due", sender=E)
         for tensors in ((ints([[1] * 4] * 2), ints([[1, 1]] * 6)), (WireTensor.from_bytes(b"12"),) * 2)
@@ -214,6 +220,8 @@ REFUSED = [
     # What the server keeps of a context.
     Refused(DECODED, w.decoding(4), "tokens from position 4 on, where only 3 are held"),
     Refused([*DECODED, w.decoding(3)], w.decoding(3, micro_batch=1), "not now"),
+    Refused([c.hello(), w.changed(c.welcome(), window=2), *w.using(window=2)[2:], w.decoding(0)],
+            w.decoding(0, micro_batch=1), "not now"),
     Refused([*w.using(5), *w.decoded(0)], w.decoding(3), "a context of 6 tokens; this session has room for 5", LIMIT),
     Refused(GREETED, w.using(MAX_CONTEXT + 1)[2], "a context of 21 tokens; at most 20 fit", LIMIT),
     *(Refused(w.using(), each, "a position belongs to") for each in (

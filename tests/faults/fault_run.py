@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import numpy as np
 from families import save_tiny
-from fault_proxy import Boundary, Fault, FaultProxy, Message, Plan
+from fault_proxy import Boundary, Fault, FaultProxy, Message
 from forked import END_TIMEOUT_S, Command, Start, fork_command, free_port, wait_until_it_listens
 from safetensors.numpy import load_file
 
@@ -342,32 +342,6 @@ class FaultRun:
     def _later(self, action: Callable[[], None]) -> None:
         self._behind.append(threading.Thread(target=action, daemon=True))
         self._behind[-1].start()
-
-
-def run_with_fault(
-    place: Place,
-    running: Replicas,
-    reference: Reference,
-    out: Path,
-    fault: Fault,
-    boundary: Boundary | AtFile,
-    *,
-    more: Sequence[Plan] = (),
-    when: Any = "before",
-    options: Sequence[object] = (),
-) -> Outcome:
-    """One fault at one boundary of a run (and ``more``), held against the run without."""
-    fault_run = FaultRun(place, running, out, options)
-    if isinstance(boundary, Boundary):
-        fault_run.proxy.plan(*more, Plan(fault, boundary, when))
-        outcome = fault_run.run()
-    else:
-        fault_run.proxy.plan(*more)
-        outcome = fault_run.run(boundary, fault)
-    if not fault_run.proxy.done or fault_run.proxy.pending:
-        outcome.wrong.append("the fault never happened")
-    fault_run.compare(outcome, reference)
-    return outcome
 
 
 def compare(outcome: Outcome, out: Path, wanted: Path, reports: dict[int, set[bytes]]) -> None:

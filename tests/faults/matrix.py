@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from fault_proxy import ON_A_FRAME, Boundary, Fault, Plan
-from fault_run import AtFile, Outcome, Reference, Replicas, make_place, record, replicas, run_with_fault
+from fault_run import AtFile, FaultRun, Outcome, Reference, Replicas, make_place, record, replicas
 
 from dlora.edge.adapters.parts import PARTS_NAME
 from dlora.protocol.choices import KindChoice
@@ -96,10 +96,16 @@ class Matrix:
     def _run(self, case: Case) -> Cell:
         running = self._idle.get()
         try:
-            outcome = run_with_fault(
-                self._place, running, self.reference, self._directory / f"run-{next(self._names)}" / "out", case.fault,
-                case.boundary, when=case.when, more=[Plan(Fault.CUT_LINK, each) for each in case.more], options=DEVICE,
-            )  # fmt: skip
+            fault_run = FaultRun(self._place, running, self._directory / f"run-{next(self._names)}" / "out", DEVICE)
+            fault_run.proxy.plan(*(Plan(Fault.CUT_LINK, each) for each in case.more))
+            if isinstance(case.boundary, Boundary):
+                fault_run.proxy.plan(Plan(case.fault, case.boundary, case.when))
+                outcome = fault_run.run()
+            else:
+                outcome = fault_run.run(case.boundary, case.fault)
+            if not fault_run.proxy.done or fault_run.proxy.pending:
+                outcome.wrong.append("the fault never happened")
+            fault_run.compare(outcome, self.reference)
         finally:
             self._idle.put(running)
         return Cell(case, outcome)
