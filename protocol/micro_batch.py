@@ -118,8 +118,6 @@ class MicroBatchRules:
             case m.GroupInputGrad():
                 self._check_input_grad(message)
                 next_state = self._backward_state()
-            case _:
-                raise ViolationError("not a message of a micro-batch under way")
         self.state = next_state
 
     def _check_input(self, message: m.GroupInput, groups: GroupStates) -> None:

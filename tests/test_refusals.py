@@ -61,6 +61,7 @@ WRONG: dict[tuple[State, m.ErrorCode], dict[str, m.AnyMessage]] = {
         "a negative length": c.embeddings(sequence_lengths=ints([T + 1, -1])),
         "no sequences": c.embeddings(sequence_lengths=ints([])),
         "lengths' dtype": c.embeddings(sequence_lengths=WireTensor("fp32", np.array([1, T - 1], np.float32))),
+        "labels' dtype": c.embeddings(label_positions=WireTensor("fp32", np.array([0, 2], np.float32))),
         "no labels": c.embeddings(label_positions=ints([])),
         "labels twice": c.embeddings(label_positions=ints([1, 1])),
         "labels descending": c.embeddings(label_positions=ints([2, 0])),
