@@ -195,9 +195,17 @@ def test_changed_headers_are_refused(change: dict[str, object]) -> None:
         Decoder().decode(changed)
 
 
-def test_padding_must_be_zero() -> None:
+def test_a_header_beyond_the_limit_is_refused_unseen() -> None:
+    with pytest.raises(RemoteProtocolError, match="header too long") as raised:
+        Decoder().decode(write_checksum(bytearray(((1 << 22) + 1).to_bytes(PREFIX_BYTES, "little"))))
+    assert raised.value.code == "limit"
+
+
+@pytest.mark.parametrize("where", [HEADER_BLOCK - 1, HEADER_BLOCK + 3 * 6 * 4])
+def test_padding_must_be_zero(where: int) -> None:
+    """After the header, and between two tensors."""
     frame = bytearray(encode(EXAMPLES["group_delta"]))
-    frame[HEADER_BLOCK - 1] = 1
+    frame[where] = 1
     with pytest.raises(RemoteProtocolError, match="padding"):
         Decoder().decode(write_checksum(frame))
 

@@ -96,6 +96,8 @@ def test_int8_of_any_shape_is_the_same_on_both_sides(rows: int, width: int) -> N
 
 
 def test_what_is_too_large_for_int8_is_not_sent() -> None:
+    with pytest.raises(NonFiniteError, match="NaN or infinity"):
+        encode_floats(np.full((1, 3), np.nan, np.float32), "int8")
     values = np.full((1, 3), 3e38, np.float32)
     for send in (lambda: encode_floats(values, "int8"), lambda: TORCH_CODECS["int8"].encode(torch.from_numpy(values))):
         with pytest.raises(NonFiniteError, match="too large for int8"):
