@@ -14,13 +14,10 @@ import msgspec
 from .adapters import AdapterSpec
 from .errors import ErrorCode as ErrorCode
 from .groups import GroupSpec
-from .purposes import MAX_TICKET_BYTES as MAX_TICKET_BYTES
 from .purposes import Encode as Encode
-from .purposes import Index as Index
-from .purposes import Purpose as Purpose
+from .purposes import Index, Purpose, Width
 from .purposes import Train as Train
 from .purposes import Use as Use
-from .purposes import Width as Width
 from .tensors import WireTensor
 from .wire_codecs import Codecs
 
