@@ -14,6 +14,7 @@ import msgspec
 from .adapters import AdapterSpec
 from .errors import ErrorCode as ErrorCode
 from .groups import GroupSpec
+from .purposes import MAX_TICKET_BYTES as MAX_TICKET_BYTES
 from .purposes import Encode as Encode
 from .purposes import Index, Purpose, Width
 from .purposes import Train as Train

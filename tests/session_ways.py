@@ -11,9 +11,8 @@ import pytest
 from conversations import MAX_CONTEXT, TOKENS, Pair
 
 from dlora.protocol import messages as m
-from dlora.protocol.adapters import KINDS, AdapterSpec, Crossing
+from dlora.protocol.adapters import AdapterSpec
 from dlora.protocol.errors import LocalProtocolError, ProtocolError, RemoteProtocolError
-from dlora.protocol.groups import GroupSpec
 from dlora.protocol.kill_revive import KillReviveConfig
 from dlora.protocol.session import Session
 from dlora.protocol.states import Side, State
@@ -26,36 +25,25 @@ T, L, W = c.TOKENS, c.LABELLED, c.WIDTH
 ENCODED_WIDTH = 6
 OPENED = m.SessionOpened(session="one", token=c.TOKEN)
 
-KEEPING = AdapterSpec(kind="keeping", r=2)
+BOTTLENECK = AdapterSpec(kind="bottleneck", r=2)
 
 
-class Keeping:
-    """A kind that is LoRA on the wire, and for which a server keeps a vector of each group."""
-
-    name = "keeping"
-    server_makes_state = True
-
-    def crossing(self, spec: AdapterSpec, group: GroupSpec) -> Crossing:
-        return KINDS["lora"].crossing(spec, group)
-
-    def parameter_shapes(self, spec: AdapterSpec, group: GroupSpec) -> dict[str, tuple[int, ...]]:
-        return KINDS["lora"].parameter_shapes(spec, group)
-
-    def state_shapes(self, spec: AdapterSpec, group: GroupSpec) -> tuple[tuple[int, ...], ...]:
-        return ((group.in_features,),)
+def state_of(group: int = 0) -> m.AdapterState:
+    """What a server keeps of a group of bottlenecks."""
+    spec = c.GROUPS[group]
+    return c.adapter_state(group, tensors=(f(2, spec.in_features), f(spec.out_features, 2)))
 
 
-KINDS.setdefault("keeping", Keeping())
-
+SETTING_UP = c.opening(adapter=BOTTLENECK)
 # The shortest way to each state.
 WAYS: dict[State, list[m.AnyMessage]] = {
     State.START: [],
     State.GREETING: c.opening()[:1],
     State.GREETED: c.opening()[:2],
     State.OPENING: c.opening()[:3],
-    State.SETTING_UP: c.opening(adapter=KEEPING),
-    State.MAKING_STATE: [*c.opening(adapter=KEEPING), m.MakeAdapterState(group=0)],
-    State.TAKING_STATE: [*c.opening(adapter=KEEPING), c.adapter_state()],
+    State.SETTING_UP: SETTING_UP,
+    State.MAKING_STATE: [*SETTING_UP, m.MakeAdapterState(group=0)],
+    State.TAKING_STATE: [*SETTING_UP, state_of()],
     State.TAKING_PARAMETERS: [
         *c.opening(kill_revive=c.GIVES), c.report(), c.signal(units=b"\3\1"), c.parameters(),
     ],
@@ -132,16 +120,9 @@ def encoded(*lengths: int, micro_batch: int = 0, width: int = ENCODED_WIDTH) -> 
     return m.EncodedHiddenStates(step=0, micro_batch=micro_batch, hidden_states=tensors)
 
 
-def bottleneck_state(group: int) -> tuple[WireTensor, ...]:
-    spec = c.GROUPS[group]
-    return f(2, spec.in_features), f(spec.out_features, 2)
-
-
-BOTTLENECK = AdapterSpec(kind="bottleneck", r=2)
 HALF = KillReviveConfig(active_fraction=0.5)
 HELD = [*c.opening(kill_revive=c.GIVES), c.report(0), c.signal(0, b"\1\3")]
 GIVING = [c.parameters(1), c.parameters_taken(1), c.parameters(2), c.parameters_taken(2)]
 GOES_ON = [*c.opening(kill_revive=c.GIVES, next_step=3, ticket=b"signed")[:-1], c.session_opened(b"\1\4")]
 BASIS = [c.embeddings(mode="basis"), c.labelled(), c.grad_hidden_states()]
-SETTING_UP = c.opening(adapter=BOTTLENECK)
 ENCODED_CONTEXT = encoding(purpose=m.Encode(blocks=2, width=ENCODED_WIDTH, context_length=5))

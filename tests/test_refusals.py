@@ -189,7 +189,7 @@ REFUSED = [
             "group 1 given to the server, which the device has not done"),
     # Setting up: each group once and in order, and a basis pass before the first.
     *(
-        Refused(c.opening(adapter=w.KEEPING), message, "group 1 when group 0 comes next", sender=E)
+        Refused(w.SETTING_UP, message, "group 1 when group 0 comes next", sender=E)
         for message in (m.MakeAdapterState(group=1), c.adapter_state(1))
     ),
     Refused(w.SETTING_UP, c.embeddings(), "of the mode train in SETTING_UP"),
@@ -199,7 +199,7 @@ REFUSED = [
     Refused([*w.SETTING_UP, w.BASIS[0]], m.CloseSession(), "under way"),
     Refused([*w.SETTING_UP, w.BASIS[0]], c.group_input(), "group 0 does not exist"),
     Refused([*w.SETTING_UP, w.BASIS[0]], c.labelled(gradients=1), "more gradients"),
-    Refused([*w.SETTING_UP, *w.BASIS, m.MakeAdapterState(group=0), c.adapter_state(0, tensors=w.bottleneck_state(0))],
+    Refused([*w.SETTING_UP, *w.BASIS, m.MakeAdapterState(group=0), w.state_of()],
             w.BASIS[0], "not now"),
     Refused(w.using(adapter=w.BOTTLENECK), w.BASIS[0], "in a session that does not"),
     Refused(IDLE, w.BASIS[0], "of the mode basis in IDLE"),

@@ -34,7 +34,7 @@ ONE_OF_EACH: dict[type, m.AnyMessage] = {
     for message in (
         *c.opening(), c.embeddings(), c.group_input(), c.group_delta(), c.labelled(gradients=3), c.grad_hidden_states(),
         c.group_grad(group=1), c.group_input_grad(group=2), c.report(), c.signal(), m.CloseSession(), c.error(),
-        c.resume_session(), c.session_resumed(), m.SessionGone(), m.MakeAdapterState(group=0), c.adapter_state(),
+        c.resume_session(), c.session_resumed(), m.SessionGone(), m.MakeAdapterState(group=0), w.state_of(),
         c.parameters(),
     )
 }  # fmt: skip
@@ -294,22 +294,22 @@ def test_the_newest_common_version_is_chosen() -> None:
 
 def test_set_up_may_stop_between_groups() -> None:
     """So that a server that stops need not wait for it."""
-    pair = Pair(c.opening(adapter=w.KEEPING))
+    pair = Pair(w.SETTING_UP)
     assert pair.sides[C].is_between_steps
     pair.say(m.MakeAdapterState(group=0))
     assert not pair.sides[C].is_between_steps
-    pair.say(c.adapter_state(0))
+    pair.say(w.state_of())
     assert pair.sides[C].is_between_steps
 
 
 def test_set_up_takes_states_of_either_side() -> None:
-    pair = Pair(c.opening(adapter=w.KEEPING))
+    pair = Pair(w.SETTING_UP)
     for group in range(len(c.GROUPS)):
         if group % 2:
-            pair.say(c.adapter_state(group), sender=E)
+            pair.say(w.state_of(group), sender=E)
             pair.say(c.adapter_state(group, tensors=()))
         else:
-            w.say_all(pair, (m.MakeAdapterState(group=group), c.adapter_state(group)))
+            w.say_all(pair, (m.MakeAdapterState(group=group), w.state_of(group)))
     assert pair.sides[E].state is pair.sides[C].state is State.IDLE
 
 
@@ -320,7 +320,7 @@ def test_basis_pass_comes_before_the_first_state() -> None:
         w.say_all(pair, (w.changed(message, micro_batch=micro_batch) for message in w.BASIS))
         assert pair.sides[C].state is State.SETTING_UP
     for group in range(len(c.GROUPS)):
-        w.say_all(pair, (m.MakeAdapterState(group=group), c.adapter_state(group, tensors=w.bottleneck_state(group))))
+        w.say_all(pair, (m.MakeAdapterState(group=group), w.state_of(group)))
     assert pair.sides[E].state is pair.sides[C].state is State.IDLE
 
 
@@ -337,7 +337,7 @@ def test_padding_counts_only_without_packing() -> None:
 @pytest.mark.parametrize("asked", CODECS)
 def test_state_is_made_as_was_asked_and_given_as_it_is_stored(asked: WireDtype, stored: WireDtype) -> None:
     """So that a server has the bits that another one made, whatever this session asks for."""
-    tensors = tuple(encode_floats(tensor.data, stored) for tensor in w.bottleneck_state(0))
+    tensors = tuple(encode_floats(tensor.data, stored) for tensor in w.state_of().tensors)
     codecs = msgspec.structs.replace(Codecs.all("fp32"), adapter_state=asked)
     pair = Pair(c.opening(adapter=w.BOTTLENECK, codecs=codecs))
     pair.say(c.adapter_state(0, tensors=tensors), sender=E)
