@@ -18,10 +18,7 @@ from dlora.protocol.session import Session
 from dlora.protocol.states import Side, State
 from dlora.protocol.tensors import WireTensor
 
-E, C = Side.EDGE, Side.CLOUD
-PROTOCOL, LIMIT, NON_FINITE = m.ErrorCode.PROTOCOL, m.ErrorCode.LIMIT, m.ErrorCode.NON_FINITE
 f, ints = c.floats, WireTensor.from_ints
-T, L, W = c.TOKENS, c.LABELLED, c.WIDTH
 ENCODED_WIDTH = 6
 OPENED = m.SessionOpened(session="one", token=c.TOKEN)
 
@@ -68,7 +65,7 @@ def refuses(session: Session, act: Callable[[], object], kind: type[ProtocolErro
 
 
 def refused_by_both(
-    pair: Pair, message: m.AnyMessage, text: str, code: m.ErrorCode = PROTOCOL, sender: Side | None = None
+    pair: Pair, message: m.AnyMessage, text: str, code: m.ErrorCode = m.ErrorCode.PROTOCOL, sender: Side | None = None
 ) -> None:
     """That neither side sends or takes ``message``, and why."""
     sender = sender or c.sender_of(message)
@@ -94,7 +91,7 @@ def using(context_length: int = MAX_CONTEXT, **changes: Any) -> list[m.AnyMessag
 
 
 def decoding(position: int | None, tokens: int = TOKENS, **changes: Any) -> m.Embeddings:
-    tensors = {"hidden_states": f(tokens, W), "sequence_lengths": ints([tokens])}
+    tensors = {"hidden_states": f(tokens, c.WIDTH), "sequence_lengths": ints([tokens])}
     return c.embeddings(mode="decode", position=position, **{**tensors, **changes})
 
 
