@@ -22,8 +22,8 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from .errors import DamagedFrameError, RemoteProtocolError
-from .messages import AnyMessage, tensors_of
-from .tensors import WireTensor, parse_descriptor
+from .messages import AnyMessage
+from .tensors import WireTensor, parse_descriptor, tensors_of
 
 HEADER_BLOCK: Final = 256
 ALIGNMENT: Final = 64

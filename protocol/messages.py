@@ -7,7 +7,7 @@ the server (cloud).
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -351,15 +351,3 @@ AnyMessage = (
     | GradHiddenStates | GroupGrad | GroupInputGrad
     | StepReport | Signal | CloseSession | Error
 )  # fmt: skip
-
-
-def tensors_of(message: Any) -> list[WireTensor]:
-    """The tensors of a message, in the order in which their bytes follow its header."""
-    found: list[WireTensor] = []
-    for name in message.__struct_fields__:
-        value = getattr(message, name)
-        if isinstance(value, WireTensor):
-            found.append(value)
-        elif isinstance(value, tuple) and value and isinstance(value[0], WireTensor):
-            found.extend(value)
-    return found

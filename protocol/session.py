@@ -29,6 +29,7 @@ from .link import MAX_REPEATS, Link
 from .messages import AnyMessage
 from .micro_batch import GroupStates, Key, MicroBatchRules, Shapes, check_embeddings, check_position
 from .states import TRANSITIONS, C, E, Side, State
+from .tensors import tensors_of
 from .units import Units
 from .version import PROTOCOL_VERSIONS
 from .wire_codecs import TensorRole, is_finite
@@ -159,7 +160,7 @@ class Session:
             return None
         try:
             # Before anything changes: a refused message leaves the session as it was.
-            if not all(is_finite(tensor) for tensor in m.tensors_of(message)):
+            if not all(is_finite(tensor) for tensor in tensors_of(message)):
                 raise ViolationError("NaN or infinity", m.ErrorCode.NON_FINITE)
             self._advance(message, C if self.side is E else E)
         except ViolationError as error:

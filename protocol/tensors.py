@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any, Final
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -101,6 +102,18 @@ def fp16_exponent(peak: float) -> int:
 def is_exponent(exponent: int, dtype: str) -> bool:
     """Whether a tensor of ``dtype`` may have this exponent."""
     return abs(exponent) <= MAX_EXPONENT and (not exponent or dtype == "fp16")
+
+
+def tensors_of(message: msgspec.Struct) -> list[WireTensor]:
+    """The tensors of a message, in the order in which their bytes follow its header."""
+    found: list[WireTensor] = []
+    for name in message.__struct_fields__:
+        value = getattr(message, name)
+        if isinstance(value, WireTensor):
+            found.append(value)
+        elif isinstance(value, tuple) and value and isinstance(value[0], WireTensor):
+            found.extend(value)
+    return found
 
 
 def parse_descriptor(descriptor: Any, frame: memoryview, offset: int) -> tuple[WireTensor, int]:

@@ -18,7 +18,7 @@ from dlora.protocol.errors import NonFiniteError, RemoteProtocolError
 from dlora.protocol.frames import HEADER_BLOCK, PREFIX_BYTES, Decoder, encode, frame_bytes, read_prefix, write_checksum
 from dlora.protocol.groups import GroupSpec, TargetSpec
 from dlora.protocol.kill_revive import KillReviveConfig
-from dlora.protocol.tensors import DTYPES, SCALE_BYTES, WireTensor, fp16_exponent
+from dlora.protocol.tensors import DTYPES, SCALE_BYTES, WireTensor, fp16_exponent, tensors_of
 from dlora.protocol.wire_codecs import Codecs, decode_floats, encode_floats, is_finite
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -134,7 +134,7 @@ def test_golden_bytes_both_ways(name: str) -> None:
 def test_a_frame_has_the_size_that_the_formula_gives_and_nothing_behind(name: str) -> None:
     frame = encode(EXAMPLES[name])
     blocks = -(-(PREFIX_BYTES + read_prefix(frame).header_length) // HEADER_BLOCK)
-    assert len(frame) == frame_bytes(blocks, [tensor.nbytes for tensor in m.tensors_of(EXAMPLES[name])])
+    assert len(frame) == frame_bytes(blocks, [tensor.nbytes for tensor in tensors_of(EXAMPLES[name])])
     with pytest.raises(RemoteProtocolError, match="left over"):
         Decoder().decode(write_checksum(frame + b"\0"))
 

@@ -12,6 +12,7 @@ from attacks.fuzz_target import Target, decode_msgpack, encode_msgpack, mutate_b
 from dlora.protocol import messages as m
 from dlora.protocol.errors import RemoteProtocolError
 from dlora.protocol.frames import HEADER_BLOCK, PREFIX_BYTES, Decoder, encode, write_checksum
+from dlora.protocol.tensors import tensors_of
 
 RESUMING: Final = (c.resume_session(), c.session_resumed(), m.SessionGone())
 EXAMPLES: Final[tuple[m.AnyMessage, ...]] = (
@@ -32,7 +33,7 @@ def run(data: bytes) -> None:
         message = _DECODER.decode(data)
     except RemoteProtocolError:
         return
-    assert sum(tensor.nbytes for tensor in m.tensors_of(message)) <= len(data)
+    assert sum(tensor.nbytes for tensor in tensors_of(message)) <= len(data)
     assert _DECODER.decode(encode(message)) == message
 
 

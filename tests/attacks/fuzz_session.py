@@ -22,6 +22,7 @@ from dlora.protocol.errors import LocalProtocolError, RemoteProtocolError
 from dlora.protocol.frames import PREFIX_BYTES, Decoder, encode, read_prefix
 from dlora.protocol.session import NUMBERED, Session
 from dlora.protocol.states import TRANSITIONS, Side
+from dlora.protocol.tensors import tensors_of
 from dlora.protocol.wire_codecs import is_finite
 
 OPENED: Final = 2  # the settings' bit for a session that is open already; the lowest bit is the role
@@ -79,7 +80,7 @@ def _listen(session: Session, frame: bytes) -> None:
         return
     if message is None:
         return
-    assert all(is_finite(tensor) for tensor in m.tensors_of(message))
+    assert all(is_finite(tensor) for tensor in tensors_of(message))
     if isinstance(message, m.Embeddings):
         tokens = message.hidden_states.shape[0]
         positions, lengths = message.label_positions.data.tolist(), message.sequence_lengths.data.tolist()
