@@ -15,10 +15,11 @@ from tiny import Tiny, TinyFactory
 from dlora.cloud.model.base_model import BaseModel
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.onnx_engine import OnnxEngine
-from dlora.edge.model.encoder import Encoder, EncodeSession
-from dlora.edge.model.ends import Embedding, LongArray
+from dlora.edge.model.encoder import Encoder
+from dlora.edge.model.ends import LongArray
 from dlora.edge.wire.connecting import ConnectSettings, Retry
 from dlora.edge.wire.connection import Connection
+from dlora.protocol import messages as m
 from dlora.protocol.errors import DataError, RefusedError
 from dlora.protocol.tensors import WireTensor
 from dlora.protocol.wire_codecs import Codecs, decode_floats
@@ -42,12 +43,9 @@ def encoder(
 ) -> Iterator[Encoder]:
     bundle = Bundle.open(model.bundle)
     codecs = Codecs.parse(wire_dtype)
-    fingerprint = bundle.manifest.base_model.fingerprint
     settings = {"blocks": 1, "width": bundle.manifest.base_model.hidden_size, **purpose}
     with Connection(url, ConnectSettings(retry=Retry(max_s=30))) as connection:
-        session = EncodeSession(connection, codecs, base_fingerprint=fingerprint, **settings)
-        session.open()
-        yield Encoder(session, Embedding(bundle, OnnxEngine(bundle, 1)), codecs, send)
+        yield Encoder(bundle, OnnxEngine(bundle, 1), connection, m.Encode(**settings), codecs, send)
 
 
 def encode(ask: Encoder, given: list[LongArray]) -> list[WireTensor]:

@@ -79,7 +79,7 @@ class CachedSource:
             progress(sum(map(len, some)) - sum(map(len, missing)))
             for count in self._ask_and_keep(missing):
                 progress(count)
-        self.crossed.hang_up()
+        self.crossed.close()
         is_kept = all(digest in self.cache for index in range(self._kept_packs) for digest in packs[index])
         return is_kept and self._kept_packs == len(packs)
 
@@ -124,7 +124,7 @@ class CachedSource:
 
     def close(self) -> None:
         """Hang up and close the caches."""
-        self.crossed.hang_up()
+        self.crossed.close()
         self.kept.close()
         self.cache.close()
 

@@ -11,12 +11,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-import msgspec
 import numpy as np
 
 from dlora.edge.adapters.compatibility import check_sequence_length
 from dlora.edge.adapters.units import AdapterSet
 from dlora.edge.data.batches import MicroBatch
+from dlora.edge.engine.bundle import Bundle
+from dlora.edge.engine.engine import Engine
 from dlora.edge.wire.connection import Connection
 from dlora.protocol import messages as m
 from dlora.protocol.adapters import AdapterSpec
@@ -24,7 +25,7 @@ from dlora.protocol.choices import Send
 from dlora.protocol.counting import cut_to_fit
 from dlora.protocol.errors import RemoteProtocolError, SessionLostError
 from dlora.protocol.micro_batch import Key
-from dlora.protocol.tensors import FloatArray, IntArray, WireTensor
+from dlora.protocol.tensors import FloatArray, WireTensor
 from dlora.protocol.wire_codecs import Codecs, TensorRole, decode_floats
 
 from .ends import Embedding, LongArray
@@ -41,45 +42,6 @@ def cut_for_encoding(lengths: Sequence[int], *, max_tokens: int = _MOST_TOKENS, 
             yield range(start, min(piece.stop, start + m.MAX_ENCODED_SEQUENCES))
 
 
-class EncodeSession(UntrainedSession):
-    """A session that only asks for what comes out of the first ``blocks`` blocks, of ``width``.
-
-    Args:
-        context_length: for how many tokens of a context the server is to keep keys and values, or fewer where it
-            has no room for as many.
-    """
-
-    def __init__(
-        self,
-        connection: Connection,
-        codecs: Codecs,
-        *,
-        blocks: int,
-        width: int,
-        base_fingerprint: str,
-        context_length: int = 0,
-    ) -> None:
-        nothing = AdapterSet.create(AdapterSpec(), (), scaling=1.0, seed=(0,), unit="group", kill_every=1)
-        super().__init__(connection, nothing)
-        self._codecs = codecs
-        self._purpose = m.Encode(blocks=blocks, width=width)
-        self._context_length = context_length
-        self._base_fingerprint = base_fingerprint
-
-    def opening_message(self) -> m.OpenSession:
-        welcome = self.connection.welcome
-        context_length = min(self._context_length, welcome.max_context_length)
-        return m.OpenSession(
-            base_fingerprint=self._base_fingerprint,
-            groups=(),
-            adapter=AdapterSpec(),
-            codecs=self._codecs,
-            evaluation_codecs=self._codecs,
-            purpose=msgspec.structs.replace(self._purpose, context_length=context_length),
-            window=1 if context_length else min(_WINDOW, welcome.window),  # tokens go on from each other
-        )
-
-
 @dataclass
 class _Asked:
     """A micro-batch under way: its texts, whether it is the last one of its pack, and what came out of the blocks, once
@@ -94,16 +56,24 @@ class Encoder:
     """Asks for texts, several in a micro-batch and some micro-batches ahead; or for tokens that go on from others.
 
     Args:
-        session: one that is open.
+        purpose: which blocks are run, and for how many tokens of a context the server is to keep keys and values.
 
     Attributes:
-        session, and its connection.
+        session: open from the beginning.
     """
 
-    def __init__(self, session: EncodeSession, embedding: Embedding, codecs: Codecs, send: Send) -> None:
-        self.connection = session.connection
-        self.session = session
-        self._embedding = embedding
+    def __init__(
+        self, bundle: Bundle, engine: Engine, connection: Connection, purpose: m.Encode, codecs: Codecs, send: Send
+    ) -> None:
+        nothing = AdapterSet.create(AdapterSpec(), (), scaling=1.0, seed=(0,), unit="group", kill_every=1)
+        fingerprint = bundle.manifest.base_model.fingerprint
+        window = 1 if purpose.context_length else _WINDOW  # tokens of a context go on from each other
+        self.connection = connection
+        self.session = UntrainedSession(
+            connection, nothing, purpose, codecs, base_fingerprint=fingerprint, window=window
+        )
+        self.session.open()
+        self._embedding = Embedding(bundle, engine)
         self._codec = codecs.of(TensorRole.EMBEDDINGS)
         self._send = send
         self._count = 0
@@ -130,7 +100,7 @@ class Encoder:
 
         Raises what ``Connection`` raises: with ``SessionLostError`` the server holds no tokens any more.
         """
-        self._begin("decode", batch.ids, batch.sequence_lengths, batch.label_positions, position)
+        self._begin("decode", batch, position)
         return decode_floats(self.connection.receive(m.LabelledHiddenStates).hidden_states)
 
     def _encode(self, packs: Sequence[Sequence[LongArray]]) -> Iterator[list[WireTensor]]:
@@ -141,8 +111,7 @@ class Encoder:
             while waiting and len(in_order) < self.connection.session.window:  # no more is held than that
                 asked = waiting.popleft()
                 in_order.append(asked)
-                lengths = [len(each) for each in asked.sequences]
-                under_way[self._begin("encode", np.concatenate(asked.sequences), lengths)] = asked
+                under_way[self._begin("encode", batch_of(asked.sequences))] = asked
             message = self.connection.receive_any()
             if not isinstance(message, m.EncodedHiddenStates):
                 raise RemoteProtocolError(f"{type(message).__name__} where hidden states were asked for")
@@ -163,32 +132,35 @@ class Encoder:
         for piece in cut_for_encoding(lengths, max_tokens=welcome.max_tokens, packs=welcome.packs):
             yield _Asked(sequences[piece.start : piece.stop], ends_pack=piece.stop == len(sequences))
 
-    def _begin(
-        self,
-        mode: m.Mode,
-        ids: LongArray,
-        lengths: Sequence[int] | IntArray,
-        labels: Sequence[int] | IntArray = (),
-        position: int | None = None,
-    ) -> Key:
+    def _begin(self, mode: m.Mode, batch: MicroBatch, position: int | None = None) -> Key:
         self._count = (self._count + 1) % 2**31
         key = self.connection.session.step, self._count
         sends_ids = self._send == "token-ids"
+        hidden_states = None if sends_ids else self._codec.encode(
+            self._embedding(batch.ids, keep_table=mode == "decode")
+        )
         self.connection.send(
             m.Embeddings(
                 step=key[0],
                 micro_batch=key[1],
                 mode=mode,
-                hidden_states=None if sends_ids else self._embed(ids, keep_table=mode == "decode"),
-                sequence_lengths=WireTensor.from_ints(lengths),
-                label_positions=WireTensor.from_ints(labels),
-                token_ids=WireTensor.from_ints(ids) if sends_ids else None,
+                hidden_states=hidden_states,
+                sequence_lengths=WireTensor.from_ints(batch.sequence_lengths),
+                label_positions=WireTensor.from_ints(batch.label_positions),
+                token_ids=WireTensor.from_ints(batch.ids) if sends_ids else None,
                 position=position,
             )
         )
         if self.connection.recorder is not None:
-            self.connection.recorder.add_micro_batch(mode, ids, lengths, labels, ())
+            self.connection.recorder.add_micro_batch(mode, batch)
         return key
 
-    def _embed(self, ids: LongArray, *, keep_table: bool) -> WireTensor:
-        return self._codec.encode(self._embedding(ids, keep_table=keep_table))
+
+def batch_of(texts: Sequence[LongArray]) -> MicroBatch:
+    """A micro-batch of texts, without labels."""
+    return MicroBatch(
+        ids=np.concatenate(texts),
+        sequence_lengths=np.array([len(ids) for ids in texts], np.int32),
+        label_positions=np.zeros(0, np.int32),
+        labels=np.zeros(0, np.int64),
+    )

@@ -3,31 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
+from typing import Final
+
+import numpy as np
 
 from dlora.edge.adapters.compatibility import check_base_model
+from dlora.edge.data.batches import MicroBatch
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.engine import Engine
+from dlora.edge.memory import MANY_TOKENS, release_freed_memory
 from dlora.edge.wire.connection import Connection
-from dlora.edge.wire.usage import WireCounters, WireUsage
+from dlora.edge.wire.usage import Crossed, CrossedBefore, WireCounters, WireUsage
+from dlora.protocol import messages as m
 from dlora.protocol.choices import Send
 from dlora.protocol.errors import UsageError
-from dlora.protocol.messages import Welcome
-from dlora.protocol.tensors import WireTensor
-from dlora.protocol.wire_codecs import Codecs
+from dlora.protocol.tensors import FloatArray, WireTensor
+from dlora.protocol.wire_codecs import Codecs, decode_floats
 
 from .block_weights import encoded_width
-from .encoder import Encoder, EncodeSession
-from .ends import Embedding, LongArray
+from .decode_parts import check_room, decode_parts
+from .encoder import Encoder
+from .ends import LongArray
+from .source import TokenSink
 
 
 class EncodingServer:
-    """As ``Crossed`` has it, over all connections so far.
+    """What comes out of a server's blocks, and is not kept: as ``HiddenStateSource`` and ``TokenSource`` have it;
+    and as ``Crossed`` has it, over all connections so far.
 
     Args:
         blocks: how many of the first blocks it runs.
         connect: connects to it.
         context_length: for how many tokens it is to keep keys and values of its blocks; 0: none.
     """
+
+    kept: Final = None
 
     def __init__(
         self,
@@ -40,7 +51,7 @@ class EncodingServer:
         send: Send = "embeddings",
         context_length: int = 0,
     ) -> None:
-        self.welcome: Welcome | None = None
+        self.crossed = self
         self._bundle = bundle
         self._engine = engine
         self._connect = connect
@@ -48,36 +59,35 @@ class EncodingServer:
         self._codecs = codecs
         self._send = send
         self._context_length = context_length
+        self._asked: list[Crossed] = []  # the connections so far; of those that are closed, what they came to
         self._connection: Connection | None = None
         self._encoder: Encoder | None = None
-        # Of connections that are closed.
-        self._counted: WireCounters = (0, 0, 0)
-        self._used = WireUsage()
-        self._reconnects = self._resumed = 0
 
     @property
     def counters(self) -> WireCounters:
         """What crossed so far."""
-        if self._connection is None:
-            return self._counted
-        both = zip(self._counted, self._connection.counters, strict=True)
-        up, down, trips = (before + since for before, since in both)
+        up, down, trips = map(sum, zip((0, 0, 0), *(each.counters for each in self._asked), strict=True))
         return up, down, trips
 
     @property
     def usage(self) -> WireUsage:
         """Likewise, by role, and the time that it took."""
-        return self._used if self._connection is None else self._used + self._connection.usage
+        return sum((each.usage for each in self._asked), WireUsage())
+
+    @property
+    def welcome(self) -> m.Welcome | None:
+        """What the server said of itself, once it was asked."""
+        return self._asked[-1].welcome if self._asked else None
 
     @property
     def reconnects(self) -> int:
         """As ``Connection`` has it."""
-        return self._reconnects + (0 if self._connection is None else self._connection.reconnects)
+        return sum(each.reconnects for each in self._asked)
 
     @property
     def resumed(self) -> int:
         """Likewise."""
-        return self._resumed + (0 if self._connection is None else self._connection.resumed)
+        return sum(each.resumed for each in self._asked)
 
     @property
     def encoder(self) -> Encoder:
@@ -88,37 +98,60 @@ class EncodingServer:
         """
         if self._encoder is None:
             self._connection = connection = self._connect()
-            self.welcome = connection.welcome
+            self._asked.append(connection)
             check_base_model(self._bundle, connection.welcome)
             if self._context_length and not connection.welcome.max_context_length:
                 raise UsageError(
                     "the server keeps no context of this model, which blocks on this device need; use --device-blocks 0"
                 )
-            session = EncodeSession(
-                connection,
-                self._codecs,
-                blocks=self._blocks,
-                width=encoded_width(self._bundle.manifest),
-                base_fingerprint=self._bundle.manifest.base_model.fingerprint,
-                context_length=self._context_length,
-            )
-            session.open()
-            self._encoder = Encoder(session, Embedding(self._bundle, self._engine), self._codecs, self._send)
+            width = encoded_width(self._bundle.manifest)
+            purpose = m.Encode(blocks=self._blocks, width=width, context_length=self._context_length)
+            self._encoder = Encoder(self._bundle, self._engine, connection, purpose, self._codecs, self._send)
         return self._encoder
+
+    def begin(self) -> None:
+        """Connect, so that what a server refuses is refused before anything is asked. Raises as ``encoder`` does."""
+        _ = self.encoder
 
     def encode(self, packs: Sequence[Sequence[LongArray]]) -> Iterator[list[WireTensor]]:
         """As ``Encoder.encode``."""
         return self.encoder.encode(packs)
 
-    def hang_up(self) -> None:
-        """Close the connection; who asks again opens another."""
+    def hidden_states(self, batch: MicroBatch) -> FloatArray:
+        """Of all texts of a micro-batch, float32 (tokens, width). Raises what ``Encoder.encode`` raises."""
+        answers = self.encode([[ids] for ids in batch.texts()])
+        return np.concatenate([decode_floats(tensor) for tensor in chain.from_iterable(answers)])
+
+    @property
+    def context_limit(self) -> int:
+        """The most tokens of a context."""
+        opening = self.encoder.connection.session.opened_with
+        assert opening is not None
+        return opening.context_length
+
+    def feed(self, ids: LongArray, count: int, blocks: TokenSink) -> int:
+        """As ``TokenSource`` has it. A server that lost its part is given the whole text again; what the blocks have
+        had stays. Raises what ``Connection`` raises."""
+        return self.encoder.session.run(lambda: self._feed(ids, count, blocks))
+
+    def _feed(self, ids: LongArray, count: int, blocks: TokenSink) -> int:
+        check_room(ids, self.context_limit)  # anew for each session: another server may have less
+        encoder, wanted_from = self.encoder, blocks.length
+        position = end = min(wanted_from, encoder.connection.session.cached_tokens)
+        most = encoder.connection.welcome.max_sequence_length
+        for part in decode_parts(ids, position, wanted_from=wanted_from, count=count, most=most):
+            hidden_states = encoder.decode(part, end)
+            end += len(part.ids)
+            if (wanted := end - blocks.length) > 0:
+                blocks.append(hidden_states[-wanted:])
+            if len(part.ids) > MANY_TOKENS:  # else the LM head comes on top of what this left
+                release_freed_memory()
+        return position
+
+    def close(self) -> None:
+        """Hang up; who asks again opens another connection."""
         if self._connection is None:
             return
-        connection, counted, used = self._connection, self.counters, self.usage
-        self._connection = self._encoder = None
-        self._counted, self._used = counted, used
-        self._reconnects += connection.reconnects
-        self._resumed += connection.resumed
+        connection, self._connection, self._encoder = self._connection, None, None
+        self._asked[-1] = CrossedBefore.of(connection)  # what the close itself takes is not counted
         connection.close()
-
-    close = hang_up

@@ -19,9 +19,10 @@ from dlora.protocol.wire_codecs import decode_floats, encode_floats
 
 from .blocks import DeviceBlocks
 from .cached_source import texts_of
+from .encoder import batch_of
 from .kept_outputs_cache import KeptOutputsCache
 from .source import HiddenStateSource
-from .text_packs import TextPacks, batch_of
+from .text_packs import TextPacks
 from .trunk_cache import TrunkCache
 
 _LEAST_EPOCHS: Final = 2  # that what is kept must last for: the first only fills it

@@ -125,9 +125,7 @@ class DeviceMicroBatch:
             )
         )
         if parts.recorder is not None:
-            parts.recorder.add_micro_batch(
-                self._mode, batch.ids, batch.sequence_lengths, batch.label_positions, batch.labels
-            )
+            parts.recorder.add_micro_batch(self._mode, batch)
 
     def handle(self, message: m.ExchangeMessage) -> None:
         """Answer the server's next message of this micro-batch."""

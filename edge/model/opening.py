@@ -16,6 +16,7 @@ from dlora.edge.memory import release_freed_memory
 from dlora.edge.wire.connecting import ConnectSettings
 from dlora.edge.wire.connection import Connection
 from dlora.protocol import interrupts
+from dlora.protocol import messages as m
 from dlora.protocol.choices import Send
 from dlora.protocol.errors import BundleError, NonFiniteError, UsageError
 from dlora.protocol.manifest import Manifest
@@ -27,10 +28,10 @@ from .device_lora import DeviceLora, lora_to_evaluate
 from .embedding_source import EmbeddingSource
 from .encoding_server import EncodingServer
 from .generating import GeneratingModel
-from .server_source import ServerSource
+from .session import UntrainedSession
 from .split import SplitModel
 from .trunk import TrunkModel
-from .use import UseSession, load_adapters
+from .use import load_adapters
 
 
 @dataclass(frozen=True)
@@ -128,29 +129,24 @@ def _open_split(opening: Opening, context_length: int) -> Iterator[SplitModel]:
     engine, codecs = make_engine(bundle, opening.engine, opening.threads), opening.codecs
     with interrupts.raise_on_signal(), _name_adapter_in_error(), opening.connect() as connection:
         check_base_model(bundle, connection.welcome)
-        session = UseSession(
-            connection,
-            adapters,
-            codecs,
-            base_fingerprint=bundle.manifest.base_model.fingerprint,
-            context_length=context_length,
-        )
+        fingerprint = bundle.manifest.base_model.fingerprint
+        purpose = m.Use(context_length=context_length)
+        session = UntrainedSession(connection, adapters, purpose, codecs, base_fingerprint=fingerprint)
         session.open()
         if connection.recorder is not None:
             connection.recorder.add_parameters(adapters.for_recording())
         yield SplitModel(bundle, engine, session, invocation=invocation, send=opening.send)
 
 
-def _source(opening: Opening, engine: Engine, count: int, context_length: int) -> EmbeddingSource | ServerSource:
+def _source(opening: Opening, engine: Engine, count: int, context_length: int) -> EmbeddingSource | EncodingServer:
     """Of what goes into the first of the ``count`` blocks on the device."""
     blocks = opening.bundle.manifest.base_model.blocks - count
     if not blocks:
         return EmbeddingSource(opening.bundle, engine)
-    server = EncodingServer(
+    return EncodingServer(
         opening.bundle, engine, opening.connect, blocks=blocks, codecs=opening.codecs, send=opening.send,
         context_length=context_length,
     )  # fmt: skip
-    return ServerSource(server)
 
 
 def blocks_here(opening: Opening, lora: DeviceLora) -> int:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TypeVar
 
+import msgspec
 import numpy as np
 
 from dlora.edge.adapters.units import AdapterSet
@@ -13,13 +13,15 @@ from dlora.edge.wire.connection import Connection
 from dlora.protocol import messages as m
 from dlora.protocol.errors import RemoteProtocolError, SessionLostError
 from dlora.protocol.tensors import WireTensor
-from dlora.protocol.wire_codecs import decode_floats
+from dlora.protocol.wire_codecs import Codecs, decode_floats
 
 T = TypeVar("T")
 
 
-class ModelSession(ABC):
+class ModelSession:
     """What a model does with a server goes through ``run``, so that a lost session is nobody else's concern.
+
+    As it stands here, nothing is trained: no units, no reports, no signals, nothing that is learnt from data.
 
     Attributes:
         before_group: called before the server makes what it keeps of each group, with how many groups are done and how
@@ -31,19 +33,17 @@ class ModelSession(ABC):
         self.adapters = adapters
         self.before_group: Callable[[int, int], None] = lambda done, groups: None
 
-    @abstractmethod
     def opening_message(self) -> m.OpenSession:
         """The message that opens a session where we stand now."""
+        raise NotImplementedError
 
-    @abstractmethod
     def handle_opened(self, opened: m.SessionOpened) -> None:
         """Take what the server says of the session that it has opened."""
 
-    @abstractmethod
     def handle_signal(self, signal: m.Signal) -> None:
         """Take a signal, before anything of the next step is computed."""
+        raise RemoteProtocolError("a signal where nothing is trained")
 
-    @abstractmethod
     def send_unanswered(self) -> None:
         """Send again what the server must know before the next micro-batch, once a session is open."""
 
@@ -66,10 +66,10 @@ class ModelSession(ABC):
             except SessionLostError:
                 self.open()
 
-    @abstractmethod
     def run_basis_pass(self) -> int:
         """Let the server learn from gradients what it will keep of the groups, where it is to make that from them; how
         many micro-batches that were."""
+        return 0
 
     def _set_up(self) -> None:
         """Let the server make what it keeps of each group, or give it to one that has not made it, or has lost it."""
@@ -98,16 +98,40 @@ class ModelSession(ABC):
 
 
 class UntrainedSession(ModelSession):
-    """A session in which nothing is trained: no units, no reports, no signals, nothing that is learnt from data."""
+    """A session of the purpose ``use`` or ``encode``.
 
-    def handle_opened(self, opened: m.SessionOpened) -> None:
-        pass
+    Args:
+        adapters: of the groups that have one; all of them are live.
+        purpose: for how many tokens of a context the server is to keep keys and values, or fewer where it has no room
+            for as many; and which blocks it runs.
+        window: how many micro-batches may be under way at a time, where the server allows as many.
+    """
 
-    def run_basis_pass(self) -> int:
-        return 0
+    def __init__(
+        self,
+        connection: Connection,
+        adapters: AdapterSet,
+        purpose: m.Use | m.Encode,
+        codecs: Codecs,
+        *,
+        base_fingerprint: str,
+        window: int = 1,
+    ) -> None:
+        super().__init__(connection, adapters)
+        self._purpose = purpose
+        self._codecs = codecs
+        self._base_fingerprint = base_fingerprint
+        self._window = window
 
-    def send_unanswered(self) -> None:
-        pass
-
-    def handle_signal(self, signal: m.Signal) -> None:
-        raise RemoteProtocolError("a signal where nothing is trained")
+    def opening_message(self) -> m.OpenSession:
+        welcome = self.connection.welcome
+        context_length = min(self._purpose.context_length, welcome.max_context_length)
+        return m.OpenSession(
+            base_fingerprint=self._base_fingerprint,
+            groups=self.adapters.group_specs,
+            adapter=self.adapters.adapter_spec,
+            codecs=self._codecs,
+            evaluation_codecs=self._codecs,
+            purpose=msgspec.structs.replace(self._purpose, context_length=context_length),
+            window=min(self._window, welcome.window),
+        )

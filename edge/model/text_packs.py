@@ -6,12 +6,11 @@ has the same bits whichever step needs it first, and whatever was there before a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Final
 
 import numpy as np
 
-from dlora.edge.data.batches import MicroBatch
 from dlora.protocol.tensors import IntArray
 
 from .encoder import cut_for_encoding
@@ -62,13 +61,3 @@ class TextPacks:
     def lengths(self, index: int) -> list[int]:
         """Tokens of each text of a pack."""
         return [len(ids) for ids in self._packs[index].values()]
-
-
-def batch_of(texts: Sequence[LongArray]) -> MicroBatch:
-    """A micro-batch of texts, without labels."""
-    return MicroBatch(
-        ids=np.concatenate(texts),
-        sequence_lengths=np.array([len(ids) for ids in texts], np.int32),
-        label_positions=np.zeros(0, np.int32),
-        labels=np.zeros(0, np.int64),
-    )

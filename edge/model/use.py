@@ -1,4 +1,4 @@
-"""Using an adapter on a server without training it: its session, and the adapter as it was saved."""
+"""An adapter as it was saved, for a server that runs all blocks."""
 
 from __future__ import annotations
 
@@ -7,48 +7,10 @@ from pathlib import Path
 from dlora.edge.adapters.compatibility import check_adapter, load_weights, with_saved_gains
 from dlora.edge.adapters.peft import load_adapter
 from dlora.edge.adapters.units import AdapterSet
-from dlora.edge.wire.connection import Connection
-from dlora.protocol import messages as m
 from dlora.protocol.adapters import AdapterSpec
 from dlora.protocol.groups import without_gains
 from dlora.protocol.manifest import Manifest
 from dlora.protocol.targets import groups_of
-from dlora.protocol.wire_codecs import Codecs
-
-from .session import UntrainedSession
-
-
-class UseSession(UntrainedSession):
-    """A session that trains nothing: its groups are those that have an adapter, and all of them are live.
-
-    Args:
-        context_length: for how many tokens of a context the server is to keep keys and values, or fewer where it
-            has no room for as many.
-    """
-
-    def __init__(
-        self,
-        connection: Connection,
-        adapters: AdapterSet,
-        codecs: Codecs,
-        *,
-        base_fingerprint: str,
-        context_length: int = 0,
-    ) -> None:
-        super().__init__(connection, adapters)
-        self._context_length = context_length
-        self._codecs = codecs
-        self._base_fingerprint = base_fingerprint
-
-    def opening_message(self) -> m.OpenSession:
-        return m.OpenSession(
-            base_fingerprint=self._base_fingerprint,
-            groups=self.adapters.group_specs,
-            adapter=self.adapters.adapter_spec,
-            codecs=self._codecs,
-            evaluation_codecs=self._codecs,
-            purpose=m.Use(context_length=min(self._context_length, self.connection.welcome.max_context_length)),
-        )
 
 
 def load_adapters(manifest: Manifest, adapter: Path | None) -> tuple[AdapterSet, tuple[int, ...]]:

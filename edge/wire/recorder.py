@@ -19,6 +19,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from dlora.edge.data.batches import MicroBatch
 from dlora.edge.files import make_directory, storage_errors, write_atomically
 from dlora.edge.tensor_file import safetensors_chunks
 from dlora.protocol.errors import UsageError
@@ -100,26 +101,18 @@ class Recorder:
 
     # -- the truth ---------------------------------------------------------------------------------------
 
-    def add_micro_batch(
-        self,
-        mode: str,
-        ids: npt.NDArray[np.int64],
-        lengths: Sequence[int] | IntArray,
-        label_positions: Sequence[int] | IntArray,
-        labels: Sequence[int] | npt.NDArray[np.int64],
-    ) -> None:
-        """Of each ``embeddings`` that is sent, in that order: its packed tokens int64 (tokens,), the lengths of its
-        sequences, and positions and values of its labels. What is generated has none."""
+    def add_micro_batch(self, mode: str, batch: MicroBatch) -> None:
+        """Of each ``embeddings`` that is sent, in that order: its packed tokens, the lengths of its sequences, and
+        positions and values of its labels. What is generated has none."""
         if self.is_full:
             return
-        if mode == "decode":
-            label_positions, labels = (), ()
+        labelled = 0 if mode == "decode" else len(batch.labels)
         name = f"micro_batch.{len(self._modes)}"
         self._modes.append(mode)
-        self._keep(f"{name}.ids", ids.copy())
-        self._keep(f"{name}.lengths", np.array(lengths, np.int32))
-        self._keep(f"{name}.label_positions", np.array(label_positions, np.int32))
-        self._keep(f"{name}.labels", np.array(labels, np.int64))
+        self._keep(f"{name}.ids", batch.ids.copy())
+        self._keep(f"{name}.lengths", batch.sequence_lengths.astype(np.int32))
+        self._keep(f"{name}.label_positions", batch.label_positions[:labelled].astype(np.int32))
+        self._keep(f"{name}.labels", batch.labels[:labelled].astype(np.int64))
         # Here only: each of the micro-batches that began has its truth.
         if self._writer.nbytes >= MOST_BYTES or self._truth_bytes >= MOST_TRUTH_BYTES:
             self.is_full = True

@@ -128,14 +128,19 @@ class Crossed(Protocol):
 
 
 @dataclass(frozen=True)
-class NothingCrossed:
-    """Where no server is asked, as ``Crossed`` has it."""
+class CrossedBefore:
+    """``Crossed`` of a conversation that is over; by default, of none."""
 
     counters: WireCounters = (0, 0, 0)
     usage: WireUsage = field(default_factory=WireUsage)
-    welcome: None = None
+    welcome: m.Welcome | None = None
     reconnects: int = 0
     resumed: int = 0
+
+    @classmethod
+    def of(cls, crossed: Crossed) -> Self:
+        """As it is now."""
+        return cls(crossed.counters, crossed.usage, crossed.welcome, crossed.reconnects, crossed.resumed)
 
 
 def with_other(by_role: Mapping[str, int], total: int) -> dict[str, int]:
