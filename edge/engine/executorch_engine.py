@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
-from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -16,7 +15,7 @@ from dlora.protocol.manifest import GraphKind, GraphSpec, TensorSpec
 
 from .bundle import Bundle
 from .engine import DTYPES, Array, Graph, check_inputs
-from .shim import Program, Shim, load_shim
+from .shim import Program, load_shim
 
 _LEAST_ROWS: Final = 8  # of the head for each thread: every one of them reads the whole weight
 _CUT: Final = ("tokens", "rows", "n")  # what a call may have more of than the bound
@@ -63,49 +62,38 @@ class ExecutorchEngine:
         threads = self._threads if kind in ("head_train", "head_loss") else 1
         if threads > 1 and self._workers is None:
             self._workers = ThreadPoolExecutor(threads, "head")
-        return _CutGraph(spec, self._bounds, _Programs(self._shim, path, spec, self._bounds), threads, self._workers)
-
-
-class _Programs:
-    """The same program several times, for threads that run it at once; loaded when first needed."""
-
-    def __init__(self, shim: Shim, path: Path, spec: GraphSpec, bounds: Mapping[str, int]) -> None:
-        self._shim = shim
-        self._path = path
-        self._loaded: list[Program] = []
-        self._check(spec, bounds)
-
-    def __getitem__(self, index: int) -> Program:
-        while len(self._loaded) <= index:
-            self._loaded.append(self._shim.load(self._path))
-        return self._loaded[index]
-
-    def _check(self, spec: GraphSpec, bounds: Mapping[str, int]) -> None:
-        """A program that takes and gives something else would be called with wrong memory."""
+        graph = _CutGraph(spec, self._bounds, lambda: self._shim.load(path), threads, self._workers)
+        # A program that takes and gives something else would be called with wrong memory.
         wanted = [
-            [(tensor.dtype, _shape(tensor, bounds)) for tensor in tensors] for tensors in (spec.inputs, spec.outputs)
+            [(tensor.dtype, _shape(tensor, self._bounds)) for tensor in tensors]
+            for tensors in (spec.inputs, spec.outputs)
         ]
-        if self[0].signature() != wanted:
-            raise BundleError(f"{self._path} is not the graph that the manifest describes; export the bundle again")
+        if graph.programs[0].signature() != wanted:
+            raise BundleError(f"{path} is not the graph that the manifest describes; export the bundle again")
+        return graph
 
 
 class _CutGraph:
     """A graph that takes any number of tokens, rows or parameters: in pieces where programs take fewer.
 
     Outputs that have the dimension are put together again. Those that do not, gradients of weights, are sums over it.
+
+    Attributes:
+        programs: the same several times, for threads that run it at once; ``load`` loads another when it is needed.
     """
 
     def __init__(
         self,
         spec: GraphSpec,
         bounds: Mapping[str, int],
-        programs: _Programs,
+        load: Callable[[], Program],
         threads: int,
         workers: ThreadPoolExecutor | None,
     ) -> None:
+        self.programs = [load()]
         self._spec = spec
         self._bounds = bounds
-        self._programs = programs
+        self._load = load
         self._threads = threads
         self._workers = workers
         named = {size for tensor in spec.inputs for size in tensor.shape if isinstance(size, str)}
@@ -125,8 +113,8 @@ class _CutGraph:
             (self._part(arrays, start, end), sizes | {self._dimension: end - start}) for start, end in pairwise(edges)
         ]
         if self._threads > 1 and self._workers is not None:
-            for index in range(min(self._threads, len(pieces))):
-                self._programs[index]  # loaded here: not by two threads at once
+            while len(self.programs) < min(self._threads, len(pieces)):
+                self.programs.append(self._load())  # here: not by two threads at once
             found = list(self._workers.map(lambda index: self._run_pieces(index, pieces), range(self._threads)))
             results = [found[index % self._threads][index // self._threads] for index in range(len(pieces))]
         else:
@@ -139,7 +127,7 @@ class _CutGraph:
 
     def _run(self, program: int, arrays: list[Array], sizes: Mapping[str, int]) -> list[Array]:
         outputs = [np.empty(_shape(tensor, sizes), DTYPES[tensor.dtype]) for tensor in self._spec.outputs]
-        self._programs[program].run(arrays, outputs)
+        self.programs[program].run(arrays, outputs)
         return outputs
 
     def _check_bounds(self, sizes: Mapping[str, int]) -> None:

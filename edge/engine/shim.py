@@ -44,6 +44,16 @@ class _Tensor(ctypes.Structure):
         return cls(array.ctypes.data, _CODES[array.dtype], array.ndim, sizes)
 
 
+_TENSORS: Final = ctypes.POINTER(_Tensor)
+_NUMBER: Final = ctypes.POINTER(ctypes.c_int32)
+_ARGUMENTS: Final[dict[str, tuple[Any, ...]]] = {  # after the program
+    "dlora_et_free": (),
+    "dlora_et_count": (_NUMBER, _NUMBER),
+    "dlora_et_describe": (ctypes.c_int32, ctypes.c_int32, _TENSORS),
+    "dlora_et_run": (_TENSORS, ctypes.c_int32, _TENSORS, ctypes.c_int32, ctypes.c_char_p, ctypes.c_size_t),
+}
+
+
 class Program:
     """A loaded ``.pte``; several threads may call it, one after the other."""
 
@@ -75,10 +85,9 @@ class Program:
             raise BundleError(f"{self._path} fails on ExecuTorch: {_text_of(message)}; {_WHAT_TO_DO}")
 
     def _describe(self, side: int, index: int) -> tuple[str, tuple[int, ...]]:
-        tensor = _Tensor()
+        tensor, names = _Tensor(), list(DTYPES)
         if self._library.dlora_et_describe(self._handle, side, index, ctypes.byref(tensor)) != _OK:
             return "", ()
-        names = list(DTYPES)
         name = names[tensor.dtype] if 0 <= tensor.dtype < len(names) else ""
         return name, tuple(tensor.sizes[: tensor.dims])
 
@@ -105,11 +114,9 @@ class Shim:
                 "again with make shim"
             )
         self._library.dlora_et_version.restype = ctypes.c_char_p
-        self._library.dlora_et_free.argtypes = [ctypes.c_void_p]
         self._library.dlora_et_free.restype = None
-        for name in ("dlora_et_count", "dlora_et_describe", "dlora_et_run"):
-            function = getattr(self._library, name)
-            function.argtypes = [ctypes.c_void_p, *[_ANY_ARGUMENT] * _ARGUMENTS[name]]
+        for name, arguments in _ARGUMENTS.items():
+            getattr(self._library, name).argtypes = [ctypes.c_void_p, *arguments]
         self.version: str = self._library.dlora_et_version().decode()
 
     def set_threads(self, threads: int) -> None:
@@ -130,18 +137,6 @@ class Shim:
         if status == _INCOMPATIBLE:
             raise BundleError(f"{path} is not for ExecuTorch {self.version} ({reason}); export it with that version")
         raise BundleError(f"{path} does not load on ExecuTorch {self.version}: {reason}; {_WHAT_TO_DO}")
-
-
-class _AnyArgument:
-    """Lets ctypes convert an argument as it would without ``argtypes``."""
-
-    @classmethod
-    def from_param(cls, value: Any) -> Any:
-        return value
-
-
-_ANY_ARGUMENT: Final = _AnyArgument
-_ARGUMENTS: Final = {"dlora_et_count": 2, "dlora_et_describe": 3, "dlora_et_run": 6}
 
 
 def shim_directories() -> list[Path]:

@@ -7,16 +7,17 @@ a token without a label the graphs of the last block compute keys and values onl
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from functools import cache
+from typing import Final
 
 import numpy as np
 
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.engine import Array, Engine, Graph, scalar
 from dlora.protocol.errors import BundleError, DataError
-from dlora.protocol.manifest import BlockSpec, GraphSpec
+from dlora.protocol.manifest import BlockSpec
 from dlora.protocol.tensors import FloatArray, IntArray
 
 from .block_weights import BLOCKED, LORA, BlockWeights, last_blocks
@@ -62,11 +63,12 @@ class DeviceBlocks:
 
     def __init__(self, bundle: Bundle, engine: Engine, count: int, rank: int) -> None:
         spec, chosen = last_blocks(bundle, count)
-        passes = {key: _Passes.load(bundle, engine, key) for key in {block.graph for block in chosen[:-1]}}
+        load = cache(engine.load)
         self.max_length = spec.max_length
-        self._blocks = [_Block(bundle, block, passes[block.graph], rank, spec.max_length) for block in chosen[:-1]]
-        last = _Passes.load(bundle, engine, chosen[-1].graph, "last_")
-        self._blocks.append(_Block(bundle, chosen[-1], last, rank, spec.max_length))
+        self._blocks = [
+            _Block(bundle, load, block, rank, spec.max_length, "last_" if block is chosen[-1] else "")
+            for block in chosen
+        ]
         self._norm_forward, self._norm_backward = engine.load("final_norm_forward"), engine.load("final_norm_backward")
         self._norm_weights = {name: bundle.weight(file) for name, file in spec.final_norm.items()}
         self.first = chosen[0].index
@@ -192,33 +194,20 @@ def labels(label_positions: IntArray, tokens: int) -> dict[str, Array]:
     return {_LABEL_POSITIONS: label_positions.astype(np.int64), _LABEL_INDEX: index}
 
 
-@dataclass(frozen=True)
-class _Passes:
-    """The two graphs of a shape of block, or of the last one, and what they take and give."""
-
-    forward: Graph
-    backward: Graph
-    forward_spec: GraphSpec
-    backward_spec: GraphSpec
-
-    @classmethod
-    def load(cls, bundle: Bundle, engine: Engine, key: str, prefix: Literal["", "last_"] = "") -> _Passes:
-        kinds = (f"{prefix}block_forward", f"{prefix}block_backward")
-        forward, backward = (engine.load(kind, key) for kind in kinds)
-        forward_spec, backward_spec = (bundle.manifest.graph(kind, key) for kind in kinds)
-        lora = [f"{_GRAD}{tensor.name}" for tensor in forward_spec.inputs if tensor.name.endswith(LORA)]
-        if [tensor.name for tensor in backward_spec.outputs] != [_GRAD_X, *lora]:
-            text = f"{bundle.path}: {kinds[1]}.{key} gives other gradients than it must"
-            raise BundleError(f"{text}; export the bundle again")
-        return cls(forward, backward, forward_spec, backward_spec)
-
-
 class _Block(BlockWeights):
-    """One block: its passes, with its weights."""
+    """One block: its two passes, with its weights. ``prefix``: of the kinds of its graphs."""
 
-    def __init__(self, bundle: Bundle, spec: BlockSpec, passes: _Passes, rank: int, max_length: int) -> None:
-        super().__init__(bundle, spec, passes.forward_spec.inputs, rank, max_length)
-        self._passes = passes
+    def __init__(
+        self, bundle: Bundle, load: Callable[..., Graph], spec: BlockSpec, rank: int, max_length: int, prefix: str
+    ) -> None:
+        kinds = (f"{prefix}block_forward", f"{prefix}block_backward")
+        self._forward_spec, self._backward_spec = (bundle.manifest.graph(kind, spec.graph) for kind in kinds)
+        lora = [f"{_GRAD}{tensor.name}" for tensor in self._forward_spec.inputs if tensor.name.endswith(LORA)]
+        if [tensor.name for tensor in self._backward_spec.outputs] != [_GRAD_X, *lora]:
+            text = f"{bundle.path}: {kinds[1]}.{spec.graph} gives other gradients than it must"
+            raise BundleError(f"{text}; export the bundle again")
+        super().__init__(bundle, spec, self._forward_spec.inputs, rank, max_length)
+        self._forward, self._backward = (load(kind, spec.graph) for kind in kinds)
 
     def has_any(self, names: Collection[str]) -> bool:
         """Whether one of these parameters is its."""
@@ -229,15 +218,14 @@ class _Block(BlockWeights):
     ) -> tuple[FloatArray, dict[str, Array]]:
         """y (tokens or labelled, width), and what ``backward`` is to be given. ``given``: x and what else its graph
         takes that is neither a weight nor LoRA."""
-        spec = self._passes.forward_spec
-        y, *products = self._passes.forward(self._inputs(spec, given, lora, scale))
-        return y, dict(given) | dict(zip((tensor.name for tensor in spec.outputs[1:]), products, strict=True))
+        y, *products = self._forward(self._inputs(self._forward_spec, given, lora, scale))
+        names = (tensor.name for tensor in self._forward_spec.outputs[1:])
+        return y, dict(given) | dict(zip(names, products, strict=True))
 
     def backward(
         self, grad: FloatArray, kept: Mapping[str, Array], lora: Mapping[str, FloatArray], scale: FloatArray
     ) -> tuple[FloatArray, dict[str, FloatArray]]:
         """The gradient of x (tokens, width), and those of all LoRA of the block, by full name."""
-        spec = self._passes.backward_spec
-        grad_x, *grads = self._passes.backward(self._inputs(spec, {**kept, "grad": grad}, lora, scale))
-        names = (f"{self.spec.path}.{tensor.name.removeprefix(_GRAD)}" for tensor in spec.outputs[1:])
+        grad_x, *grads = self._backward(self._inputs(self._backward_spec, {**kept, "grad": grad}, lora, scale))
+        names = (f"{self.spec.path}.{tensor.name.removeprefix(_GRAD)}" for tensor in self._backward_spec.outputs[1:])
         return grad_x, dict(zip(names, grads, strict=True))

@@ -23,7 +23,7 @@ from .source import TokenSource
 
 
 class DeviceGenerator:
-    """As ``GeneratingModel`` has it.
+    """Goes on from the tokens that it had last, as ``SplitModel`` does.
 
     Args:
         blocks: with the adapters.
@@ -70,7 +70,7 @@ class DeviceGenerator:
         return self._blocks.length
 
     def extend(self, ids: LongArray, known: int, acts_from: int, count: int) -> tuple[FloatArray, int]:
-        """As ``GeneratingModel`` has it."""
+        """As ``SplitModel`` has it."""
         check_room(ids, self.context_limit)
         self._blocks.crop(known)
         self._last.clear()

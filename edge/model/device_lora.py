@@ -13,7 +13,6 @@ from dlora.edge.adapters.units import AdapterSet
 from dlora.edge.memory import release_freed_memory
 from dlora.protocol.adapter_record import TrainingRecord, load_record
 from dlora.protocol.adapters import AdapterSpec
-from dlora.protocol.errors import UsageError
 from dlora.protocol.groups import without_gains
 from dlora.protocol.manifest import Manifest
 from dlora.protocol.targets import groups_of
@@ -64,16 +63,6 @@ class DeviceLora:
         for name, parameter in made.parameters().items():
             parameter.value[...] = self.values[name]
         return made
-
-
-def lora_to_evaluate(manifest: Manifest, adapter: Path | None) -> DeviceLora:
-    """The LoRA of an adapter, or none, for whole texts. Raises ``UsageError`` for one that acts on a part of them."""
-    lora = DeviceLora.load(manifest, adapter)
-    if lora.invocation:
-        raise UsageError(
-            "the adapter acts on answers only: blocks on a device cannot evaluate it; use --device-blocks 0"
-        )
-    return lora
 
 
 def trained_device_blocks(adapter: Path | None) -> int:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
 
 from dlora.edge.engine.bundle import Bundle
-from dlora.edge.engine.engine import Array, Engine, Graph, scalar
+from dlora.edge.engine.engine import Array, Engine, scalar
 from dlora.edge.memory import release_freed_memory
 from dlora.protocol.tensors import FloatArray
 
@@ -46,40 +47,29 @@ class Head:
     def __init__(self, bundle: Bundle, engine: Engine) -> None:
         spec = bundle.manifest.head
         self._bundle = bundle
-        self._weights: dict[str, Array] = {"weight": bundle.weight(spec.weight)}
-        if spec.row_scales:
-            self._weights["row_scales"] = bundle.weight(spec.row_scales)
-        if spec.bias:
-            self._weights["bias"] = bundle.weight(spec.bias)
+        files = {"weight": spec.weight, "row_scales": spec.row_scales, "bias": spec.bias}
+        self._weights: dict[str, Array] = {name: bundle.weight(file) for name, file in files.items() if file}
         self._rows = spec.rows
-        self._engine = engine
-        self._graphs: dict[str, Graph] = {}
+        self._graph = cache(engine.load)  # when first used: a run that never generates never pays for its graph
 
     def loss_and_grad(
-        self, hidden_states: FloatArray, labels: LongArray, grad_scale: float
+        self, hidden_states: FloatArray, labels: LongArray, grad_scale: float, gradient: LossGradient | None = None
     ) -> tuple[FloatArray, FloatArray]:
-        """Cross-entropy (rows,) and ``grad_scale`` times its gradient (rows, hidden_size), both float32."""
+        """Cross-entropy (rows,) and ``grad_scale`` times its gradient (rows, hidden_size), both float32.
+
+        With ``gradient``, that of any loss of the labels' log-probabilities in place of it: the gradient of each row's
+        cross-entropy, times what ``gradient`` makes of it.
+        """
         graph = self._graph("head_train")
         losses = np.empty(len(labels), np.float32)
         grads = np.empty_like(hidden_states)
+        scale = scalar(grad_scale if gradient is None else 1.0)
         for rows in self._chunks(len(labels)):
             losses[rows], grads[rows] = graph(
-                self._weights
-                | {
-                    "hidden_states": hidden_states[rows],
-                    "labels": labels[rows],
-                    "grad_scale": scalar(grad_scale),
-                }
+                self._weights | {"hidden_states": hidden_states[rows], "labels": labels[rows], "grad_scale": scale}
             )
-        return losses, grads
-
-    def loss_and_own_grad(
-        self, hidden_states: FloatArray, labels: LongArray, gradient: LossGradient
-    ) -> tuple[FloatArray, FloatArray]:
-        """Cross-entropy float32 (rows,), and the gradient of any loss of the labels' log-probabilities by the hidden
-        states, float32 (rows, hidden_size): that of each row's cross-entropy, times what ``gradient`` makes of it."""
-        losses, grads = self.loss_and_grad(hidden_states, labels, 1.0)
-        grads *= -np.asarray(gradient(-losses), np.float32)[:, None]
+        if gradient is not None:
+            grads *= -np.asarray(gradient(-losses), np.float32)[:, None]
         return losses, grads
 
     def loss(self, hidden_states: FloatArray, labels: LongArray) -> tuple[FloatArray, LongArray]:
@@ -88,8 +78,9 @@ class Head:
         losses = np.empty(len(labels), np.float32)
         predictions = np.empty(len(labels), np.int64)
         for rows in self._chunks(len(labels)):
-            inputs: dict[str, Array] = {"hidden_states": hidden_states[rows], "labels": labels[rows]}
-            losses[rows], predictions[rows] = graph(self._weights | inputs)
+            losses[rows], predictions[rows] = graph(
+                self._weights | {"hidden_states": hidden_states[rows], "labels": labels[rows]}
+            )
         return losses, predictions
 
     def logits(self, hidden_states: FloatArray) -> FloatArray:
@@ -107,9 +98,3 @@ class Head:
             release_freed_memory()
             yield slice(start, start + self._rows)
         self.release()
-
-    def _graph(self, kind: str) -> Graph:
-        # Loaded when first used: a run that never generates never pays for its graph.
-        if kind not in self._graphs:
-            self._graphs[kind] = self._engine.load(kind)
-        return self._graphs[kind]

@@ -12,7 +12,11 @@ import numpy.typing as npt
 from dlora.edge.data.batches import evaluation_batches
 from dlora.edge.data.examples import Dataset
 
-from .trainable import TrainableModel
+from .split import SplitModel
+from .trunk import TrunkModel
+
+TrainableModel = SplitModel | TrunkModel
+"""What a run needs of a model, wherever its blocks are."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -28,13 +29,14 @@ from .trunk_cache import TrunkCache
 _LEAST_EPOCHS: Final = 2  # that what is kept must last for: the first only fills it
 
 
+@dataclass
 class KeptOutputs:
     """Hidden states after the lowest blocks of a device, as they are while these are not trained.
 
     Texts are computed in packs (``TextPacks``), so that a text has the same bits whether it was kept, or is computed
     again after a kill.
 
-    Args:
+    Attributes:
         source: of what goes into the lowest block.
         kept: where what comes out of the lowest blocks is kept.
         dataset: what is trained on, no other text is asked for.
@@ -43,35 +45,24 @@ class KeptOutputs:
         unchanged_steps: the steps around one in which the units' states stay as they are.
     """
 
-    def __init__(
-        self,
-        blocks: DeviceBlocks,
-        source: HiddenStateSource,
-        kept: KeptOutputsCache,
-        dataset: Dataset,
-        *,
-        examples_a_step: int,
-        most_tokens: int,
-        unchanged_steps: Callable[[int], range],
-    ) -> None:
-        self._blocks = blocks
-        self._source = source
-        self._kept = kept
-        self._dataset = dataset
-        self._examples_a_step = examples_a_step
-        self._most_tokens = most_tokens
-        self._unchanged_steps = unchanged_steps
-        self._packs: TextPacks | None = None
-        self._kept_for: tuple[int, int] | None = None  # how many blocks, and from which step on
-        self._cache: TrunkCache | None = None
+    blocks: DeviceBlocks
+    source: HiddenStateSource
+    kept: KeptOutputsCache
+    dataset: Dataset
+    examples_a_step: int
+    most_tokens: int
+    unchanged_steps: Callable[[int], range]
+    _packs: TextPacks | None = None
+    _kept_for: tuple[int, int] | None = None  # how many blocks, and from which step on
+    _cache: TrunkCache | None = None
 
     def count(self, step: int, trained: Collection[str]) -> int:
         """How many of the lowest blocks are skipped in this step: those below all that is ``trained``, where that will
         stay so for long enough."""
-        steps = len(self._unchanged_steps(step))
-        if steps * self._examples_a_step < _LEAST_EPOCHS * len(self._dataset):
+        steps = len(self.unchanged_steps(step))
+        if steps * self.examples_a_step < _LEAST_EPOCHS * len(self.dataset):
             return 0
-        return self._blocks.count_below(trained)
+        return self.blocks.count_below(trained)
 
     def hidden_states(
         self, batch: MicroBatch, step: int, count: int, lora: Mapping[str, FloatArray], scaling: float
@@ -80,49 +71,41 @@ class KeptOutputs:
 
         Raises what the source raises, and ``StorageError``.
         """
-        self._keep_for(step, count, lora, scaling)
+        packs, cache = self._keep_for(step, count, lora, scaling)
         texts = batch.texts()
+        digests = [self.kept.digest(ids) for ids in texts]
         found: dict[bytes, FloatArray] = {}
-        digests = [self._kept.digest(ids) for ids in texts]
         for digest, ids in zip(digests, texts, strict=True):
-            if digest not in found:
-                kept = self._find(digest, len(ids))
-                whole = self._compute(digest, count, lora, scaling) if kept is None else {digest: kept}
-                found |= {name: whole[name].copy() for name in whole.keys() & set(digests)}
+            if digest in found:
+                continue
+            tensor = cache.get(digest, len(ids))
+            if tensor is not None:
+                found[digest] = decode_floats(tensor)
+                continue
+            index = packs.index_of(digest)
+            assert index is not None  # all texts of the data are in one
+            pack = packs[index]
+            whole = batch_of(list(pack.values()))
+            lengths = whole.sequence_lengths
+            out = self.blocks.forward_lowest(self.source.hidden_states(whole), lengths, lora, scaling, count)
+            for name, hidden_states in zip(pack, np.split(out, np.cumsum(lengths)[:-1]), strict=True):
+                cache.add(name, encode_floats(hidden_states, "fp32"))
+                if name in digests:
+                    found[name] = hidden_states.copy()  # the rest need not be held
         return np.concatenate([found[digest] for digest in digests])
 
-    def _find(self, digest: bytes, tokens: int) -> FloatArray | None:
-        assert self._cache is not None
-        tensor = self._cache.get(digest, tokens)
-        return None if tensor is None else decode_floats(tensor)
-
-    def _compute(
-        self, digest: bytes, count: int, lora: Mapping[str, FloatArray], scaling: float
-    ) -> dict[bytes, FloatArray]:
-        """Of all texts of the pack that this one is in."""
-        assert self._cache is not None
-        assert self._packs is not None
-        index = self._packs.index_of(digest)
-        assert index is not None  # all texts of the data are in one
-        pack = self._packs[index]
-        batch = batch_of(list(pack.values()))
-        lengths = batch.sequence_lengths
-        out = self._blocks.forward_lowest(self._source.hidden_states(batch), lengths, lora, scaling, count)
-        found = dict(zip(pack, np.split(out, np.cumsum(lengths)[:-1]), strict=True))
-        for name, hidden_states in found.items():
-            self._cache.add(name, encode_floats(hidden_states, "fp32"))
-        return found
-
-    def _keep_for(self, step: int, count: int, lora: Mapping[str, FloatArray], scaling: float) -> None:
-        """Have a cache of what comes out of these blocks, with their adapters as they are."""
-        wanted = count, self._unchanged_steps(step).start
-        if self._kept_for == wanted:
-            return
+    def _keep_for(
+        self, step: int, count: int, lora: Mapping[str, FloatArray], scaling: float
+    ) -> tuple[TextPacks, TrunkCache]:
+        """All texts, and a cache of what comes out of these blocks, with their adapters as they are."""
+        wanted = count, self.unchanged_steps(step).start
         if self._packs is None:
-            self._packs = TextPacks(texts_of(self._dataset), self._kept.digest, self._most_tokens)
-        names = sorted(self._blocks.parameters_below(count) & lora.keys())
-        digest = hashlib.sha256(repr((scaling, self._most_tokens, names)).encode())
-        for name in names:
-            digest.update(np.ascontiguousarray(lora[name]).tobytes())
-        self._cache = self._kept.after(count, digest.hexdigest())
-        self._kept_for = wanted
+            self._packs = TextPacks(texts_of(self.dataset), self.kept.digest, self.most_tokens)
+        if self._cache is None or self._kept_for != wanted:
+            names = sorted(self.blocks.parameters_below(count) & lora.keys())
+            digest = hashlib.sha256(repr((scaling, self.most_tokens, names)).encode())
+            for name in names:
+                digest.update(np.ascontiguousarray(lora[name]).tobytes())
+            self._cache = self.kept.after(count, digest.hexdigest())
+            self._kept_for = wanted
+        return self._packs, self._cache

@@ -57,9 +57,8 @@ class KeptOutputsCache:
         Closed with this. Raises ``StorageError``, and ``CheckpointError`` where the file has another key.
         """
         self.close()
-        blocks = self._owner.blocks + count
         owner = msgspec.structs.replace(
-            self._owner, blocks=blocks, codec="fp32", lora=f"{lora} {self._computed_by}"
+            self._owner, blocks=self._owner.blocks + count, codec="fp32", lora=f"{lora} {self._computed_by}"
         )
         try:
             self._open = TrunkCache(self._path, owner, limit=self._room(), key=self._key)

@@ -19,12 +19,11 @@ from dlora.protocol import interrupts
 from dlora.protocol import messages as m
 from dlora.protocol.choices import Send
 from dlora.protocol.errors import BundleError, NonFiniteError, UsageError
-from dlora.protocol.manifest import Manifest
 from dlora.protocol.wire_codecs import Codecs
 
 from .decode_blocks import DecodeBlocks
 from .device_generator import DeviceGenerator
-from .device_lora import DeviceLora, lora_to_evaluate
+from .device_lora import DeviceLora
 from .embedding_source import EmbeddingSource
 from .encoding_server import EncodingServer
 from .generating import GeneratingModel
@@ -86,7 +85,7 @@ def open_to_generate(opening: Opening, *, context_length: int) -> Iterator[Gener
     bundle = opening.bundle
     lora = DeviceLora.load(bundle.manifest, opening.adapter)
     engine = make_engine(bundle, opening.engine, opening.threads)
-    blocks = DecodeBlocks(bundle, engine, blocks_here(opening, lora), lora)
+    blocks = DecodeBlocks(bundle, engine, _blocks_here(opening, lora), lora)
     count = bundle.manifest.base_model.blocks - blocks.first
     source = _source(opening, engine, count, min(context_length, blocks.limit))
     with interrupts.raise_on_signal(), closing(source):
@@ -104,13 +103,17 @@ def open_to_evaluate(opening: Opening, *, longest: int) -> Iterator[SplitModel |
 
     Raises as ``open_to_generate``, and with blocks on the device ``DataError`` for texts that are too long.
     """
+    bundle = opening.bundle
     if opening.device_blocks == 0:
         with _open_split(opening, 0) as split:
             yield split
         return
-    bundle = opening.bundle
-    lora = lora_to_evaluate(bundle.manifest, opening.adapter)
-    count = blocks_here(opening, lora)
+    lora = DeviceLora.load(bundle.manifest, opening.adapter)
+    if lora.invocation:
+        raise UsageError(
+            "the adapter acts on answers only: blocks on a device cannot evaluate it; use --device-blocks 0"
+        )
+    count = _blocks_here(opening, lora)
     engine = make_engine(bundle, opening.engine, opening.threads)
     source = _source(opening, engine, count, 0)
     model = TrunkModel(bundle, engine, lora.adapters(bundle.manifest), count, source)
@@ -149,12 +152,28 @@ def _source(opening: Opening, engine: Engine, count: int, context_length: int) -
     )  # fmt: skip
 
 
-def blocks_here(opening: Opening, lora: DeviceLora) -> int:
-    """How many of the last blocks run on the device. Raises ``UsageError`` and ``BundleError``."""
-    manifest = opening.bundle.manifest
-    if opening.device_blocks == manifest.base_model.blocks:
-        return opening.device_blocks
-    return blocks_needed(manifest, lora.lowest, opening.device_blocks)
+def _blocks_here(opening: Opening, lora: DeviceLora) -> int:
+    """How many of the last blocks run here: as many as wanted, or as few as hold all of an adapter. Raises
+    ``UsageError`` and ``BundleError``."""
+    manifest, wanted = opening.bundle.manifest, opening.device_blocks
+    spec, last = manifest.device_blocks, manifest.base_model.blocks
+    if wanted == last:
+        return last
+    lowest = last - 1 if lora.lowest is None else lora.lowest
+    if lowest < 1:
+        raise UsageError("the adapter reaches down to block 0, which the server runs; use --device-blocks 0")
+    has, needed = 0 if spec is None else len(spec.blocks), last - lowest
+    if wanted is not None and wanted < needed:
+        raise UsageError(f"the adapter reaches down to block {lowest}; use --device-blocks {needed} or more, or 0")
+    count = needed if wanted is None else wanted
+    if count > has:
+        what = "no blocks for a device"
+        if lora.lowest is not None:
+            what = f"{has} blocks for a device, and the adapter reaches down to block {lowest}"
+        raise BundleError(
+            f"the bundle has {what}; export it again with --device-blocks {count}, or use --device-blocks 0"
+        )
+    return count
 
 
 @contextmanager
@@ -164,24 +183,3 @@ def _name_adapter_in_error() -> Iterator[None]:
     except NonFiniteError as error:
         text = f"{error}: the adapter is of a run that diverged; train it anew with a lower --lr"
         raise NonFiniteError(text) from None
-
-
-def blocks_needed(manifest: Manifest, lowest_with_lora: int | None, wanted: int | None = None) -> int:
-    """How many of the last blocks run here: ``wanted``, or as few as hold all of an adapter. Raises ``UsageError`` and
-    ``BundleError``."""
-    spec, last = manifest.device_blocks, manifest.base_model.blocks
-    lowest = last - 1 if lowest_with_lora is None else lowest_with_lora
-    if lowest < 1:
-        raise UsageError("the adapter reaches down to block 0, which the server runs; use --device-blocks 0")
-    has, count = 0 if spec is None else len(spec.blocks), last - lowest
-    if wanted is not None and wanted < count:
-        raise UsageError(f"the adapter reaches down to block {lowest}; use --device-blocks {count} or more, or 0")
-    count = count if wanted is None else wanted
-    if count > has:
-        what = "no blocks for a device"
-        if lowest_with_lora is not None:
-            what = f"{has} blocks for a device, and the adapter reaches down to block {lowest}"
-        raise BundleError(
-            f"the bundle has {what}; export it again with --device-blocks {count}, or use --device-blocks 0"
-        )
-    return count

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -72,12 +72,7 @@ class SplitModel:
         return self._parts.head_seconds + self._compute.seconds
 
     def forward_backward(
-        self,
-        batches: Sequence[MicroBatch],
-        *,
-        step: int,
-        grad_scale: float,
-        gradients: Sequence[LossGradient] = (),
+        self, batches: Sequence[MicroBatch], *, step: int, grad_scale: float, gradients: Sequence[LossGradient] = ()
     ) -> list[FloatArray]:
         """Train on micro-batches of one step, which the server must take: the cross-entropies of each, (labelled,).
 
@@ -87,11 +82,10 @@ class SplitModel:
         the server knows nothing of it any more.
         """
         first = self.connection.session.next_micro_batch
+        runs = deque(self._micro_batch(batch, (step, first + index), "train") for index, batch in enumerate(batches))
         own: Sequence[LossGradient | None] = gradients or [None] * len(batches)
-        runs = deque(
-            self._micro_batch(batch, (step, first + index), "train", grad_scale=grad_scale, gradient=gradient)
-            for index, (batch, gradient) in enumerate(zip(batches, own, strict=True))
-        )
+        for run, gradient in zip(runs, own, strict=True):
+            run.grad_scale, run.gradient = grad_scale, gradient
         parameters = self.adapters.parameters()
         losses: list[FloatArray] = []
         for run in self._run_all(runs):
@@ -109,7 +103,8 @@ class SplitModel:
         """
         parts = [part for batch in batches for part in self.cut(batch)]
         for part in parts:
-            run = self._micro_batch(part, self._next_key(), "basis", grad_scale=1.0 / len(part.labels))
+            run = self._micro_batch(part, self._next_key(), "basis")
+            run.grad_scale = 1.0 / len(part.labels)
             for _ in self._run_all(deque([run])):
                 pass
         return len(parts)
@@ -143,7 +138,18 @@ class SplitModel:
         return opening.context_length
 
     def extend(self, ids: LongArray, known: int, acts_from: int, count: int) -> tuple[FloatArray, int]:
-        """As ``GeneratingModel`` has it."""
+        """Logits of what follows the last tokens of a text, and how many of its tokens the server held already.
+
+        Args:
+            ids: int64 (tokens,), the whole text so far.
+            known: how many of its first tokens are those that the model had last, in the same way; at most all but
+                ``count``. They need not cross again where they are still held.
+            acts_from: the row from which on the adapters act.
+
+        Returns: float32 (count, vocabulary), and a number of tokens, 0 where the server has lost what it held.
+
+        Raises what ``Connection`` raises, and ``DataError`` for a text that is longer than ``context_limit``.
+        """
         return self.session.run(lambda: self._extend(ids, known, acts_from, count))
 
     def _extend(self, ids: LongArray, known: int, acts_from: int, count: int) -> tuple[FloatArray, int]:
@@ -151,28 +157,18 @@ class SplitModel:
         wanted_from = len(ids) - count
         if not self._room:
             return self._logits(self._evaluate_hidden(part_of(ids, 0, len(ids), wanted_from, acts_from))), 0
-        position = min(known, self.connection.session.cached_tokens)
+        position = end = min(known, self.connection.session.cached_tokens)
         most = self.connection.welcome.max_sequence_length
-        parts = decode_parts(ids, position, wanted_from=wanted_from, count=count, most=most, acts_from=acts_from)
-        return self._decode(parts, position), position
-
-    def _decode(self, parts: Iterable[MicroBatch], position: int) -> FloatArray:
-        """Logits float32 (labelled, vocabulary) at the labelled positions of the last part.
-
-        Args:
-            parts: the tokens that follow the first ``position`` of those that the server holds, one sequence each, as
-                many as it takes at once.
-        """
         hidden_states: FloatArray | None = None
-        for part in parts:
-            run = self._micro_batch(part, self._next_key(), "decode", position=position)
+        for part in decode_parts(ids, position, wanted_from=wanted_from, count=count, most=most, acts_from=acts_from):
+            run = self._micro_batch(part, self._next_key(), "decode", end)
             for _ in self._run_all(deque([run])):
                 hidden_states = run.hidden_states
-            position += len(part.ids)
+            end += len(part.ids)
             if len(part.ids) > MANY_TOKENS:  # else the LM head comes on top of what this left
                 release_freed_memory()
         assert hidden_states is not None
-        return self._logits(hidden_states)
+        return self._logits(hidden_states), position
 
     def release_weights(self) -> None:
         """Let the pages of the two ends' weights go, which ``extend`` keeps for the next token."""
@@ -187,31 +183,18 @@ class SplitModel:
     def _evaluate_hidden(self, batch: MicroBatch) -> FloatArray:
         def attempt() -> FloatArray:
             # Anew for each session: another server may take less at once.
-            runs = deque(
-                self._micro_batch(part, self._next_key(), "evaluate") for part in self.cut(batch)
-            )
+            runs = deque(self._micro_batch(part, self._next_key(), "evaluate") for part in self.cut(batch))
             found = [run.hidden_states for run in self._run_all(runs) if run.hidden_states is not None]
             return found[0] if len(found) == 1 else np.concatenate(found)
 
         return self.session.run(attempt)
 
-    def _micro_batch(
-        self,
-        batch: MicroBatch,
-        key: Key,
-        mode: m.Mode,
-        *,
-        grad_scale: float = 0.0,
-        position: int | None = None,
-        gradient: LossGradient | None = None,
-    ) -> DeviceMicroBatch:
-        opening, send = self.connection.session.opened_with, self.connection.send
+    def _micro_batch(self, batch: MicroBatch, key: Key, mode: m.Mode, position: int | None = None) -> DeviceMicroBatch:
+        opening = self.connection.session.opened_with
         assert opening is not None
-        codecs = opening.codecs_of(mode)
         return DeviceMicroBatch(
-            self._parts, batch, key, send, mode=mode, codecs=codecs, grad_scale=grad_scale, position=position,
-            gradient=gradient,
-        )  # fmt: skip
+            self._parts, batch, key, self.connection.send, mode, opening.codecs_of(mode), position
+        )
 
     def _next_key(self) -> Key:
         self._evaluated = (self._evaluated + 1) % 2**31
@@ -227,7 +210,7 @@ class SplitModel:
         while waiting or in_order:
             while waiting and len(under_way) < window:
                 run = waiting.popleft()
-                check_sequence_length(run.longest, self.connection.welcome)
+                check_sequence_length(int(run.batch.sequence_lengths.max()), self.connection.welcome)
                 under_way[run.key] = run
                 in_order.append(run)
                 run.begin()

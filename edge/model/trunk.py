@@ -67,13 +67,7 @@ class TrunkModel:
         kept = self._source.kept
         assert kept is not None  # whoever wants it makes a place for it
         self._kept = KeptOutputs(
-            self._blocks,
-            self._source,
-            kept,
-            dataset,
-            examples_a_step=examples_a_step,
-            most_tokens=self._most_tokens,
-            unchanged_steps=unchanged_steps,
+            self._blocks, self._source, kept, dataset, examples_a_step, self._most_tokens, unchanged_steps
         )
 
     @property
@@ -96,12 +90,7 @@ class TrunkModel:
         return batch.cut(max_tokens=self._most_tokens, packs=True)
 
     def forward_backward(
-        self,
-        batches: Sequence[MicroBatch],
-        *,
-        step: int,
-        grad_scale: float,
-        gradients: Sequence[LossGradient] = (),
+        self, batches: Sequence[MicroBatch], *, step: int, grad_scale: float, gradients: Sequence[LossGradient] = ()
     ) -> list[FloatArray]:
         """Train on micro-batches of one step: the cross-entropies of each, (labelled,); gradients go into the
         parameters of active units.
@@ -125,10 +114,7 @@ class TrunkModel:
             last, kept = self._blocks.forward(
                 hidden_states, batch.sequence_lengths, batch.label_positions, lora, scaling, trained, begin
             )
-            if gradient is None:
-                found, grad = self._head.loss_and_grad(last, batch.labels, grad_scale)
-            else:
-                found, grad = self._head.loss_and_own_grad(last, batch.labels, gradient)
+            found, grad = self._head.loss_and_grad(last, batch.labels, grad_scale, gradient)
             for name, each in self._blocks.backward(grad, kept, lora, scaling).items():
                 parameters[name].add_grad_with_gain(each)
             losses.append(found)

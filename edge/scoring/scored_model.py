@@ -17,9 +17,8 @@ from dlora.edge.data.question import Question
 from dlora.edge.generation.answer import TextAnswer
 from dlora.edge.generation.sampling import Sampling
 from dlora.edge.model.context import Context
-from dlora.edge.model.evaluation import Evaluation, ExampleScores, evaluate_examples
+from dlora.edge.model.evaluation import Evaluation, ExampleScores, TrainableModel, evaluate_examples
 from dlora.edge.model.generating import GeneratingModel
-from dlora.edge.model.trainable import TrainableModel
 
 from .answers import is_right
 from .intervals import Interval, difference, interval

@@ -11,9 +11,9 @@ from dlora.edge.data.batches import MicroBatch
 from dlora.edge.data.examples import Dataset
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.engine import Engine
+from dlora.edge.model.evaluation import TrainableModel
 from dlora.edge.model.source import HiddenStateSource
 from dlora.edge.model.split import SplitModel
-from dlora.edge.model.trainable import TrainableModel
 from dlora.edge.model.trunk import TrunkModel
 from dlora.edge.wire.connection import Connection
 from dlora.edge.wire.recorder import Recorder

@@ -64,10 +64,16 @@ class Retry:
     first_s: float = 0.5
     ceiling_s: float = 30.0
 
-    def pause_s(self, failures: int) -> float:
-        """The pause after so many failures in a row (from 1)."""
-        longest = min(self.ceiling_s, self.first_s * 2.0 ** min(failures - 1, 30))
-        return longest * random.uniform(0.5, 1.0)
+    def pause_s(self, failures: int, asked_s: float | None) -> float:
+        """The pause after so many failures in a row: as long as the server asks, but never so little that we would
+        hammer at it. ``asked_s``: None where it does not ask."""
+        own_s = 0.0
+        if failures:
+            own_s = min(self.ceiling_s, self.first_s * 2.0 ** min(failures - 1, 30)) * random.uniform(0.5, 1.0)
+        if asked_s is None:
+            return own_s
+        # Not in step with the others that were sent away, and not so late that the server has given us up.
+        return max(own_s, asked_s + random.uniform(0.0, min(asked_s / 4, self.ceiling_s)))
 
 
 @dataclass(frozen=True)
@@ -86,14 +92,6 @@ class Liveness:
     ping_timeout_s: float = 60.0
 
 
-def _ignore_line(line: str) -> None:
-    pass
-
-
-def _never_stop() -> bool:
-    return False
-
-
 @dataclass(frozen=True)
 class ConnectSettings:
     """How to reach a server, and what to do when it is gone.
@@ -110,8 +108,8 @@ class ConnectSettings:
     device_id: str = ""
     retry: Retry = field(default_factory=Retry)
     liveness: Liveness = field(default_factory=Liveness)
-    say: Callable[[str], None] = _ignore_line
-    should_stop: Callable[[], bool] = _never_stop
+    say: Callable[[str], None] = lambda _: None
+    should_stop: Callable[[], bool] = lambda: False
     recorder: Recorder | None = None
     spans: Spans = field(default_factory=Spans)
     clock: Callable[[], float] = time.monotonic
@@ -233,12 +231,16 @@ def _http_refusal(response: Response, url: str) -> Exception:
     if found is None:
         text = f"{url} answers, but is no dlora server (HTTP {response.status_code})"
         return ConnectionLostError(ConnectionFailedError(text))
-    refusal = refusal_of(found, url)
-    return ConnectionLostError(refusal, found.retry_after_s) if found.retryable else refusal
+    return refusal_of(found, url)
 
 
-def refusal_of(error: m.Error, url: str) -> DloraError:
-    """The error to raise for an ``Error`` of the server at ``url``."""
+def refusal_of(error: m.Error, url: str) -> Exception:
+    """What to raise for an ``Error`` of the server at ``url``: ``ConnectionLostError`` where it may be asked again."""
+    refusal = _meaning_of(error, url)
+    return ConnectionLostError(refusal, error.retry_after_s) if error.retryable else refusal
+
+
+def _meaning_of(error: m.Error, url: str) -> DloraError:
     text = f"the server {url} refused: {error.message}"
     match error.code:
         case m.ErrorCode.BASE_MODEL_MISMATCH | m.ErrorCode.UNKNOWN_TARGET:

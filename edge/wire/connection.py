@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import math
-import random
 import socket
 import time
 from collections.abc import Iterator
-from types import TracebackType
-from typing import Final, NoReturn, Self, TypeVar
+from typing import Final, Self, TypeVar
 
 from websockets.sync.client import ClientConnection
 
@@ -90,8 +88,7 @@ class Connection:
         # The present outage: it begins with the silence before it is noticed, and ends with the next message of the
         # session. A server that lets us in and no more is as good as away.
         self._away_s = 0.0
-        # How often we connected again of late, which the pauses grow with.
-        self._failures = 0
+        self._failures = 0  # how often we connected again of late, which the pauses grow with
         self._connected_at = 0.0
         try:
             self.session = self._connect()
@@ -103,9 +100,7 @@ class Connection:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     @property
@@ -118,8 +113,6 @@ class Connection:
     def counters(self) -> WireCounters:
         """Bytes up, bytes down and round trips so far; a lost session takes none of it with it."""
         return self.session.counters
-
-    # -- the conversation --------------------------------------------------------------------------------
 
     def open(self, opening: m.OpenSession) -> m.SessionOpened:
         """Open a session; after ``SessionLostError``, another one. Raises what the server's refusal means."""
@@ -144,7 +137,10 @@ class Connection:
         frame = self.session.send(message)
         self.usage.add_sent(message, len(frame))
         if isinstance(message, m.Embeddings):
-            self._allow_answers(message)
+            opening = self.session.opened_with
+            assert opening is not None
+            widest = largest_row(opening.adapter, opening.groups, self.welcome.hidden_size, opening.encoded_width)
+            self._allow_frames(message.tokens * widest * 4)  # its answers may be as large
         started = time.perf_counter()
         try:
             self._write(frame)
@@ -171,10 +167,11 @@ class Connection:
         return message
 
     def _receive_any(self) -> m.AnyMessage:
+        longest_s = self._settings.retry.max_s or math.inf  # no longer than an outage may
         while True:
             started = self._settings.clock()
             try:
-                message = self._read(self.session, self._answer_timeout_s())
+                message = self._read(self.session, min(self._deadline.seconds, longest_s))
             except ConnectionLostError as lost:
                 if isinstance(lost, _AnswerTimeoutError):
                     self._deadline.missed()
@@ -205,15 +202,9 @@ class Connection:
             with contextlib.suppress(DloraError, ConnectionLostError):
                 self._write(close_frame)
         self._watch.close()
-        with contextlib.suppress(*PEER_GONE):
-            self._closing.close()
+        self._close_websocket()
 
     # -- coming back -------------------------------------------------------------------------------------
-
-    def _answer_timeout_s(self) -> float:
-        """How long a message may take: no longer than an outage may."""
-        deadline_s, longest_s = self._deadline.seconds, self._settings.retry.max_s
-        return min(deadline_s, longest_s) if longest_s else deadline_s
 
     def _reconnect_and_resume(self, lost: ConnectionLostError) -> None:
         """Connect again and resume the session.
@@ -227,23 +218,20 @@ class Connection:
         while True:
             handshake = self._connect_again(lost)
             try:
-                resumed = self._resume(handshake)
+                is_resumed = self._resume(handshake, self._opened.session)
                 break
             except ConnectionLostError as again:
                 lost = again
-        if not resumed:
+        if not is_resumed:
             self._replace_session(handshake)
             raise SessionLostError("the server no longer has the session")
         self.resumed += 1
 
-    def _resume(self, handshake: Session) -> bool:
+    def _resume(self, handshake: Session, session: str) -> bool:
         """Whether the server still has the session; what it lacks is then sent again."""
-        assert self._opened is not None
-        resume = m.ResumeSession(
-            session=self._opened.session, token=self._resume_token, received=self.session.link.received
-        )
-        self._write(handshake.send(resume))
-        resumed = self._read(handshake, self._settings.liveness.open_s)
+        received = self.session.link.received
+        self._write(handshake.send(m.ResumeSession(session=session, token=self._resume_token, received=received)))
+        resumed = self._read(handshake)
         if not isinstance(resumed, m.SessionResumed):
             return False
         self._resume_token = resumed.token
@@ -268,7 +256,7 @@ class Connection:
                 if lost.retry_after_s is not None and lost.retry_after_s > left_s:
                     text = f"{lost.final}; it is to be asked again in {lost.retry_after_s:.0f} s, and --max-retry-s"
                     raise ConnectionFailedError(f"{text} leaves {left_s:.0f} s: raise it") from None
-                pause_s = min(self._pause_s(lost), left_s)  # all of the time is used
+                pause_s = min(retry.pause_s(self._failures, lost.retry_after_s), left_s)  # all of the time is used
                 say(f"{lost.final}; trying again in {pause_s:.1f} s" if pause_s else str(lost.final))
                 self._sleep(pause_s)
                 self._failures += 1
@@ -282,16 +270,6 @@ class Connection:
         self.reconnects += 1
         say(f"connected to {self.url} again after {self._away_s:.1f} s")
         return greeted
-
-    def _pause_s(self, lost: ConnectionLostError) -> float:
-        """How long to wait now: as the server asks, but never so little that we would hammer at it."""
-        retry = self._settings.retry
-        own_s = retry.pause_s(self._failures) if self._failures else 0.0
-        if lost.retry_after_s is None:
-            return own_s
-        # Not in step with the others that were sent away, and not so late that the server has given us up.
-        spread_s = min(lost.retry_after_s / 4, retry.ceiling_s)
-        return max(own_s, lost.retry_after_s + random.uniform(0.0, spread_s))
 
     def _sleep(self, seconds: float) -> None:
         """Sleep, and raise ``StoppedError`` soon after somebody asked to stop; for 0 s, too: outages may be many."""
@@ -314,19 +292,10 @@ class Connection:
         handshake.round_trips += self.session.round_trips
         self.session = handshake
 
-    def _allow_answers(self, micro_batch: m.Embeddings) -> None:
-        """Take frames as large as the answers to ``micro_batch`` may be."""
-        opening = self.session.opened_with
-        assert opening is not None
-        widest = largest_row(opening.adapter, opening.groups, self.welcome.hidden_size, opening.encoded_width)
-        tokens = micro_batch.tokens
-        self._allow_frames(tokens * widest * 4)
-
     def _allow_frames(self, nbytes: int) -> None:
         """Take frames with so many bytes of tensors, over this connection and those to come."""
         assert self._socket is not None
-        needed = CONTROL_BYTES + nbytes
-        self._frame_bytes = min(max(self._frame_bytes, needed), MAX_FRAME_BYTES)
+        self._frame_bytes = min(max(self._frame_bytes, CONTROL_BYTES + nbytes), MAX_FRAME_BYTES)
         self._socket.protocol.max_message_size = self._frame_bytes  # inside websockets: what it got as ``max_size``
 
     # -- one websocket -----------------------------------------------------------------------------------
@@ -338,17 +307,15 @@ class Connection:
         self._closing = contextlib.ExitStack()
         self._socket = open_websocket(self.url, self._settings, self._closing, self._frame_bytes)
         self._connected_at = self._settings.clock()
-        hello = m.Hello(
-            protocol_versions=list(PROTOCOL_VERSIONS),
-            software=f"dlora-edge {SOFTWARE_VERSION}",
-            device=self._settings.device_id,
-        )
+        versions, software = list(PROTOCOL_VERSIONS), f"dlora-edge {SOFTWARE_VERSION}"
+        hello = m.Hello(protocol_versions=versions, software=software, device=self._settings.device_id)
         self._write(session.send(hello))
-        welcome = self._read(session, self._settings.liveness.open_s)
+        welcome = self._read(session)
         if not isinstance(welcome, m.Welcome):
             raise RemoteProtocolError(f"{type(welcome).__name__} where Welcome was due")
-        known = self.session.welcome
-        if known is not None and _model_of(welcome) != _model_of(known):
+        known = self.session.welcome or welcome
+        sizes = (welcome.embedding_size, welcome.hidden_size)
+        if welcome.base_fingerprint != known.base_fingerprint or sizes != (known.embedding_size, known.hidden_size):
             raise ModelMismatchError(
                 f"the server {self.url} came back with another base model ({welcome.base_model}); "
                 "serve the model that the bundle was exported from, and go on with dlora-edge resume"
@@ -360,6 +327,9 @@ class Connection:
         if self._socket is not None:
             with contextlib.suppress(OSError):
                 self._socket.socket.shutdown(socket.SHUT_RDWR)
+        self._close_websocket()
+
+    def _close_websocket(self) -> None:
         with contextlib.suppress(*PEER_GONE):
             self._closing.close()
 
@@ -369,7 +339,7 @@ class Connection:
             with self._watch.writing(self._socket.socket, len(frame)):
                 self._socket.send(frame)
         except PEER_GONE:
-            self._raise_last_error()
+            raise self._last_error() from None
         if self.recorder is not None:
             self.recorder.add_frame(frame, up=True)
 
@@ -402,29 +372,22 @@ class Connection:
             except DamagedFrameError as error:
                 raise ConnectionLostError(error) from None
             if isinstance(message, m.Error):
-                self._raise_refusal(message)
+                raise refusal_of(message, self.url) from None
             if message is not None:
                 self.usage.add_received(message, len(frame))
                 return message
 
-    def _raise_last_error(self) -> NoReturn:
+    def _last_error(self) -> Exception:
         """Why a peer went away may stand in what it said last."""
         assert self._socket is not None
-        last: m.AnyMessage | None = None
         until = self._settings.clock() + CLOSE_TIMEOUT_S
         with contextlib.suppress(*PEER_GONE, TimeoutError, ProtocolError):
-            while not isinstance(last, m.Error):
+            while True:
                 left_s = max(0.0, until - self._settings.clock())
                 last = Decoder().decode(self._socket.recv(timeout=left_s, decode=False))
-        if isinstance(last, m.Error):
-            self._raise_refusal(last)
-        raise self._lost_error() from None
-
-    def _raise_refusal(self, error: m.Error) -> NoReturn:
-        refusal = refusal_of(error, self.url)
-        if error.retryable:
-            raise ConnectionLostError(refusal, error.retry_after_s) from None
-        raise refusal from None
+                if isinstance(last, m.Error):
+                    return refusal_of(last, self.url)
+        return self._lost_error()
 
     def _lost_error(self) -> ConnectionLostError:
         if self.session.welcome is None:
@@ -435,7 +398,3 @@ class Connection:
 
     def _where_in_run(self) -> str:
         return f"at step {self.session.step}" if self._opened is not None else "before a session was open"
-
-
-def _model_of(welcome: m.Welcome) -> tuple[str, int, int]:
-    return welcome.base_fingerprint, welcome.embedding_size, welcome.hidden_size

@@ -98,9 +98,12 @@ class Credentials:
             if self.ca or self.client_cert:
                 raise UsageError(f"--ca and --client-cert are for wss://, and --server is {url}")
             return None
-        _check_readable("--ca", self.ca)
-        _check_readable("--client-cert", self.client_cert)
-        _check_readable("--client-key", self.client_key)
+        for option, path in (("--ca", self.ca), ("--client-cert", self.client_cert), ("--client-key", self.client_key)):
+            try:
+                if path is not None:
+                    check_readable(path)
+            except OSError as error:
+                raise UsageError(f"{option} {path} cannot be read: {error.strerror}") from None
         try:
             context = ssl.create_default_context(cafile=self.ca)
         except ssl.SSLError:
@@ -161,11 +164,3 @@ def tls_failure(error: ssl.SSLError, url: str) -> ConnectionFailedError:
     return ConnectionFailedError(
         f"{url} broke off the TLS handshake ({error.reason}); is it ws://, or does it not trust --client-cert?"
     )
-
-
-def _check_readable(option: str, path: Path | None) -> None:
-    try:
-        if path is not None:
-            check_readable(path)
-    except OSError as error:
-        raise UsageError(f"{option} {path} cannot be read: {error.strerror}") from None

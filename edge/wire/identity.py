@@ -30,7 +30,7 @@ class _Identity(msgspec.Struct, frozen=True):
     device: Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{32}\Z")]
 
 
-def load_device_id(state_dir: Path | None = None, warn: Callable[[str], None] | None = None) -> str:
+def load_device_id(state_dir: Path | None = None, warn: Callable[[str], None] = lambda _: None) -> str:
     """This device's id, 32 hex digits; made and written the first time.
 
     A device that cannot write must still train: it gets an id for this run only.
@@ -39,8 +39,8 @@ def load_device_id(state_dir: Path | None = None, warn: Callable[[str], None] | 
         state_dir: where it is kept; by default ``$DLORA_EDGE_STATE``, else the user's state directory.
         warn: called with one line where a damaged file is replaced, or nothing can be kept.
     """
-    directory = state_dir or _default_directory()
-    warn = warn or _ignore_warning
+    named = state_dir or os.environ.get(STATE_VARIABLE)
+    directory = Path(named) if named else platformdirs.user_state_path("dlora-edge")
     try:
         make_directory(directory)
         with turn_in(directory):
@@ -51,7 +51,7 @@ def load_device_id(state_dir: Path | None = None, warn: Callable[[str], None] | 
             f"no device id can be kept in {directory} ({getattr(reason, 'strerror', None) or reason}): this run has "
             f"one of its own; set {STATE_VARIABLE} to a directory that can be written"
         )
-        return _new_id()
+        return secrets.token_hex(16)
 
 
 def _load_or_make(path: Path, warn: Callable[[str], None]) -> str:
@@ -61,21 +61,8 @@ def _load_or_make(path: Path, warn: Callable[[str], None]) -> str:
         pass
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         warn(f"{path} is damaged ({structure_words(error)}); this device gets a new id")
-    identity = _Identity(_new_id())
+    identity = _Identity(secrets.token_hex(16))
     write_atomically(path, msgspec.json.encode(identity) + b"\n")
     with suppress(OSError):  # phone and memory-card file systems have no modes
         path.chmod(0o600)
     return identity.device
-
-
-def _new_id() -> str:
-    return secrets.token_hex(16)
-
-
-def _default_directory() -> Path:
-    named = os.environ.get(STATE_VARIABLE)
-    return Path(named) if named else platformdirs.user_state_path("dlora-edge")
-
-
-def _ignore_warning(text: str) -> None:
-    """Nobody is there to be warned."""

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO, Final, Self
 
 import msgspec
@@ -32,7 +31,7 @@ from dlora.protocol.recording import (
     TRUTH_FILE,
     TRUTH_FORMAT,
     FramesWriter,
-)
+)  # fmt: skip
 from dlora.protocol.tensors import FloatArray, IntArray
 from dlora.protocol.version import SOFTWARE_VERSION
 
@@ -85,12 +84,8 @@ class Recorder:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
-
-    # -- what crosses ------------------------------------------------------------------------------------
 
     def add_frame(self, frame: bytes | bytearray, *, up: bool) -> None:
         """A frame that was sent, or that has come. Raises ``StorageError``."""
@@ -98,8 +93,6 @@ class Recorder:
             return
         with storage_errors(self.directory):
             self._writer.add(time.monotonic() - self._began, frame, up=up)
-
-    # -- the truth ---------------------------------------------------------------------------------------
 
     def add_micro_batch(self, mode: str, batch: MicroBatch) -> None:
         """Of each ``embeddings`` that is sent, in that order: its packed tokens, the lengths of its sequences, and
@@ -227,7 +220,8 @@ def recording(record: Path | None, tokenizer: Path, warn: Callable[[str], None])
 
 def check_record(record: Path | None, *, is_local: bool) -> None:
     """Raise ``UsageError`` where nothing crosses that could be recorded, or there is a recording already."""
-    if record is not None and is_local:
+    if record is None:
+        return
+    if is_local:
         raise UsageError("--record keeps what crosses, and with --device-blocks all nothing does: leave it out")
-    if record is not None:
-        check_directory(record)
+    check_directory(record)
