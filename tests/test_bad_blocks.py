@@ -68,22 +68,35 @@ def graphs_with(kind: str, change: Callable[[GraphSpec], GraphSpec]) -> Callable
     )
 
 
-def lora_a_with(shape: tuple[int | str, ...]) -> Callable[[GraphSpec], GraphSpec]:
+def input_with(name: str, shape: tuple[int | str, ...]) -> Callable[[GraphSpec], GraphSpec]:
+    """Another shape of the inputs whose names end so."""
     return lambda graph: replace(
-        graph, inputs=tuple(replace(each, shape=shape) if each.name.endswith("A") else each for each in graph.inputs)
+        graph, inputs=tuple(replace(each, shape=shape) if each.name.endswith(name) else each for each in graph.inputs)
     )
 
 
-def keys_with(shape: tuple[int | str, ...]) -> Callable[[GraphSpec], GraphSpec]:
-    return lambda graph: replace(
-        graph, inputs=tuple(replace(each, shape=shape) if each.name == "past_keys" else each for each in graph.inputs)
+def without_input(name: str) -> Callable[[GraphSpec], GraphSpec]:
+    return lambda graph: replace(graph, inputs=tuple(each for each in graph.inputs if each.name != name))
+
+
+def without_graphs(kind: str) -> Callable[[Manifest], Manifest]:
+    return lambda manifest: replace(
+        manifest, graphs=tuple(graph for graph in manifest.graphs if graph.kind != kind)
     )
+
+
+def with_outputs(kind: str, count: int) -> Callable[[Manifest], Manifest]:
+    return graphs_with(kind, lambda graph: replace(graph, outputs=graph.outputs[:count]))
 
 
 def tables_with(axis: int) -> Callable[[BlockSpec], BlockSpec]:
     return lambda block: replace(
         block, tables={name: TableSpec(table.file, axis) for name, table in block.tables.items()}
     )
+
+
+def keys_with(shape: tuple[int | str, ...]) -> Callable[[Manifest], Manifest]:
+    return graphs_with("block_decode", input_with("past_keys", shape))
 
 
 def without_final_norm(manifest: Manifest) -> Manifest:
@@ -100,34 +113,16 @@ CHANGES: dict[str, tuple[Callable[[Manifest], Manifest], str]] = {
     "others than the last": (blocks_with(lambda block: replace(block, index=block.index + 1)), "are not the last ones"),
     "a graph that there is not": (blocks_with(lambda block: replace(block, graph="9")), "no block_forward graph of 9"),
     "no final norm": (without_final_norm, "has no 0.weight, which its graph final_norm_forward takes"),
-    "a negative width": (graphs_with("block_forward", lora_a_with((-3, 16))), "another shape than its weight"),
-    "a huge width": (graphs_with("block_forward", lora_a_with(("rank", 10**13))), "another shape than its weight"),
-    "fewer products": (
-        graphs_with("block_forward", lambda graph: replace(graph, outputs=graph.outputs[:1])),
-        "which its graph takes",
-    ),
-    "fewer gradients": (
-        graphs_with("block_backward", lambda graph: replace(graph, outputs=graph.outputs[:3])),
-        "gives other gradients",
-    ),
-    "no last block": (
-        lambda manifest: replace(
-            manifest, graphs=tuple(graph for graph in manifest.graphs if graph.kind != "last_block_forward")
-        ),
-        "no last_block_forward graph of 0",
-    ),
+    "a negative width": (graphs_with("block_forward", input_with("A", (-3, 16))), "another shape than its weight"),
+    "a huge width": (graphs_with("block_forward", input_with("A", ("rank", 10**13))), "another shape than its weight"),
+    "fewer products": (with_outputs("block_forward", 1), "which its graph takes"),
+    "fewer gradients": (with_outputs("block_backward", 3), "gives other gradients"),
+    "no last block": (without_graphs("last_block_forward"), "no last_block_forward graph of 0"),
     "fewer gradients of the last block": (
-        graphs_with("last_block_backward", lambda graph: replace(graph, outputs=graph.outputs[:3])),
-        "last_block_backward.0 gives other gradients",
+        with_outputs("last_block_backward", 3), "last_block_backward.0 gives other gradients"
     ),
     "a last block that is not told which tokens": (
-        graphs_with(
-            "last_block_forward",
-            lambda graph: replace(
-                graph, inputs=tuple(tensor for tensor in graph.inputs if tensor.name != "label_positions")
-            ),
-        ),
-        "fails on onnxruntime",
+        graphs_with("last_block_forward", without_input("label_positions")), "fails on onnxruntime"
     ),
     "an input of no meaning": (
         graphs_with(
@@ -135,25 +130,16 @@ CHANGES: dict[str, tuple[Callable[[Manifest], Manifest], str]] = {
         ),
         "has no odd, which its graph takes",
     ),
-    "no hidden states": (
-        graphs_with("block_forward", lambda graph: replace(graph, inputs=graph.inputs[1:])), "takes no hidden states"
-    ),
+    "no hidden states": (graphs_with("block_forward", without_input("x")), "takes no hidden states"),
 }  # fmt: skip
 
 
 DECODE_CHANGES: dict[str, tuple[Callable[[Manifest], Manifest], str]] = {
-    "no graph": (
-        lambda manifest: replace(
-            manifest, graphs=tuple(graph for graph in manifest.graphs if graph.kind != "block_decode")
-        ),
-        "no block_decode graph of 0",
-    ),
-    "fewer outputs": (
-        graphs_with("block_decode", lambda graph: replace(graph, outputs=graph.outputs[:2])), "something else"
-    ),
-    "keys that are none": (graphs_with("block_decode", keys_with(("past", 2, "past"))), "are not .past, heads, width"),
-    "huge keys": (graphs_with("block_decode", keys_with(("past", 10**6, 10**6))), "are not .past, heads, width"),
-    "other keys": (graphs_with("block_decode", keys_with(("past", 1, 4))), "export"),
+    "no graph": (without_graphs("block_decode"), "no block_decode graph of 0"),
+    "fewer outputs": (with_outputs("block_decode", 2), "something else"),
+    "keys that are none": (keys_with(("past", 2, "past")), "are not .past, heads, width"),
+    "huge keys": (keys_with(("past", 10**6, 10**6)), "are not .past, heads, width"),
+    "other keys": (keys_with(("past", 1, 4)), "export"),
     "no reason": (
         lambda manifest: replace(
             manifest, device_blocks=replace(manifest.device_blocks, without_decode="of its odd attention")
@@ -194,21 +180,23 @@ def use(path: Path) -> int:
     return len(blocks.backward(last, kept, lora, 1.0))
 
 
-@pytest.mark.parametrize("name", DECODE_CHANGES)
-def test_blocks_that_lie_of_earlier_tokens_are_one_line(bundle: Path, name: str, tmp_path: Path) -> None:
-    change, text = DECODE_CHANGES[name]
-    opened = Bundle.open(changed(bundle, tmp_path / "bundle", change))
+def decode(path: Path) -> None:
+    """Some tokens through both blocks, without a backward pass."""
+    opened = Bundle.open(path)
     x = np.ones((3, encoded_width(opened.manifest)), np.float32)
-    with pytest.raises(BundleError, match=text) as raised:
-        DecodeBlocks(opened, OnnxEngine(opened, 1), 2, DeviceLora()).append(x)
-    assert "\n" not in str(raised.value)
+    DecodeBlocks(opened, OnnxEngine(opened, 1), 2, DeviceLora()).append(x)
 
 
-@pytest.mark.parametrize("name", CHANGES)
-def test_blocks_that_lie_are_one_line(bundle: Path, name: str, tmp_path: Path) -> None:
-    change, text = CHANGES[name]
+@pytest.mark.parametrize(
+    ("run", "change", "text"),
+    [*((use, *each) for each in CHANGES.values()), *((decode, *each) for each in DECODE_CHANGES.values())],
+    ids=[*CHANGES, *(f"decode: {name}" for name in DECODE_CHANGES)],
+)
+def test_blocks_that_lie_are_one_line(
+    bundle: Path, run: Callable[[Path], object], change: Callable[[Manifest], Manifest], text: str, tmp_path: Path
+) -> None:
     with pytest.raises(BundleError, match=text) as raised:
-        use(changed(bundle, tmp_path / "bundle", change))
+        run(changed(bundle, tmp_path / "bundle", change))
     assert "\n" not in str(raised.value)
 
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from executorch_bundle import FEW_SHAPES, NEEDED, copied, program, with_program
 from processes import run_edge
+from safetensors.numpy import load_file, save_file
 from test_cli import assert_fails
 from tiny import TinyFactory
 
@@ -66,24 +71,49 @@ def test_manifest_has_errors_of_each_engine_and_bounds(bundle: Path) -> None:
 # -- what may be wrong -------------------------------------------------------------------------------------------
 
 
-def damages(content: bytes) -> dict[str, bytes]:
-    return {
-        "empty": b"",
-        "no program": b"\0" * 4096,
-        "text": b"{}" * 1000,
-        "cut": content[: len(content) // 2],
-        "headless": bytes(64) + content[64:],
-        "tail": content[:-200] + bytes(200),
-    }
+def npy(values: np.ndarray[Any, Any]) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, values)
+    return buffer.getvalue()
 
 
-@pytest.mark.parametrize("damage", ["empty", "no program", "text", "cut", "headless"])
-def test_damaged_program_is_a_one_line_error(bundle: Path, tmp_path: Path, damage: str) -> None:
+def with_huge_memory(content: bytes) -> bytes:
+    from executorch.exir._serialize import _deserialize_pte_binary, _serialize_pte_binary
+
+    pte = _deserialize_pte_binary(content)
+    pte.program.execution_plan[0].non_const_buffer_sizes[1] = 1 << 60
+    return bytes(_serialize_pte_binary(pte))
+
+
+def without_linear(content: bytes) -> bytes:
+    assert content.count(b"aten::linear") == 1
+    return content.replace(b"aten::linear", b"aten::lonear")
+
+
+DAMAGED, OTHER_WEIGHT = "is damaged", "weight has another shape or dtype than its graph says"
+FILES: dict[str, tuple[str, Callable[[bytes], bytes], tuple[str, ...]]] = {
+    "empty": ("adapter_forward", lambda _: b"", (DAMAGED, "export the bundle again")),
+    "no program": ("adapter_forward", lambda _: bytes(4096), (DAMAGED,)),
+    "text": ("adapter_forward", lambda _: b"{}" * 1000, (DAMAGED,)),
+    "cut": ("adapter_forward", lambda content: content[: len(content) // 2], (DAMAGED,)),
+    "headless": ("adapter_forward", lambda content: bytes(64) + content[64:], (DAMAGED,)),
+    "unknown operators": ("adapter_forward", without_linear, ("is not for ExecuTorch 1.",)),
+    "a huge memory": (
+        "head_loss", with_huge_memory, ("does not load on ExecuTorch", "out of memory", "close other programs")
+    ),
+    # A program is C++: it would read what is not there.
+    "few weights": ("weight", lambda _: npy(np.zeros((5, 16), np.float32)), (OTHER_WEIGHT,)),
+    "half weights": ("weight", lambda _: npy(np.zeros((97, 16), np.float16)), (OTHER_WEIGHT,)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_damaged_file_is_a_one_line_error(bundle: Path, tmp_path: Path, name: str) -> None:
     """Its digest passes: whoever damaged it wrote the manifest as well."""
-    name, content = program(bundle, "adapter_forward")
-    wrong = with_program(bundle, tmp_path / "bundle", name, damages(content)[damage])
-    done = run_edge("selftest", "--bundle", wrong, "--engine", "executorch")
-    assert_fails(done, 4, name.rpartition("/")[2], "is damaged", "export the bundle again")
+    kind, change, words = FILES[name]
+    file, content = (load_manifest(bundle).head.weight, b"") if kind == "weight" else program(bundle, kind)
+    wrong = with_program(bundle, tmp_path / "bundle", file, change(content))
+    assert_fails(run_edge("selftest", "--bundle", wrong, "--engine", "executorch"), 4, *words)
 
 
 def test_program_of_another_graph_is_an_error(bundle: Path, tmp_path: Path) -> None:
@@ -91,15 +121,27 @@ def test_program_of_another_graph_is_an_error(bundle: Path, tmp_path: Path) -> N
     _, other = program(bundle, "adapter_input_grad")
     wrong = with_program(bundle, tmp_path / "bundle", name, other)
     done = run_edge("selftest", "--bundle", wrong, "--engine", "executorch")
-    assert_fails(done, 4, "is not the graph that the manifest describes")
+    assert_fails(done, 4, name.rpartition("/")[2], "is not the graph that the manifest describes")
 
 
-def test_program_with_unknown_operators_is_an_error(bundle: Path, tmp_path: Path) -> None:
-    name, content = program(bundle, "adapter_forward")
-    assert content.count(b"aten::linear") == 1
-    wrong = with_program(bundle, tmp_path / "bundle", name, content.replace(b"aten::linear", b"aten::lonear"))
-    done = run_edge("selftest", "--bundle", wrong, "--engine", "executorch")
-    assert_fails(done, 4, "is not for ExecuTorch 1.")
+SPECS = {
+    "endless digits": (ExecutorchSpec("9" * 5000 + ".0.0", dict(BOUNDS)), ("executorch.version",)),
+    "newer": (ExecutorchSpec("97.0.0", dict(BOUNDS)), ("executorch 97.0.0", "update the engine")),
+    "no bounds": (
+        ExecutorchSpec("1.5.1", {"rank": 256, "rows": 256}),
+        ("has no bounds for labelled, n, new, past, positions, tokens; export it again",),
+    ),
+    "lower bounds": (ExecutorchSpec("1.5.1", {**BOUNDS, "rank": 255}), ("is not the graph that the manifest",)),
+    "higher bounds": (ExecutorchSpec("1.5.1", {**BOUNDS, "rank": 257}), ("is not the graph that the manifest",)),
+    "nothing": (None, ("has no executorch graphs; export it again with --engine both",)),
+}
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_manifest_that_says_something_else_is_an_error(bundle: Path, tmp_path: Path, name: str) -> None:
+    spec, words = SPECS[name]
+    wrong = copied(bundle, tmp_path / "bundle", executorch=spec)
+    assert_fails(run_edge("selftest", "--bundle", wrong, "--engine", "executorch"), 4, *words)
 
 
 def test_changed_programs_load_or_are_refused(bundle: Path) -> None:
@@ -114,56 +156,6 @@ def test_changed_programs_load_or_are_refused(bundle: Path) -> None:
     assert report["other"] == []
     assert sum(number for name, number in report["found"].items() if ":" in name) <= count / 20
     assert report["found"]["refused"] > count / 4
-
-
-def test_program_that_plans_for_a_huge_memory_is_an_error(bundle: Path, tmp_path: Path) -> None:
-    from executorch.exir._serialize import _deserialize_pte_binary, _serialize_pte_binary
-
-    name, content = program(bundle, "head_loss")
-    pte = _deserialize_pte_binary(content)
-    pte.program.execution_plan[0].non_const_buffer_sizes[1] = 1 << 60
-    wrong = with_program(bundle, tmp_path / "bundle", name, bytes(_serialize_pte_binary(pte)))
-    done = run_edge("selftest", "--bundle", wrong, "--engine", "executorch")
-    assert_fails(done, 4, "does not load on ExecuTorch", "out of memory", "close other programs")
-
-
-def test_version_of_endless_digits_is_an_error(bundle: Path, tmp_path: Path) -> None:
-    wrong = copied(bundle, tmp_path / "bundle", executorch=ExecutorchSpec("9" * 5000 + ".0.0", dict(BOUNDS)))
-    assert_fails(run_edge("selftest", "--bundle", wrong, "--engine", "executorch"), 4, "executorch.version")
-
-
-def test_weights_that_lie_are_errors(bundle: Path, tmp_path: Path) -> None:
-    """A program is C++: it would read what is not there."""
-    import io
-
-    import numpy as np
-
-    spec = load_manifest(bundle).head
-    for index, values in enumerate((np.zeros((5, 16), np.float32), np.zeros((97, 16), np.float16))):
-        buffer = io.BytesIO()
-        np.save(buffer, values)
-        wrong = with_program(bundle, tmp_path / str(index), spec.weight, buffer.getvalue())
-        done = run_edge("selftest", "--bundle", wrong, "--engine", "executorch")
-        assert_fails(done, 4, "weight has another shape or dtype than its graph says")
-
-
-def test_bundle_of_a_newer_executorch_is_an_error(bundle: Path, tmp_path: Path) -> None:
-    wrong = copied(bundle, tmp_path / "bundle", executorch=ExecutorchSpec("97.0.0", dict(BOUNDS)))
-    done = run_edge("selftest", "--bundle", wrong, "--engine", "executorch")
-    assert_fails(done, 4, "executorch 97.0.0", "update the engine")
-
-
-def test_bundle_without_bounds_is_an_error(bundle: Path, tmp_path: Path) -> None:
-    wrong = copied(bundle, tmp_path / "bundle", executorch=ExecutorchSpec("1.5.1", {"rank": 256, "rows": 256}))
-    done = run_edge("selftest", "--bundle", wrong, "--engine", "executorch")
-    assert_fails(done, 4, "has no bounds for labelled, n, new, past, positions, tokens; export it again")
-
-
-@pytest.mark.parametrize("most", [255, 257])
-def test_bounds_that_differ_from_the_program_are_an_error(bundle: Path, tmp_path: Path, most: int) -> None:
-    wrong = copied(bundle, tmp_path / "bundle", executorch=ExecutorchSpec("1.5.1", {**BOUNDS, "rank": most}))
-    done = run_edge("selftest", "--bundle", wrong, "--engine", "executorch")
-    assert_fails(done, 4, "is not the graph that the manifest describes")
 
 
 def test_missing_shim_is_an_error_that_says_how_to_build_it(bundle: Path, tmp_path: Path) -> None:
@@ -203,11 +195,6 @@ def test_shim_of_another_abi_is_an_error(tmp_path: Path) -> None:
         shim.Shim(tmp_path)
 
 
-def test_bundle_without_programs_is_an_error(tiny: TinyFactory) -> None:
-    done = run_edge("selftest", "--bundle", tiny().bundle, "--engine", "executorch")
-    assert_fails(done, 4, "has no executorch graphs; export it again with --engine both")
-
-
 def test_export_without_executorch_names_the_extra(tmp_path: Path) -> None:
     """Before the model is loaded, which takes a while."""
     code = (
@@ -239,33 +226,27 @@ def runner() -> Path:
     return ROOT / "build" / "native" / platform.machine() / "dlora-native-runner"
 
 
-def test_the_native_runner_checks_forward_backward_and_adamw(bundle: Path, runner: Path) -> None:
-    done = subprocess.run([runner, bundle], capture_output=True, text=True, check=False)
-    graphs = [
-        graph for graph in load_manifest(bundle).graphs if graph.kind.startswith(("adapter_", "core_", "adamw"))
-    ]
-    assert done.returncode == 0, done.stderr
-    assert f"{len(graphs)} of {len(graphs)} graphs are right" in done.stdout
-
-
 @pytest.mark.parametrize(
     ("damage", "code", "said"),
-    [("golden", 1, "WRONG"), ("program", 2, "error: "), ("no golden", 2, "is no safetensors file")],
-)
-def test_native_runner_detects_damage(
+    [("none", 0, "graphs are right"), ("golden", 1, "WRONG"), ("program", 2, "error: "),
+     ("no golden", 2, "is no safetensors file")],
+)  # fmt: skip
+def test_the_native_runner_checks_forward_backward_and_adamw(
     bundle: Path, runner: Path, tmp_path: Path, damage: str, code: int, said: str
 ) -> None:
-    from safetensors.numpy import load_file, save_file
-
-    shutil.copytree(bundle, tmp_path / "bundle")
-    golden = tmp_path / "bundle" / load_manifest(bundle).golden
+    copy = tmp_path / "bundle"
+    shutil.copytree(bundle, copy)
+    manifest = load_manifest(bundle)
     if damage == "golden":
-        tensors = load_file(golden)
+        tensors = load_file(copy / manifest.golden)
         tensors["adamw.out.new_param"] = tensors["adamw.out.new_param"] * 1.001
-        save_file(tensors, golden)
+        save_file(tensors, copy / manifest.golden)
     elif damage == "program":
-        (tmp_path / "bundle" / program(bundle, "adapter_input_grad")[0]).write_bytes(b"ET12" * 100)
-    else:
-        golden.write_bytes(b"\xff" * 100)
-    done = subprocess.run([runner, tmp_path / "bundle"], capture_output=True, text=True, check=False)
+        (copy / program(bundle, "adapter_input_grad")[0]).write_bytes(b"ET12" * 100)
+    elif damage == "no golden":
+        (copy / manifest.golden).write_bytes(b"\xff" * 100)
+    done = subprocess.run([runner, copy], capture_output=True, text=True, check=False)
     assert (done.returncode, said in done.stdout + done.stderr) == (code, True), done.stderr
+    if not code:
+        count = sum(graph.kind.startswith(("adapter_", "core_", "adamw")) for graph in manifest.graphs)
+        assert f"{count} of {count} graphs are right" in done.stdout

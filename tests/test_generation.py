@@ -7,17 +7,16 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from answers import INVOCATION, random_answers
-from canaries import Scanner
 from drawn import one_in
 from families import FAMILIES, MORE_FAMILIES, VOCABULARY, tiny_model
-from generating import generated, generated_while_sessions_are_lost
+from generating import answer_of, assert_no_secret_crosses, generated, generated_while_sessions_are_lost
 from peft import PeftModel
-from proxy import payloads, recording_proxy
 from serving import RunningServer, config, open_model, random_dataset, randomize_all, serving, training
 from test_parts import WITHOUT_CACHE
 from tiny import TinyFactory
@@ -25,9 +24,7 @@ from waiting import PassingClock, eventually
 
 from dlora.cloud.admission.quotas import QuotaLimits
 from dlora.cloud.serving.sessions import IDLE_S
-from dlora.edge.adapters.peft import load_adapter
 from dlora.edge.engine.bundle import Bundle
-from dlora.edge.generation.generate import TokenAnswer
 from dlora.edge.generation.sampling import Sampling
 from dlora.edge.model.context import Context
 from dlora.edge.model.split import SplitModel
@@ -57,6 +54,14 @@ def generated_by_peft(model: torch.nn.Module, prompt: list[int], count: int) -> 
             input_ids=torch.tensor([prompt]), max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0
         )
     return found[0, len(prompt) :].tolist()
+
+
+def opening(
+    bundle: Path, server: RunningServer, adapter: Path | None, context_length: int = 128, **settings: Any
+) -> AbstractContextManager[SplitModel]:
+    """A model, whose tensors cross in float32 where ``settings`` do not say otherwise."""
+    settings = {"wire_dtype": "fp32", "context_length": context_length, **settings}
+    return open_model(Bundle.open(bundle), settings.pop("url", server.url), adapter, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +101,7 @@ def test_greedy_tokens_are_those_of_peft(
     with serving(tiny(family, **untied).base) as server:
         train_adapter(bundle, server, tmp_path, kind, adapt)
         model = PeftModel.from_pretrained(tiny_model(family, **untied), tmp_path).eval()
-        opening = open_model(Bundle.open(bundle), server.url, tmp_path, wire_dtype="fp32", context_length=64)
-        with opening as opened:
+        with opening(bundle, server, tmp_path, 64) as opened:
             context = Context(opened)
             for prompt, draft_lengths in zip(PROMPTS, ((0, None), (5,), (None, 5)), strict=True):
                 wanted = generated_by_peft(model, prompt, TOKENS)
@@ -116,12 +120,10 @@ def test_an_adapter_of_a_run_with_kill_and_revive_gives_pefts_tokens(
                    "ramp_fraction": 0.3, "kill_every": 1}  # fmt: skip
     train_adapter(bundle, server, tmp_path, "lora", "all", kill_revive=kill_revive)
     model = PeftModel.from_pretrained(tiny_model("llama", num_hidden_layers=3, **LONG), tmp_path).eval()
-    with open_model(Bundle.open(bundle), server.url, tmp_path, wire_dtype="fp32", context_length=64) as opened:
+    with opening(bundle, server, tmp_path, 64) as opened:
         groups = len(opened.adapters.groups)
         assert groups == (3 if active_fraction == 1.0 else 1)
-        answer = TokenAnswer(
-            Context(opened), np.array(PROMPTS[0]), Sampling(), max_new_tokens=8, stop_token_ids=(), draft_length=0
-        )
+        answer = answer_of(opened, PROMPTS[0], 8)
         assert [choice.token for choice in answer] == generated_by_peft(model, PROMPTS[0], 8)
         assert answer.counters.round_trips == 8 * (1 + groups)
 
@@ -132,12 +134,8 @@ def test_an_adapter_of_a_run_with_kill_and_revive_gives_pefts_tokens(
 def test_every_family_gives_the_tokens_of_its_own_generate(family: str, tiny: TinyFactory) -> None:
     """Those without keys and values get the whole text each time."""
     model = tiny_model(family)
-    with (
-        serving(tiny(family).base) as server,
-        open_model(
-            Bundle.open(tiny(family, head_dtype="fp32").bundle), server.url, None, wire_dtype="fp32", context_length=64
-        ) as opened,
-    ):
+    bundle = tiny(family, head_dtype="fp32").bundle
+    with serving(tiny(family).base) as server, opening(bundle, server, None, 64) as opened:
         context = Context(opened)
         for prompt in PROMPTS:
             wanted = generated_by_peft(model, prompt, 9)
@@ -152,11 +150,7 @@ def test_every_family_gives_the_tokens_of_its_own_generate(family: str, tiny: Ti
 def test_drafts_change_nothing_on_narrower_wires(
     wire_dtype: str, send: str, bundle: Path, server: RunningServer, adapter: Path
 ) -> None:
-    opening = open_model(
-        Bundle.open(bundle), server.url, adapter, wire_dtype=wire_dtype, context_length=64,
-        send=send,  # type: ignore[arg-type]
-    )  # fmt: skip
-    with opening as opened:
+    with opening(bundle, server, adapter, 64, wire_dtype=wire_dtype, send=send) as opened:
         plain, drafted = (generated(opened, PROMPTS[1], TOKENS, draft_length=length) for length in (0, 4))
     assert plain == drafted
 
@@ -165,12 +159,12 @@ def test_drafts_change_nothing_on_narrower_wires(
 
 
 def test_a_second_turn_sends_only_what_is_new(bundle: Path, server: RunningServer, adapter: Path) -> None:
-    with open_model(Bundle.open(bundle), server.url, adapter, wire_dtype="fp32", context_length=128) as opened:
+    with opening(bundle, server, adapter) as opened:
         context = Context(opened)
         first = generated(context, PROMPTS[0], 6)
         second = [*PROMPTS[0], *first, 30, 31, 32]
         sent = opened.connection.session.bytes_sent
-        answer = TokenAnswer(context, np.array(second), Sampling(), max_new_tokens=6, stop_token_ids=(), draft_length=0)
+        answer = answer_of(context, second, 6)
         found = [choice.token for choice in answer]
         # The last token of the first answer was chosen, and not yet sent.
         assert answer.counters.reused_tokens == len(PROMPTS[0]) + 5
@@ -182,11 +176,11 @@ def test_what_adapters_no_longer_act_on_is_sent_again(bundle: Path, server: Runn
     """An adapter acts from the last invocation on: the answer before it is the base model's in the next turn."""
     train_adapter(bundle, server, tmp_path, "lora", "answer")
     model = PeftModel.from_pretrained(tiny_model("llama", num_hidden_layers=3, **LONG), tmp_path).eval()
-    with open_model(Bundle.open(bundle), server.url, tmp_path, wire_dtype="fp32", context_length=128) as opened:
+    with opening(bundle, server, tmp_path) as opened:
         context = Context(opened)
         first = generated(context, PROMPTS[0], 6)
         second = [*PROMPTS[0], *first, 30, 31, *INVOCATION]
-        answer = TokenAnswer(context, np.array(second), Sampling(), max_new_tokens=6, stop_token_ids=())
+        answer = answer_of(context, second, 6, draft_length=None)
         assert [choice.token for choice in answer] == generated_by_peft(model, second, 6)
         assert answer.counters.reused_tokens == PROMPTS[0].index(INVOCATION[0])
 
@@ -197,12 +191,10 @@ def test_a_prompt_before_the_invocation_exchanges_nothing(
     """But for the invocation's few tokens; and where the prompt does not invoke, not even those."""
     train_adapter(bundle, server, tmp_path, "lora", "answer")
     invoked, uninvoked = [*range(20, 60), *INVOCATION], [*range(20, 60), 9, 9]
-    with open_model(Bundle.open(bundle), server.url, tmp_path, wire_dtype="fp32", context_length=64) as opened:
+    with opening(bundle, server, tmp_path, 64) as opened:
         counted = {}
         for name, prompt in (("invoked", invoked), ("uninvoked", uninvoked)):
-            answer = TokenAnswer(
-                Context(opened), np.array(prompt), Sampling(), max_new_tokens=1, stop_token_ids=(), draft_length=0
-            )
+            answer = answer_of(opened, prompt, 1)
             assert len(list(answer)) == 1
             counted[name] = answer.counters
         groups = opened.adapters.group_specs
@@ -218,17 +210,15 @@ def test_a_long_prompt_crosses_in_parts_that_the_server_takes(tiny: TinyFactory,
     for max_tokens in (4096, 16):
         with (
             serving(tiny("llama", blocks=3, **LONG).base, max_tokens=max_tokens) as server,
-            open_model(Bundle.open(bundle), server.url, None, wire_dtype="fp32", context_length=128) as opened,
+            opening(bundle, server, None) as opened,
         ):
             found.append(generated(opened, prompt, 12, draft_length=4))
     assert found[0] == found[1]
 
 
 def test_a_context_ends_where_its_room_does(bundle: Path, server: RunningServer) -> None:
-    with open_model(Bundle.open(bundle), server.url, None, wire_dtype="fp32", context_length=16) as opened:
-        answer = TokenAnswer(
-            Context(opened), np.array(PROMPTS[0]), Sampling(), max_new_tokens=50, stop_token_ids=(), draft_length=3
-        )
+    with opening(bundle, server, None, 16) as opened:
+        answer = answer_of(opened, PROMPTS[0], 50, draft_length=3)
         assert len(list(answer)) == 16 - len(PROMPTS[0])
         assert answer.finish_reason == "length"
         with pytest.raises(DataError, match="the prompt has 16 tokens, the server takes 16; say less"):
@@ -247,23 +237,11 @@ def test_a_lost_session_is_prefilled_again_with_the_same_tokens(
     draft_length: int, bundle: Path, server: RunningServer, adapter: Path
 ) -> None:
     retry = ConnectSettings(retry=Retry(max_s=30))
-    opening = open_model(
-        Bundle.open(bundle), server.url, adapter, wire_dtype="fp32", context_length=128, connecting=retry
-    )
-    with opening as opened:
+    with opening(bundle, server, adapter, connecting=retry) as opened:
         wanted = generated(opened, PROMPTS[1], TOKENS, sampling=SAMPLING)
         found, _ = generated_while_sessions_are_lost(opened, server, PROMPTS[1], TOKENS, SAMPLING, draft_length)
         assert found == wanted
         assert opened.connection.reconnects == 2
-
-
-def test_another_seed_gives_another_answer(bundle: Path, server: RunningServer, adapter: Path) -> None:
-    with open_model(Bundle.open(bundle), server.url, adapter, wire_dtype="fp32", context_length=128) as opened:
-        answers = [
-            generated(opened, PROMPTS[1], TOKENS, sampling=Sampling(temperature=0.9, seed=seed), draft_length=draft)
-            for seed, draft in ((1, 0), (1, 4), (2, 0))
-        ]
-    assert answers[0] == answers[1] != answers[2]
 
 
 # -- the server's memory ------------------------------------------------------------------------------------
@@ -273,7 +251,7 @@ def test_a_context_is_counted_by_the_formula(tiny: TinyFactory, bundle: Path) ->
     """Keys and values of 2 heads of 4 numbers, in each of three blocks; freed when the session closes."""
     with serving(tiny("llama", blocks=3, **LONG).base) as server:
         quotas = server.server.service.quotas
-        with open_model(Bundle.open(bundle), server.url, None, wire_dtype="fp32", context_length=100) as opened:
+        with opening(bundle, server, None, 100) as opened:
             assert quotas.live_bytes == 100 * 3 * 2 * (2 * 4) * 4
             generated(opened, PROMPTS[0], 8)
             (live,) = server.server.service.sessions
@@ -287,13 +265,13 @@ def test_more_than_the_quota_is_refused_in_one_line(tiny: TinyFactory, bundle: P
         # Half of the quota, with what a block's keys and values take while a token is computed: the server says how
         # long a context may be, and it is no longer.
         room = 30_000 // (3 * 2 * 8 * 4 + 4 * 16 * 4)
-        with open_model(Bundle.open(bundle), server.url, None, wire_dtype="fp32", context_length=1000) as opened:
+        with opening(bundle, server, None, 1000) as opened:
             assert Context(opened).limit == room == opened.connection.welcome.max_context_length
             with ExitStack() as others:
 
                 def open_another() -> None:
                     others.enter_context(
-                        open_model(Bundle.open(bundle), server.url, None, wire_dtype="fp32", context_length=1000)
+                        opening(bundle, server, None, 1000)
                     )
 
                 for _ in range(60_000 // (room * 3 * 2 * 8 * 4) - 1):
@@ -306,13 +284,11 @@ def test_more_than_the_quota_is_refused_in_one_line(tiny: TinyFactory, bundle: P
 def test_a_context_can_be_filled_whose_length_the_server_names(tiny: TinyFactory) -> None:
     """With an MLP far wider than keys and values are."""
     shape = {"max_position_embeddings": 4096, "intermediate_size": 256}
+    bundle = tiny("llama", head_dtype="fp32", **shape).bundle
     with (
         serving(tiny("llama", **shape).base, quotas=QuotaLimits(live_bytes=400_000), max_tokens=64) as server,
-        open_model(
-            Bundle.open(tiny("llama", head_dtype="fp32", **shape).bundle), server.url, None, wire_dtype="fp32",
-            context_length=4096,
-        ) as opened,
-    ):  # fmt: skip
+        opening(bundle, server, None, 4096) as opened,
+    ):
         context = Context(opened)
         most = opened.connection.welcome.max_context_length
         assert 300 < most == context.limit < 4096
@@ -329,9 +305,7 @@ def test_two_contexts_that_fill_a_quota_take_turns(tiny: TinyFactory, bundle: Pa
         found: list[list[int]] = []
 
         def answer() -> None:
-            with open_model(
-                Bundle.open(bundle), server.url, None, wire_dtype="fp32", context_length=240, connecting=retry
-            ) as opened:
+            with opening(bundle, server, None, 240, connecting=retry) as opened:
                 both_open.wait(120)
                 found.append(generated(opened, PROMPTS[0], 6))
 
@@ -357,30 +331,25 @@ def test_an_idle_context_gives_way_and_comes_back(
     quota = 2 * tokens * token_bytes + (token_bytes * tokens - 1 if for_another else 100)
     retry = ConnectSettings(retry=Retry(max_s=30))
 
-    def opening() -> AbstractContextManager[SplitModel]:
-        return open_model(
-            Bundle.open(bundle), server.url, adapter, wire_dtype="fp32", context_length=tokens, connecting=retry
-        )
+    def another() -> AbstractContextManager[SplitModel]:
+        return opening(bundle, server, adapter, tokens, connecting=retry)
 
     with serving(base, clock=clock, quotas=QuotaLimits(live_bytes=10**6)) as server:
         server.server.service.quotas.limits = QuotaLimits(live_bytes=quota)
         sessions = server.server.service.sessions
-        with opening() as first:
+        with another() as first:
             wanted = generated(first, PROMPTS[0], 12)
-            answer = TokenAnswer(
-                Context(first), np.array(PROMPTS[0]), Sampling(), max_new_tokens=12, stop_token_ids=(), draft_length=0
-            )
             found = []
-            for choice in answer:
+            for choice in answer_of(first, PROMPTS[0], 12):
                 found.append(choice.token)
                 if len(found) == 5:
                     with ExitStack() as others:
-                        second = others.enter_context(opening())
+                        second = others.enter_context(another())
                         assert len(sessions) == 2
                         clock.sleep(IDLE_S + 1)
                         if for_another:
                             generated(second, PROMPTS[0], 1)  # it is not idle
-                            others.enter_context(opening())
+                            others.enter_context(another())
                         else:
                             assert generated(second, PROMPTS[0], 12) == wanted
                         assert len(sessions) == (2 if for_another else 1)
@@ -412,16 +381,11 @@ def test_eight_contexts_and_a_run_each_get_what_they_get_alone(
             made_when_one_ended.append(list(made))
         return losses
 
-    def answer(url: str, number: int, begin: Callable[[], object]) -> list[int]:
+    def answer(number: int, begin: Callable[[], object]) -> list[int]:
         tokens = []
-        with open_model(
-            Bundle.open(bundle), url, adapter, wire_dtype="fp32", context_length=128, threads=1
-        ) as opened:
+        with opening(bundle, server, adapter, threads=1) as opened:
             begin()
-            for choice in TokenAnswer(
-                Context(opened), np.array(PROMPTS[0]), sampled[number], max_new_tokens=24, stop_token_ids=(),
-                draft_length=2,
-            ):  # fmt: skip
+            for choice in answer_of(opened, PROMPTS[0], 24, sampling=sampled[number], draft_length=2):
                 tokens.append(choice.token)
                 made[number] += 1
             made_when_one_ended.append(list(made))
@@ -429,13 +393,13 @@ def test_eight_contexts_and_a_run_each_get_what_they_get_alone(
 
     with serving(tiny("llama", blocks=3, **LONG).base, max_sessions=16) as server:
         losses = train(server.url, lambda: None)
-        alone = [answer(server.url, number, lambda: None) for number in range(8)]
+        alone = [answer(number, lambda: None) for number in range(8)]
         made[:] = [0] * 9
         made_when_one_ended.clear()
         together = threading.Barrier(9)
         with ThreadPoolExecutor(9) as pool:
             trained = pool.submit(train, server.url, lambda: together.wait(120))
-            answers = [pool.submit(answer, server.url, number, lambda: together.wait(120)) for number in range(8)]
+            answers = [pool.submit(answer, number, lambda: together.wait(120)) for number in range(8)]
             assert trained.result(120) == losses
             assert [each.result(120) for each in answers] == alone
     assert len({tuple(each) for each in alone}) > 1
@@ -449,29 +413,16 @@ def test_eight_contexts_and_a_run_each_get_what_they_get_alone(
 def test_no_token_logit_or_adapter_value_crosses(
     wire_dtype: str, bundle: Path, server: RunningServer, adapter: Path
 ) -> None:
-    scanner = Scanner()
-    for module in load_adapter(adapter).modules.values():
-        scanner.add_matrix(module.lora_A, f"{module.name} A")
-        scanner.add_matrix(module.lora_B, f"{module.name} B")
-    with recording_proxy(server.url) as proxy:
-        with open_model(
-            Bundle.open(bundle), proxy.url, adapter, wire_dtype=wire_dtype, context_length=128
-        ) as opened:
-            context, prompt = Context(opened), [*PROMPTS[2], *range(40, 52)]
-            found = generated(context, prompt, TOKENS, draft_length=3)
-            scanner.add_tokens([*prompt, *found], "the context")
-            for length in (len(prompt), len(prompt) + 8):
-                logits = context.logits(np.array([*prompt, *found])[:length])
-                scanner.add_matrix(np.concatenate([logits, np.zeros_like(logits)]), f"logits after {length}")
-        sent = b"".join(payloads(proxy.recordings[0].up))
-    assert len(sent) > 10_000
-    assert list(scanner.find({"the wire": sent})) == []
+    assert_no_secret_crosses(
+        server, adapter, lambda url: opening(bundle, server, adapter, url=url, wire_dtype=wire_dtype),
+        [*PROMPTS[2], *range(40, 52)], TOKENS, least_bytes=10_000,
+    )  # fmt: skip
 
 
 def test_a_text_that_outgrows_its_server_is_refused_in_one_line(bundle: Path, server: RunningServer) -> None:
     """A server that took over and has less room."""
     with (
-        open_model(Bundle.open(bundle), server.url, None, wire_dtype="fp32", context_length=16) as opened,
+        opening(bundle, server, None, 16) as opened,
         pytest.raises(DloraError, match="the text has 17 tokens, there is room for 16; begin anew"),
     ):
         Context(opened).logits(np.full(17, 5))

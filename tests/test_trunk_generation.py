@@ -12,25 +12,25 @@ import pytest
 import torch
 from answers import INVOCATION
 from block_bundles import with_last_blocks
-from canaries import Scanner
 from drawn import one_in
 from families import tiny_model
-from generating import generated, generated_while_sessions_are_lost, save_lora
+from generating import (
+    answer_of,
+    assert_no_secret_crosses,
+    generated,
+    generated_while_sessions_are_lost,
+    save_lora,
+)
 from peft import LoraConfig, PeftModel, get_peft_model
-from proxy import payloads, recording_proxy
 from serving import RunningServer, open_model, serving
 from test_generation import SAMPLING, generated_by_peft
 from tiny import Tiny, TinyFactory
 
 from dlora.cloud.admission.quotas import QuotaLimits
-from dlora.edge.adapters.peft import load_adapter
 from dlora.edge.engine.bundle import Bundle
-from dlora.edge.generation.generate import TokenAnswer
-from dlora.edge.generation.sampling import Sampling
 from dlora.edge.model import decode_blocks
 from dlora.edge.model.context import Context
 from dlora.edge.model.decode_blocks import DecodeBlocks
-from dlora.edge.model.generating import GeneratingModel
 from dlora.edge.wire.connecting import ConnectSettings, Retry
 from dlora.edge.wire.connection import Connection
 from dlora.protocol.errors import BundleError, DataError, NonFiniteError, UsageError
@@ -64,14 +64,6 @@ def opening(
     settings = {"wire_dtype": "fp32", "context_length": 64, "device_blocks": settings.pop("blocks", None), **settings}
     bundle = Bundle.open(model if isinstance(model, Path) else model.bundle)
     return open_model(bundle, settings.pop("url", server.url), adapter, **settings)
-
-
-def answer_of(model: GeneratingModel | Context, prompt: list[int], draft_length: int = 0) -> TokenAnswer:
-    context = model if isinstance(model, Context) else Context(model)
-    sampling, ids = Sampling(), np.array(prompt)
-    return TokenAnswer(
-        context, ids, sampling, max_new_tokens=TOKENS, stop_token_ids=(), draft_length=draft_length
-    )
 
 
 # -- the same tokens as PEFT --------------------------------------------------------------------------------
@@ -176,12 +168,12 @@ def test_a_token_takes_one_round_trip_and_a_second_turn_only_what_is_new(
 ) -> None:
     with opening(model, server, adapter) as trunk:
         context = Context(trunk)
-        answer = answer_of(context, PROMPTS[0])
+        answer = answer_of(context, PROMPTS[0], TOKENS)
         first = [choice.token for choice in answer]
         assert answer.counters.round_trips == len(first) == TOKENS
         assert answer.counters.bytes_sent < TOKENS * 1000
         second = [*PROMPTS[0], *first, 30, 31, 32]
-        answer = answer_of(context, second)
+        answer = answer_of(context, second, TOKENS)
         found = [choice.token for choice in answer]
         assert answer.counters.reused_tokens == len(PROMPTS[0]) + TOKENS - 1
         assert found == generated(trunk, second, TOKENS)  # in a context that knows nothing
@@ -264,21 +256,10 @@ def test_what_is_sent_depends_on_the_text_alone(
 def test_no_token_logit_or_adapter_value_crosses(
     wire_dtype: str, model: Tiny, server: RunningServer, adapter: Path
 ) -> None:
-    scanner = Scanner()
-    for module in load_adapter(adapter).modules.values():
-        scanner.add_matrix(module.lora_A, f"{module.name} A")
-        scanner.add_matrix(module.lora_B, f"{module.name} B")
-    with recording_proxy(server.url) as proxy:
-        with opening(model, server, adapter, url=proxy.url, wire_dtype=wire_dtype) as trunk:
-            context, prompt = Context(trunk), [*PROMPTS[2], *range(40, 52)]
-            found = generated(context, prompt, TOKENS, draft_length=3)
-            scanner.add_tokens([*prompt, *found], "the context")
-            for length in (len(prompt), len(prompt) + 8):
-                logits = context.logits(np.array([*prompt, *found])[:length])
-                scanner.add_matrix(np.concatenate([logits, np.zeros_like(logits)]), f"logits after {length}")
-        sent = b"".join(payloads(proxy.recordings[0].up))
-    assert len(sent) > 1_000
-    assert list(scanner.find({"the wire": sent})) == []
+    assert_no_secret_crosses(
+        server, adapter, lambda url: opening(model, server, adapter, url=url, wire_dtype=wire_dtype),
+        [*PROMPTS[2], *range(40, 52)], TOKENS, least_bytes=1_000,
+    )  # fmt: skip
 
 
 # -- what cannot be -----------------------------------------------------------------------------------------
