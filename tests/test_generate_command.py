@@ -193,14 +193,6 @@ def test_what_may_become_a_stop_string_is_held_back(pieces: list[str], stop: lis
     assert stream.is_closed
 
 
-def test_text_token_by_token_is_the_text_of_all(tmp_path: Path, bundle: Path) -> None:
-    with prompt_tokenizer(Bundle.open(bundle)) as tokenizer:
-        ids = tokenizer.encode_text("w5 w6 w7").tolist()
-        stream = tokenizer.stream()
-        assert "".join(map(stream.push, ids)) == tokenizer.decode(ids)
-        stream.close()
-
-
 def test_streams_of_several_answers_do_not_mix(bundle: Path) -> None:
     with prompt_tokenizer(Bundle.open(bundle)) as tokenizer:
         streams = [tokenizer.stream() for _ in range(2)]

@@ -15,6 +15,7 @@ from peft_reference import assert_steps_are_those_of_peft, loss_of, with_adapter
 from processes import finish, run_edge, start_edge
 from runs import settings_in
 from serving import random_dataset, randomize
+from test_cli import assert_fails
 from test_resume import KILLING, SAVE_EVERY, Place, assert_same_run, wait_for_lines
 from tiny import Tiny, TinyFactory
 from transformers import AutoModelForCausalLM
@@ -148,35 +149,21 @@ def test_evaluations_change_no_bit_of_the_training(place: Place, tmp_path: Path)
     assert_same_run(often, seldom)
 
 
-WRONG = {
-    "server": (("--server", "ws://127.0.0.1:9"), 2, "--device-blocks all asks no server: all blocks run here"),
-    "cache": (("--keep-cache",), 2, "--keep-cache is for what a server gave"),
-    "kind": (("--kind", "ffa"), 2, "--kind ffa cannot be with --device-blocks"),
-    "some": (("--device-blocks", 1), 2, "--device-blocks 1 needs --server"),
-}
-
-
 @pytest.mark.parametrize(
     ("options", "text"),
-    [(("--device-blocks", "0"), "--server is missing"), ((*LOCAL, "--server", "ws://x:1"), "leave --server out")],
+    [
+        (("--server", "ws://127.0.0.1:9"), "--device-blocks all asks no server: all blocks run here"),
+        (("--keep-cache",), "--keep-cache is for what a server gave"),
+        (("--kind", "ffa"), "--kind ffa cannot be with --device-blocks"),
+        (("--device-blocks", 1), "--device-blocks 1 needs --server"),
+    ],
 )
-def test_evaluating_without_a_server_is_said_or_one_line(place: Place, options: tuple[str, ...], text: str) -> None:
-    done = run_edge("evaluate", "--bundle", place.bundle, "--data", place.data, *options)
-    assert (done.code, len(done.errors)) == (2, 1), done.stderr
-    assert text in done.errors[0]
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_what_cannot_be_is_one_line(place: Place, name: str, tmp_path: Path) -> None:
-    options, code, text = WRONG[name]
-    done = run_edge(*local(place, tmp_path / "out", *options))
-    assert (done.code, len(done.errors)) == (code, 1), done.stderr
-    assert text in done.errors[0]
+def test_what_cannot_be_is_one_line(place: Place, options: tuple[object, ...], text: str, tmp_path: Path) -> None:
+    assert_fails(run_edge(*local(place, tmp_path / "out", *options)), 2, text)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_bundle_without_all_blocks_is_one_line(place: Place, tmp_path: Path) -> None:
     other = Place(with_last_blocks(place.bundle, tmp_path / "bundle", 1), place.data, "")
-    done = run_edge(*local(other, tmp_path / "out"))
-    assert (done.code, len(done.errors)) == (4, 1), done.stderr
-    assert "has 1 of the model's 2 blocks for a device; export it again with --device-blocks all" in done.errors[0]
+    text = "has 1 of the model's 2 blocks for a device; export it again with --device-blocks all"
+    assert_fails(run_edge(*local(other, tmp_path / "out")), 4, text)

@@ -14,32 +14,25 @@ def examples(count: int, answers: int, copies: int = 1) -> Dataset:
 
 
 @pytest.mark.parametrize(
-    ("steps", "wanted"), [(6, 0), (60, 0), (120, 0), (168, 0), (180, 1), (300, 1), (480, 2), (9999, 2)]
+    ("dataset", "examples_a_step", "wanted"),
+    [
+        # Once more for each doubling of passes beyond two.
+        ((60, 60), 1, {6: 0, 60: 0, 120: 0, 168: 0, 180: 1, 300: 1, 480: 2, 9999: 2}),
+        ((8, 8), 8, {5: 0, 31: 0, 32: 1, 63: 1, 64: 2}),  # a run of few steps keeps more of its rate
+        # All of it where examples share their answers; one that few share is learnt by heart as well.
+        ((60, 10), 1, {60: 0, 300: 0, 9999: 0}),
+        ((60, 15), 1, {60: 0, 300: 0, 9999: 0}),
+        ((60, 30), 1, {300: 1}),
+        ((60, 60, 5), 1, {300: 1}),  # copies of an example are passes
+        ((60, 60, 5), 8, {38: 1}),
+    ],
 )
-def test_half_of_it_for_each_doubling_of_passes_beyond_two(steps: int, wanted: int) -> None:
-    assert halvings(examples(60, 60), steps=steps, examples_a_step=1) == wanted
-
-
-@pytest.mark.parametrize(("steps", "wanted"), [(5, 0), (31, 0), (32, 1), (63, 1), (64, 2)])
-def test_a_run_of_few_steps_keeps_more_of_it(steps: int, wanted: int) -> None:
-    assert halvings(examples(8, 8), steps=steps, examples_a_step=8) == wanted
-
-
-@pytest.mark.parametrize("steps", [60, 300, 9999])
-@pytest.mark.parametrize("answers", [10, 15])
-def test_all_of_it_where_examples_share_their_answers(steps: int, answers: int) -> None:
-    assert halvings(examples(60, answers), steps=steps, examples_a_step=1) == 0
-
-
-def test_an_answer_that_few_examples_share_is_learnt_by_heart_as_well() -> None:
-    """As where each example stands there twice, with another system prompt."""
-    assert halvings(examples(60, 30), steps=300, examples_a_step=1) == 1
-
-
-def test_copies_of_an_example_are_passes() -> None:
-    dataset = examples(60, 60, copies=5)
-    assert halvings(dataset, steps=300, examples_a_step=1) == 1
-    assert halvings(dataset, steps=38, examples_a_step=8) == 1
+def test_how_often_the_rate_is_halved(
+    dataset: tuple[int, ...], examples_a_step: int, wanted: dict[int, int]
+) -> None:
+    """By the number of steps."""
+    data = examples(*dataset)
+    assert {steps: halvings(data, steps=steps, examples_a_step=examples_a_step) for steps in wanted} == wanted
 
 
 def test_an_example_is_counted_once_and_an_answer_where_it_is() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from peft_reference import assert_steps_are_those_of_peft, loss_of, with_adapters
-from serving import config, final_weights, random_dataset, randomize, serving, training
+from serving import final_weights, random_dataset, randomize, serving
 from tiny import Tiny, TinyFactory
 from transformers import AutoModelForCausalLM
 from trunk_runs import trunk_config, trunk_training
@@ -18,6 +18,7 @@ from dlora.edge.data.examples import Dataset
 from dlora.edge.model.cached_source import texts_of
 from dlora.edge.model.trunk_cache import CacheOwner, TrunkCache, most_bytes, record_bytes, text_digest
 from dlora.edge.wire.connection import Connection
+from dlora.protocol.tensors import WireTensor
 from dlora.protocol.wire_codecs import encode_floats
 
 BLOCKS = (1, 2)
@@ -44,19 +45,6 @@ def test_a_step_is_that_of_peft(model: Tiny, data: Dataset, tmp_path: Path) -> N
         assert_steps_are_those_of_peft(trainer, reference, 6)
         found = trainer.evaluate(data)
         assert abs(found.loss - loss_of(reference, [pack([data[index] for index in range(len(data))])]).item()) < 1e-4
-
-
-def test_a_run_is_that_of_the_mode_split(model: Tiny, data: Dataset, tmp_path: Path) -> None:
-    """The same adapters in the same blocks, trained the one way and the other: equal but for rounding."""
-    run = config(blocks=BLOCKS, target_modules=("all-linear",))
-    with serving(model.base) as server:
-        with training(model.bundle, server.url, run, data) as split:
-            wanted = [split.run_step().loss for _ in range(6)]
-        with trunk_training(model.bundle, server.url, trunk_config(BLOCKS), data, tmp_path / "cache") as trunk:
-            found = [trunk.run_step().loss for _ in range(6)]
-    assert np.allclose(found, wanted, rtol=1e-5)
-    for name, value in final_weights(split).items():
-        assert np.abs(final_weights(trunk)[name] - value).max() <= 1e-4 * np.abs(value).max()
 
 
 def test_once_the_cache_is_full_no_server_is_needed(model: Tiny, data: Dataset, tmp_path: Path) -> None:
@@ -145,24 +133,33 @@ def test_what_is_sent_depends_on_the_text_alone(
     assert len(sent[0]) >= 3
 
 
-def test_a_cache_grows_no_larger_than_its_limit_and_shrinks_to_another(tmp_path: Path) -> None:
-    owner = CacheOwner(base_model="a", blocks=1, width=4, embeddings="fp16 as fp16", codec="fp16")
+def owner(width: int, codec: str) -> CacheOwner:
+    return CacheOwner(base_model="a", blocks=1, width=width, embeddings="fp16 as fp16", codec=codec)
+
+
+def filled(path: Path, width: int, codec: str) -> tuple[list[np.ndarray], list[WireTensor], TrunkCache]:
+    """Texts, their hidden states, and a cache that was closed with them in it."""
     texts = [np.arange(length) for length in (3, 5, 2, 4)]
-    tensors = [encode_floats(np.full((len(ids), 4), 1.5, np.float32), "fp16") for ids in texts]
-    cache = TrunkCache(tmp_path / "cache", owner, limit=1 << 20)
+    tensors = [encode_floats(np.full((len(ids), width), len(ids), np.float32), codec) for ids in texts]
+    cache = TrunkCache(path, owner(width, codec), limit=1 << 20)
     assert all(cache.add(text_digest(ids), tensor) for ids, tensor in zip(texts, tensors, strict=True))
-    size = cache.nbytes
     cache.close()
+    return texts, tensors, cache
+
+
+def test_a_cache_grows_no_larger_than_its_limit_and_shrinks_to_another(tmp_path: Path) -> None:
+    texts, tensors, cache = filled(tmp_path / "cache", 4, "fp16")
+    size = cache.nbytes
     assert (tmp_path / "cache").stat().st_size == size
     heads_and_tensors = sum(record_bytes("fp16", len(ids), 4, is_sealed=True) for ids in texts)
     assert most_bytes(len(texts), sum(map(len, texts)), 4, "fp16") - most_bytes(0, 0, 4, "fp16") == heads_and_tensors
     assert most_bytes(0, 0, 4, "fp16") >= size - sum(cache.record_bytes(len(ids)) for ids in texts)
-    smaller = TrunkCache(tmp_path / "cache", owner, limit=size - 1)
+    smaller = TrunkCache(tmp_path / "cache", owner(4, "fp16"), limit=size - 1)
     assert [smaller.get(text_digest(ids), len(ids)) for ids in texts] == [*tensors[:3], None]
     assert not smaller.add(text_digest(texts[3]), tensors[3])
     smaller.close()
     (tmp_path / "cache").write_bytes(bytes(size))  # what a power cut may leave
-    empty = TrunkCache(tmp_path / "cache", owner, limit=size)
+    empty = TrunkCache(tmp_path / "cache", owner(4, "fp16"), limit=size)
     assert len(empty) == 0
     assert empty.add(text_digest(texts[0]), tensors[0])
     empty.close()
@@ -170,19 +167,13 @@ def test_a_cache_grows_no_larger_than_its_limit_and_shrinks_to_another(tmp_path:
 
 def test_one_damaged_record_is_one_text(tmp_path: Path) -> None:
     """Whichever byte it is: all others are found."""
-    owner = CacheOwner(base_model="a", blocks=1, width=2, embeddings="fp16 as fp16", codec="fp32")
-    texts = [np.arange(length) for length in (3, 5, 2, 4)]
-    tensors = [encode_floats(np.full((len(ids), 2), len(ids), np.float32), "fp32") for ids in texts]
     path = tmp_path / "cache"
-    cache = TrunkCache(path, owner, limit=1 << 20)
-    for ids, tensor in zip(texts, tensors, strict=True):
-        cache.add(text_digest(ids), tensor)
-    cache.close()
+    texts, tensors, cache = filled(path, 2, "fp32")
     content = path.read_bytes()
     sizes = [cache.record_bytes(len(ids)) for ids in texts]
     ends = np.cumsum([len(content) - sum(sizes), *sizes])
     for place in range(ends[1], ends[2]):
         path.write_bytes(content[:place] + bytes([content[place] ^ 0x55]) + content[place + 1 :])
-        damaged = TrunkCache(path, owner, limit=1 << 20)
+        damaged = TrunkCache(path, owner(2, "fp32"), limit=1 << 20)
         assert [damaged.get(text_digest(ids), len(ids)) for ids in texts] == [tensors[0], None, *tensors[2:]], place
         damaged.close()

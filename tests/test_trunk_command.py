@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from processes import Finished, finish, run_edge, start_edge
 from runs import settings_in
 from serving import serving
 from small_disk import small_disk
+from test_cli import assert_fails
 from test_resume import KILLING, SAVE_EVERY, STEPS, Place, assert_same_run, rows, wait_for_lines
 from tiny import Tiny, TinyFactory
 from transformers import AutoModelForCausalLM
@@ -68,11 +69,6 @@ def summary(done: Finished) -> dict[str, Any]:
     return dict(json.loads(done.stdout))
 
 
-def elsewhere(words: list[object]) -> list[object]:
-    """The same command, where no server is."""
-    return [NOWHERE if str(word).startswith("ws:") else word for word in words]
-
-
 @pytest.fixture(scope="module")
 def whole(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with Kill and Revive that nothing interrupted."""
@@ -85,6 +81,13 @@ def whole(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert found["eval_loss_after"] < found["eval_loss_before"]
     assert not (out / CACHE).exists()
     return out
+
+
+def kill_after(steps: int, out: Path, words: list[object]) -> None:
+    process = start_edge(*words)
+    wait_for_lines(out / "metrics.jsonl", steps)
+    process.send_signal(signal.SIGKILL)
+    finish(process)
 
 
 def test_what_was_left_open_is_chosen_once(whole: Path) -> None:
@@ -158,79 +161,76 @@ def test_saved_adapter_has_in_peft_the_loss_that_the_device_saw(place: Place, mo
     assert abs(loss - found["eval_loss_after"]) <= 1e-4
 
 
-WRONG = {
-    "keep": (("--keep-cache",), 2, "--keep-cache needs --device-blocks"),
-    "kind": ((*TRUNK, "--kind", "ffa"), 2, "--kind ffa cannot be with --device-blocks 3: it trains LoRA"),
-    "answers": ((*TRUNK, "--active-from", "answer"), 2, "--active-from answer cannot be with --device-blocks 3"),
-    "budget": ((*TRUNK, "--bytes-per-token", 9), 2, "--bytes-per-token cannot be with --device-blocks 3"),
-    "given": ((*TRUNK, "--kr-on-kill", "give_to_server"), 2, "--kr-on-kill give_to_server cannot be with"),
-    "bypass": ((*TRUNK, "--kr-on-kill", "bypass"), 2, "a killed unit keeps its effect: leave that out"),
-    "room": (("--cache-mb", 9), 2, "--cache-mb needs --device-blocks"),
-    "many": (("--device-blocks", 9), 2, "--device-blocks 9: the model has 4 blocks"),
-    "blocks": ((*TRUNK, "--blocks", "0-3"), 2, "only the blocks on this device can be trained, 1-3, not 0"),
-    "every": (("--device-blocks", 4), 2, "--device-blocks 4 asks no server: all blocks run here"),
-    "a former option": (("--mode", "trunk"), 2, "no option --mode: say --device-blocks 0, N, all or auto"),
-}
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_what_cannot_be_is_one_line(place: Place, name: str, tmp_path: Path) -> None:
-    options, code, text = WRONG[name]
-    done = run_edge(*place.train(tmp_path / "out", *options))
-    assert (done.code, len(done.errors)) == (code, 1), done.stderr
-    assert text in done.errors[0]
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (("--keep-cache",), "--keep-cache needs --device-blocks"),
+        ((*TRUNK, "--kind", "ffa"), "--kind ffa cannot be with --device-blocks 3: it trains LoRA"),
+        ((*TRUNK, "--active-from", "answer"), "--active-from answer cannot be with --device-blocks 3"),
+        ((*TRUNK, "--bytes-per-token", 9), "--bytes-per-token cannot be with --device-blocks 3"),
+        ((*TRUNK, "--kr-on-kill", "give_to_server"), "--kr-on-kill give_to_server cannot be with"),
+        ((*TRUNK, "--kr-on-kill", "bypass"), "a killed unit keeps its effect: leave that out"),
+        (("--cache-mb", 9), "--cache-mb needs --device-blocks"),
+        (("--device-blocks", 9), "--device-blocks 9: the model has 4 blocks"),
+        ((*TRUNK, "--blocks", "0-3"), "only the blocks on this device can be trained, 1-3, not 0"),
+        (("--device-blocks", 4), "--device-blocks 4 asks no server: all blocks run here"),
+        (("--mode", "trunk"), "no option --mode: say --device-blocks 0, N, all or auto"),  # a former option
+    ],
+)
+def test_what_cannot_be_is_one_line(place: Place, options: tuple[object, ...], text: str, tmp_path: Path) -> None:
+    assert_fails(run_edge(*place.train(tmp_path / "out", *options)), 2, text)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_bundle_without_blocks_is_one_line(tiny: TinyFactory, place: Place, tmp_path: Path) -> None:
     other = Place(tiny(blocks=BLOCKS).bundle, place.data, place.url)
-    done = run_edge(*other.train(tmp_path / "out", *TRUNK))
-    assert (done.code, len(done.errors)) == (4, 1), done.stderr
-    assert "the bundle has 0 of the model's 4 blocks for a device; export it again" in done.errors[0]
-
-
-NAN = WireTensor("fp16", np.full((1, 16), np.nan, np.float16))
-LIES = {
-    "another width": (lambda lengths: tuple(ones16(length, 17) for length in lengths), 7, "was due"),
-    "too few": (lambda lengths: tuple(ones16(length, 16) for length in lengths[1:]), 7, "tensors of"),
-    "NaN": (lambda lengths: tuple(WireTensor("fp16", NAN.data.repeat(length, 0)) for length in lengths), 7, "NaN"),
-    "nothing of the kind": (lambda lengths: None, 7, "not now"),
-}
+    text = "the bundle has 0 of the model's 4 blocks for a device; export it again"
+    assert_fails(run_edge(*other.train(tmp_path / "out", *TRUNK)), 4, text)
 
 
 def ones16(*shape: int) -> WireTensor:
     return encode_floats(np.ones(shape, np.float32), "fp16")
 
 
-@pytest.mark.parametrize("name", LIES)
-def test_a_server_that_lies_is_one_line(place: Place, name: str, tmp_path: Path) -> None:
+NAN = WireTensor("fp16", np.full((1, 16), np.nan, np.float16))
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda lengths: tuple(ones16(length, 17) for length in lengths), "was due"),
+        (lambda lengths: tuple(ones16(length, 16) for length in lengths[1:]), "tensors of"),
+        (lambda lengths: tuple(WireTensor("fp16", NAN.data.repeat(length, 0)) for length in lengths), "NaN"),
+        (None, "not now"),
+    ],
+    ids=["another width", "too few", "NaN", "nothing of the kind"],
+)
+def test_a_server_that_lies_is_one_line(
+    place: Place, make: Callable[[list[int]], tuple[WireTensor, ...]] | None, text: str, tmp_path: Path
+) -> None:
     """And nothing of it is kept: an honest server's answers make the run."""
-    make, code, text = LIES[name]
 
     def script(server: DishonestServer, connection: ServerConnection) -> None:
         while True:
             begun = server.hear(connection)
             assert isinstance(begun, m.Embeddings)
-            tensors = make(begun.sequence_lengths.data.tolist())
             place = {"step": begun.step, "micro_batch": begun.micro_batch}
-            if tensors is None:
+            if make is None:
                 server.say_anyway(connection, m.LabelledHiddenStates(**place, hidden_states=ones16(1, 16), gradients=0))
             else:
+                tensors = make(begun.sequence_lengths.data.tolist())
                 server.say_anyway(connection, m.EncodedHiddenStates(**place, hidden_states=tensors))
 
     with dishonest(load_manifest(place.bundle), script) as server:
         words = place.train(tmp_path, *TRUNK)
-        done = run_edge(*[server.url if word == place.url else word for word in words])
-    assert (done.code, len(done.errors)) == (code, 1), done.stderr
-    assert text in done.errors[0]
-    assert len(done.stderr.splitlines()[-1]) < 300
+        assert_fails(run_edge(*[server.url if word == place.url else word for word in words]), 7, text)
     assert run_edge(*words).code == 0
 
 
 def test_no_server_at_the_beginning_is_one_line(place: Place, tmp_path: Path) -> None:
     words = place.train(tmp_path, *TRUNK)
-    done = run_edge(*elsewhere(words), "--max-retry-s", 0)
-    assert (done.code, len(done.errors)) == (6, 1), done.stderr
+    nowhere = [NOWHERE if word == place.url else word for word in words]
+    assert_fails(run_edge(*nowhere, "--max-retry-s", 0), 6)
     assert run_edge(*words).code == 0
 
 
@@ -241,24 +241,23 @@ def second_record_harmed(content: bytes) -> bytes:
     return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
 
 
-HARM = {
-    "cut off": (lambda content: content[:-70], "was cut off while it was written"),
-    "a length": (second_record_harmed, "is damaged in one place"),
-    "a bit": (lambda content: content[:-5] + bytes([content[-5] ^ 1]) + content[-4:], "is damaged in one place"),
-    "empty": (lambda content: b"", ""),
-    "the header cut off": (lambda content: content[:30], ""),
-}
-
-
-@pytest.mark.parametrize("harm", HARM)
-def test_a_damaged_cache_is_asked_for_again(place: Place, whole: Path, harm: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "warning"),
+    [
+        (lambda content: content[:-70], "was cut off while it was written"),
+        (second_record_harmed, "is damaged in one place"),
+        (lambda content: content[:-5] + bytes([content[-5] ^ 1]) + content[-4:], "is damaged in one place"),
+        (lambda content: b"", ""),
+        (lambda content: content[:30], ""),
+    ],
+    ids=["cut off", "a length", "a bit", "empty", "the header cut off"],
+)
+def test_a_damaged_cache_is_asked_for_again(
+    place: Place, whole: Path, change: Callable[[bytes], bytes], warning: str, tmp_path: Path
+) -> None:
     """What is missing comes from the server again, and the run has the same bits."""
-    change, warning = HARM[harm]
     words = place.train(tmp_path, *TRUNK, *KILLING, "--eval", place.data, "--keep-cache")
-    process = start_edge(*words)
-    wait_for_lines(tmp_path / "metrics.jsonl", 3)
-    process.send_signal(signal.SIGKILL)
-    finish(process)
+    kill_after(3, tmp_path, words)
     cache = tmp_path / CACHE
     cache.write_bytes(change(cache.read_bytes()))
     done = run_edge("resume", tmp_path)
@@ -269,10 +268,7 @@ def test_a_damaged_cache_is_asked_for_again(place: Place, whole: Path, harm: str
 
 def test_another_bundles_cache_is_refused(place: Place, tiny: TinyFactory, tmp_path: Path) -> None:
     """Of another model, or no cache at all; a run that begins puts its own in the place of one that came to nothing."""
-    process = start_edge(*place.train(tmp_path, *TRUNK))
-    wait_for_lines(tmp_path / "metrics.jsonl", SAVE_EVERY + 1)
-    process.send_signal(signal.SIGKILL)
-    finish(process)
+    kill_after(SAVE_EVERY + 1, tmp_path, place.train(tmp_path, *TRUNK))
     cache = tmp_path / CACHE
     content = cache.read_bytes()
     fingerprint = Bundle.open(place.bundle).manifest.base_model.fingerprint.encode()
@@ -282,9 +278,7 @@ def test_another_bundles_cache_is_refused(place: Place, tiny: TinyFactory, tmp_p
         (b"not ours" * 9, "is no cache of hidden states"),
     ):
         cache.write_bytes(wrong)
-        done = run_edge("resume", tmp_path)
-        assert (done.code, len(done.errors)) == (10, 1), done.stderr
-        assert text in done.errors[0]
+        assert_fails(run_edge("resume", tmp_path), 10, text)
         assert cache.read_bytes() == wrong
     shutil.rmtree(tmp_path / "checkpoints")
     (tmp_path / "adapter_model.safetensors").unlink()
@@ -298,10 +292,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on(place: Place, tmp_path: Pat
     with small_disk(tmp_path, 600) as disk:
         out = disk / "run"
         words = Place(place.bundle, data, place.url).train(out, *TRUNK, "--wire-dtype", "fp32", "--eval", data)
-        done = run_edge(*words)
-        assert (done.code, len(done.errors)) == (9, 1), done.stderr
-        assert "cannot write" in done.errors[0]
-        assert "free space" in done.errors[0]
+        assert_fails(run_edge(*words), 9, "cannot write", "free space")
         wanted = tmp_path / "wanted"
         assert run_edge(*[wanted if word == out else word for word in words]).code == 0
         done = run_edge(*words, "--cache-mb", 0.2)  # what came is kept, the rest is asked for again each time

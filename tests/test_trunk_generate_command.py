@@ -28,6 +28,18 @@ from dlora.protocol.adapter_record import TrainingRecord
 PROMPT = ("--prompt", "w5 w6", "--max-new-tokens", 8)
 
 
+def trained(device_blocks: int, **settings: Any) -> TrainingRecord:
+    """What an adapter's record says of a run with so many blocks on the device."""
+    given = {"steps": 1, "examples": 1, "tokens": 1, "labelled": 1, "bytes_per_token": 1, "round_trips_per_step": 0}
+    return TrainingRecord(**given, recipe={"device_blocks": device_blocks}, versions={}, **settings)
+
+
+def write_texts(directory: Path, *texts: dict[str, str]) -> Path:
+    data = directory / "data.jsonl"
+    data.write_text("".join(json.dumps(text) + "\n" for text in texts))
+    return data
+
+
 @dataclass
 class Place:
     """An adapter of the last two blocks of three that was trained in ``trunk``, and one that was not."""
@@ -45,11 +57,7 @@ class Place:
 @pytest.fixture(scope="module")
 def place(tiny: TinyFactory, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     model, directory = tiny(blocks=3, device_blocks=3, head_dtype="fp32"), tmp_path_factory.mktemp("adapters")
-    training = TrainingRecord(
-        steps=1, examples=1, tokens=1, labelled=1, bytes_per_token=1, round_trips_per_step=0,
-        recipe={"device_blocks": 2}, versions={},
-    )  # fmt: skip
-    save_lora(model.bundle, directory / "trained", blocks=(1, 2), training=training)
+    save_lora(model.bundle, directory / "trained", blocks=(1, 2), training=trained(2))
     save_lora(model.bundle, directory / "other", blocks=(1, 2))
     with serving(model.base) as server:
         yield Place(model, server, directory / "trained", directory / "other")
@@ -77,8 +85,7 @@ def test_an_adapter_answers_in_the_mode_that_it_was_trained_in_or_another(place:
 
 
 def test_evaluate_finds_the_loss_of_split_and_sends_texts_only(place: Place, tmp_path: Path) -> None:
-    data = tmp_path / "data.jsonl"
-    data.write_text("".join(json.dumps({"prompt": f"w{n} w3", "completion": f" w{n + 1}"}) + "\n" for n in range(9)))
+    data = write_texts(tmp_path, *({"prompt": f"w{n} w3", "completion": f" w{n + 1}"} for n in range(9)))
 
     def evaluate(adapter: Path, *mode: object) -> dict[str, Any]:
         return answer("evaluate", *place.words(adapter)[1:], "--data", data, "--threads", 1, *mode)
@@ -96,13 +103,8 @@ def test_evaluate_finds_the_loss_of_split_and_sends_texts_only(place: Place, tmp
 
 def test_blocks_that_are_stored_otherwise_than_in_training_are_said(place: Place, tmp_path: Path) -> None:
     """By every command that runs them."""
-    data = tmp_path / "data.jsonl"
-    data.write_text(json.dumps({"text": "w5 w6 w7"}) + "\n")
-    training = TrainingRecord(
-        steps=1, examples=1, tokens=1, labelled=1, bytes_per_token=1, round_trips_per_step=0, block_dtype="int8",
-        recipe={"device_blocks": 2}, versions={},
-    )  # fmt: skip
-    save_lora(place.model.bundle, tmp_path / "of int8", blocks=(1, 2), training=training)
+    data = write_texts(tmp_path, {"text": "w5 w6 w7"})
+    save_lora(place.model.bundle, tmp_path / "of int8", blocks=(1, 2), training=trained(2, block_dtype="int8"))
     line = "the adapter was trained with blocks stored as int8, and the bundle's are fp32"
     for words in (place.words(tmp_path / "of int8", *PROMPT), ["evaluate", *place.words(tmp_path / "of int8")[1:]]):
         words += ["--data", data] if words[0] == "evaluate" else []
@@ -113,8 +115,7 @@ def test_blocks_that_are_stored_otherwise_than_in_training_are_said(place: Place
 @pytest.mark.parametrize("here", ["2", "all"])
 def test_evaluate_takes_lora_of_several_ranks(here: str, place: Place, tmp_path: Path) -> None:
     """As good as one of one rank whose last row and column are zero there."""
-    data = tmp_path / "data.jsonl"
-    data.write_text("".join(json.dumps({"text": f"w{n} w3 w{n + 1} w7"}) + "\n" for n in range(5)))
+    data = write_texts(tmp_path, *({"text": f"w{n} w3 w{n + 1} w7"} for n in range(5)))
     losses = {}
     for name in ("narrow", "filled"):
         adapter = tmp_path / name
@@ -138,30 +139,27 @@ def test_evaluate_takes_lora_of_several_ranks(here: str, place: Place, tmp_path:
     assert losses["narrow"] == pytest.approx(losses["filled"], rel=1e-6)
 
 
-WRONG = {
-    "answers only": "the adapter acts on answers only: blocks on a device cannot evaluate it; use --device-blocks 0",
-    "too far down": "the adapter reaches down to block 0, which the server runs; use --device-blocks 0",
-}
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_what_evaluate_cannot_do_is_one_line_before_a_server_is_asked(place: Place, name: str, tmp_path: Path) -> None:
-    save_lora(place.model.bundle, tmp_path / "answers only", blocks=(1, 2), invocation=(3,))
-    save_lora(place.model.bundle, tmp_path / "too far down", blocks=(0, 1))
-    data = tmp_path / "data.jsonl"
-    data.write_text(json.dumps({"text": "w5 w6 w7"}) + "\n")
-    where = ("--bundle", place.model.bundle, "--server", "ws://127.0.0.1:9", "--adapter", tmp_path / name)
-    assert_fails(run_edge("evaluate", *where, "--data", data, "--device-blocks", 2), 2, WRONG[name])
+@pytest.mark.parametrize(
+    ("blocks", "invocation", "text"),
+    [
+        ((1, 2), (3,), "acts on answers only: blocks on a device cannot evaluate it; use --device-blocks 0"),
+        ((0, 1), (), "reaches down to block 0, which the server runs; use --device-blocks 0"),
+    ],
+    ids=["answers only", "too far down"],
+)
+def test_what_evaluate_cannot_do_is_one_line_before_a_server_is_asked(
+    place: Place, blocks: tuple[int, ...], invocation: tuple[int, ...], text: str, tmp_path: Path
+) -> None:
+    save_lora(place.model.bundle, tmp_path, blocks=blocks, invocation=invocation)
+    where = ("--bundle", place.model.bundle, "--server", "ws://127.0.0.1:9", "--adapter", tmp_path)
+    data = write_texts(tmp_path, {"text": "w5 w6 w7"})
+    assert_fails(run_edge("evaluate", *where, "--data", data, "--device-blocks", 2), 2, text)
 
 
 def test_without_a_server_all_blocks_run_here(place: Place, tmp_path: Path) -> None:
     """As the adapter was trained, or as it is said; never by a server that was not asked for."""
     bundle = place.model.bundle
-    training = TrainingRecord(
-        steps=1, examples=1, tokens=1, labelled=1, bytes_per_token=0, round_trips_per_step=0,
-        recipe={"device_blocks": 3}, versions={},
-    )  # fmt: skip
-    save_lora(bundle, tmp_path, blocks=(1, 2), training=training)
+    save_lora(bundle, tmp_path, blocks=(1, 2), training=trained(3))
     wanted = answer(*place.words(place.other, *PROMPT))["answer"]
     words = ("generate", "--bundle", bundle, "--adapter", tmp_path, *PROMPT)
     found = [answer(*words), answer(*words, "--device-blocks", "all")]
@@ -171,16 +169,9 @@ def test_without_a_server_all_blocks_run_here(place: Place, tmp_path: Path) -> N
     refused = run_edge(*words, "--device-blocks", "all", *asked)
     assert_fails(refused, 2, "--device-blocks all asks no server: leave --server out")
     assert_fails(run_edge(*words, "--device-blocks", "0"), 2, "--server is missing")
+    # As it was trained, or not at all: nothing of it is told to a server that its user has not told it to.
     fewer = with_last_blocks(bundle, tmp_path / "bundle", 2)
     assert_fails(run_edge(*place.words(tmp_path, *PROMPT, bundle=fewer)), 4, "export it again with --device-blocks 3")
-
-
-def test_what_cannot_be_is_one_line(place: Place, tiny: TinyFactory, tmp_path: Path) -> None:
-    without = tiny(blocks=3, head_dtype="fp32").bundle
-    save_lora(place.model.bundle, tmp_path, blocks=(0, 2))
-    assert_fails(run_edge(*place.words(tmp_path, *PROMPT, "--device-blocks", 2)), 2, "down to block 0")
-    # As it was trained, or not at all: nothing of it is told to a server that its user has not told it to.
-    assert_fails(run_edge(*place.words(place.trained, *PROMPT, bundle=without)), 4, "or use --device-blocks 0")
 
 
 def test_a_chat_says_what_it_says_in_the_mode_split(place: Place) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Final
 
 from dlora.edge.data.prompt import PromptTokenizer
@@ -15,41 +16,33 @@ from .sampling import Sampling
 _ROOM_FOR_ANSWER: Final = 32  # tokens that must be left for an answer
 
 
+@dataclass
 class Chat:
     """What was said so far, and how it goes on.
 
-    Args:
+    Attributes:
         system: what the model is told to be; None: nothing.
         max_new_tokens, draft_length: of each answer, as ``TokenAnswer`` takes them.
         say: is told in one line what the user should know.
-
-    Attributes:
         messages: in OpenAI's form, the system's first.
     """
 
-    def __init__(
-        self,
-        tokenizer: PromptTokenizer,
-        *,
-        system: str | None,
-        sampling: Sampling,
-        max_new_tokens: int,
-        draft_length: int | None,
-        say: Callable[[str], None],
-    ) -> None:
-        self.messages: list[dict[str, Any]] = []
-        self._tokenizer = tokenizer
-        self._system = system
-        self._sampling = sampling
-        self._max_new_tokens = max_new_tokens
-        self._draft_length = draft_length
-        self._say = say
+    tokenizer: PromptTokenizer
+    _: KW_ONLY
+    system: str | None
+    sampling: Sampling
+    max_new_tokens: int
+    draft_length: int | None
+    say: Callable[[str], None]
+    messages: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
         self.reset()
 
     def reset(self, system: str | None = None) -> None:
         """Forget what was said; ``system``: from now on, None as before."""
-        self._system = self._system if system is None else system
-        self.messages = [] if self._system is None else [{"role": "system", "content": self._system}]
+        self.system = self.system if system is None else system
+        self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
 
     def ask(self, text: str, context: Context, should_stop: Callable[[], bool]) -> TextAnswer:
         """The answer to another turn of the user's. It becomes part of the chat with ``keep``.
@@ -63,11 +56,11 @@ class Chat:
             ids = self._encode(asked, context)
         answer = TextAnswer(
             context,
-            self._tokenizer,
+            self.tokenizer,
             ids,
-            self._sampling,
-            max_new_tokens=self._max_new_tokens,
-            draft_length=self._draft_length,
+            self.sampling,
+            max_new_tokens=self.max_new_tokens,
+            draft_length=self.draft_length,
             should_stop=should_stop,
         )
         self.messages = asked
@@ -83,13 +76,13 @@ class Chat:
             self.messages.pop()
 
     def _encode(self, messages: list[dict[str, Any]], context: Context) -> Any:
-        if not self._tokenizer.has_chat_template:  # the texts, one after the other
+        if not self.tokenizer.has_chat_template:  # the texts, one after the other
             text = "\n".join(str(message["content"]) for message in messages)
             prompt = Prompt(messages=None, text=f"{text}\n")
         else:
             alone = str(messages[0]["content"]) if len(messages) == 1 else None
             prompt = Prompt(messages=tuple(messages), text=alone)
-        return prompt.encode(self._tokenizer, context.model.invocation, self._say)
+        return prompt.encode(self.tokenizer, context.model.invocation, self.say)
 
     def _drop_oldest(self, messages: list[dict[str, Any]]) -> bool:
         """Leave out the oldest turn and its answer; False where only the last is left."""
@@ -97,5 +90,5 @@ class Chat:
         if len(messages) - first < 3:
             return False
         del messages[first : first + 2]
-        self._say("the chat is longer than its room: its oldest turn is left out from now on")
+        self.say("the chat is longer than its room: its oldest turn is left out from now on")
         return True

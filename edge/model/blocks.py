@@ -22,12 +22,7 @@ from dlora.protocol.tensors import FloatArray, IntArray
 
 from .block_weights import BLOCKED, LORA, BlockWeights, last_blocks
 
-# Names of graph inputs and outputs; docs/reference/bundle.md has them all.
-_MASK: Final = "mask"
-_GRAD: Final = "grad."
-_GRAD_X: Final = "grad_x"
-_LABEL_POSITIONS: Final = "label_positions"
-_LABEL_INDEX: Final = "label_index"
+_GRAD: Final = "grad."  # what names of a backward graph's outputs begin with: docs/reference/bundle.md has them all
 
 
 @dataclass(frozen=True)
@@ -137,7 +132,7 @@ class DeviceBlocks:
             window = block.spec.window
             if window not in masks:
                 masks[window] = attention_mask(lengths, window)
-            given: dict[str, Array] = {"x": hidden_states, _MASK: masks[window], **block.of_positions(positions)}
+            given: dict[str, Array] = {"x": hidden_states, "mask": masks[window], **block.of_positions(positions)}
             if label_positions is not None and block is self._blocks[-1]:
                 given |= labels(label_positions, len(positions))
             hidden_states, inputs = block.forward(given, lora, scale)
@@ -191,7 +186,7 @@ def labels(label_positions: IntArray, tokens: int) -> dict[str, Array]:
     """What the last block is given to know which tokens have a label, and which of them each token is."""
     index = np.full(tokens, len(label_positions), np.int64)
     index[label_positions] = np.arange(len(label_positions))
-    return {_LABEL_POSITIONS: label_positions.astype(np.int64), _LABEL_INDEX: index}
+    return {"label_positions": label_positions.astype(np.int64), "label_index": index}
 
 
 class _Block(BlockWeights):
@@ -203,7 +198,7 @@ class _Block(BlockWeights):
         kinds = (f"{prefix}block_forward", f"{prefix}block_backward")
         self._forward_spec, self._backward_spec = (bundle.manifest.graph(kind, spec.graph) for kind in kinds)
         lora = [f"{_GRAD}{tensor.name}" for tensor in self._forward_spec.inputs if tensor.name.endswith(LORA)]
-        if [tensor.name for tensor in self._backward_spec.outputs] != [_GRAD_X, *lora]:
+        if [tensor.name for tensor in self._backward_spec.outputs] != ["grad_x", *lora]:
             text = f"{bundle.path}: {kinds[1]}.{spec.graph} gives other gradients than it must"
             raise BundleError(f"{text}; export the bundle again")
         super().__init__(bundle, spec, self._forward_spec.inputs, rank, max_length)

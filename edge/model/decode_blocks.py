@@ -7,7 +7,8 @@ keys and values of those before, which are kept here.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Final
 
 import numpy as np
@@ -19,6 +20,7 @@ from dlora.protocol.manifest import BlockSpec
 from dlora.protocol.tensors import FloatArray
 
 from .block_weights import BLOCKED, BlockWeights, last_blocks
+from .blocks import attention_mask
 from .device_lora import DeviceLora
 
 _MOST_NEW: Final = 128  # tokens at once: what attention needs is so many times the context
@@ -48,13 +50,13 @@ class DecodeBlocks:
                 f"the blocks of {bundle.path} cannot go on from earlier tokens on a device: {spec.without_decode}; "
                 "use --device-blocks 0"
             )
-        graphs = {key: engine.load("block_decode", key) for key in {block.graph for block in chosen}}
+        load = cache(engine.load)
         self.first = chosen[0].index
         self.length = 0
         most_new, most_past = _bounds(bundle, engine)
         self.limit = min(spec.max_length, most_past)
         self._most_new = min(_MOST_NEW, most_new)
-        self._blocks = [_Block(bundle, block, graphs[block.graph], lora.rank, spec.max_length) for block in chosen]
+        self._blocks = [_Block(bundle, load, block, lora.rank, spec.max_length) for block in chosen]
         if missing := sorted(set(lora.values) - {name for block in self._blocks for name in block.zeros}):
             module = missing[0].rpartition(".")[0]
             raise UsageError(f"{module} cannot have an adapter in blocks on a device; use --device-blocks 0")
@@ -102,12 +104,14 @@ class _Block(BlockWeights):
     These begin with one that no token sees, for no engine takes an empty array.
     """
 
-    def __init__(self, bundle: Bundle, spec: BlockSpec, graph: Graph, rank: int, max_length: int) -> None:
+    def __init__(
+        self, bundle: Bundle, load: Callable[..., Graph], spec: BlockSpec, rank: int, max_length: int
+    ) -> None:
         self._graph_spec = bundle.manifest.graph("block_decode", spec.graph)
         super().__init__(bundle, spec, self._graph_spec.inputs, rank, max_length)
         if [tensor.name for tensor in self._graph_spec.outputs] != ["y", "keys", "values"]:
             raise BundleError(f"{self._where('block_decode')} gives something else than it must; export it again")
-        self._graph = graph
+        self._graph = load("block_decode", spec.graph)
         self._keys, self._values = (
             np.zeros((1 + _FIRST_ROOM, *self._shape_of(name)), np.float32) for name in ("past_keys", "past_values")
         )
@@ -130,42 +134,27 @@ class _Block(BlockWeights):
         own = {
             "x": x,
             "past_mask": _past_mask(new, position, first, window),
-            "mask": _mask(new, window),
+            "mask": attention_mask(np.array([new], np.int32), window),
             "past_keys": self._keys[past],
             "past_values": self._values[past],
             **self.of_positions(np.arange(position, position + new, dtype=np.int32)),
         }
         y, keys, values = self._graph(self._inputs(self._graph_spec, own, lora, _SCALE))
-        self._make_room(1 + position + new)
+        if 1 + position + new > len(self._keys):
+            rows = max(1 + position + new, 2 * len(self._keys))
+            more = ((0, rows - len(self._keys)), (0, 0), (0, 0))
+            self._keys, self._values = np.pad(self._keys, more), np.pad(self._values, more)
         for kept, found in ((self._keys, keys), (self._values, values)):
-            rows = kept[1 + position : 1 + position + new]
-            if found.shape != rows.shape:
+            place = kept[1 + position : 1 + position + new]
+            if found.shape != place.shape:
                 raise BundleError(f"{self._where('block_decode')} gives other keys than it takes; export it again")
-            rows[:] = found
+            place[:] = found
         return y
-
-    def _make_room(self, rows: int) -> None:
-        if rows > len(self._keys):
-            room = max(rows, 2 * len(self._keys))
-            self._keys, self._values = (_grown(each, room) for each in (self._keys, self._values))
-
-
-def _grown(array: FloatArray, rows: int) -> FloatArray:
-    grown = np.zeros((rows, *array.shape[1:]), np.float32)
-    grown[: len(array)] = array
-    return grown
-
-
-def _mask(new: int, window: int | None) -> FloatArray:
-    """float32 (1, 1, new, new), to be added to scores: what tokens see of each other."""
-    back = np.arange(new)[:, None] - np.arange(new)[None, :]
-    seen = (back >= 0) & (back < (window or new))
-    return np.where(seen, np.float32(0), BLOCKED)[None, None]
 
 
 def _past_mask(new: int, position: int, first: int, window: int | None) -> FloatArray:
-    """float32 (1, 1, new, past), likewise: what tokens from ``position`` on see of those from ``first`` to before it;
-    where there are none, of one that none sees."""
+    """float32 (1, 1, new, past), to be added to scores: what tokens from ``position`` on see of those from ``first`` to
+    before it; where there are none, of one that none sees."""
     if not position:
         return np.full((1, 1, new, 1), BLOCKED)
     if window is None:
