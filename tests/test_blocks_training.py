@@ -267,10 +267,3 @@ def test_every_pass_of_a_block_may_use_all_threads(llama: Bundle) -> None:
 def test_more_blocks_than_there_are_is_one_line(llama: Bundle, count: int) -> None:
     with pytest.raises(BundleError, match=rf"has 2 blocks for a device, not {count}; export it again with"):
         DeviceBlocks(llama, OnnxEngine(llama, 1), count, RANK)
-
-
-def test_bundle_without_blocks_says_so(tiny: TinyFactory) -> None:
-    bundle = Bundle.open(tiny().bundle)
-    assert bundle.manifest.device_blocks is None
-    with pytest.raises(BundleError, match=r"has 0 blocks for a device, not 1; .* --device-blocks 1"):
-        DeviceBlocks(bundle, OnnxEngine(bundle, 1), 1, RANK)

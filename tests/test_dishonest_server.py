@@ -8,7 +8,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -62,8 +62,17 @@ def test_active_unit_without_adapter_is_refused(bundle: Path, manifest: Manifest
 # -- rules that it breaks --------------------------------------------------------------------------------
 
 
-def skips_groups(asked: int) -> Callable[[DishonestServer, ServerConnection], None]:
-    """Asks the first few groups and gives the last hidden states: what is trained then is nothing."""
+@pytest.mark.parametrize(
+    ("asked", "gradients", "text"),
+    [
+        *((asked, asked, f"only {asked} of {BLOCKS} live groups were asked") for asked in (0, 1, BLOCKS - 1)),
+        (BLOCKS, BLOCKS - 1, f"{BLOCKS - 1} gradients for {BLOCKS} active groups"),
+    ],
+)
+def test_group_that_was_not_asked_or_has_no_gradients_is_an_error(
+    bundle: Path, manifest: Manifest, asked: int, gradients: int, text: str
+) -> None:
+    """What is trained then is nothing."""
 
     def script(server: DishonestServer, connection: ServerConnection) -> None:
         begun = server.hear(connection)
@@ -71,47 +80,19 @@ def skips_groups(asked: int) -> Callable[[DishonestServer, ServerConnection], No
         for _ in range(asked):
             server.say(connection, server.next_message())
             server.hear(connection)
-        states = ones(begun.label_positions.shape[0], server._manifest.base_model.hidden_size)
-        server.say_anyway(
-            connection,
-            m.LabelledHiddenStates(
-                step=begun.step, micro_batch=begun.micro_batch, hidden_states=states, gradients=asked
-            ),
-        )
+        states = ones(begun.label_positions.shape[0], manifest.base_model.hidden_size)
+        place = {"step": begun.step, "micro_batch": begun.micro_batch}
+        server.say_anyway(connection, m.LabelledHiddenStates(**place, hidden_states=states, gradients=gradients))
         server.hear(connection)
 
-    return script
-
-
-@pytest.mark.parametrize("asked", [0, 1, BLOCKS - 1])
-def test_group_that_was_not_asked_is_an_error(bundle: Path, manifest: Manifest, asked: int) -> None:
-    with (
-        dishonest(manifest, skips_groups(asked)) as server,
-        pytest.raises(RemoteProtocolError, match=f"only {asked} of {BLOCKS} live groups were asked"),
-    ):
+    with dishonest(manifest, script) as server, pytest.raises(RemoteProtocolError, match=text):
         run_step(bundle, server.url)
 
 
-def promises_too_few_gradients(server: DishonestServer, connection: ServerConnection) -> None:
-    server.hear(connection)
-    for _ in range(BLOCKS):
-        server.say(connection, server.next_message())
-        server.hear(connection)
-    final = server.next_message()
-    assert isinstance(final, m.LabelledHiddenStates)
-    fewer = m.LabelledHiddenStates(
-        step=final.step, micro_batch=final.micro_batch, hidden_states=final.hidden_states, gradients=BLOCKS - 1
-    )
-    server.say_anyway(connection, fewer)
-    server.hear(connection)
-
-
-def test_active_group_without_gradients_is_an_error(bundle: Path, manifest: Manifest) -> None:
-    with (
-        dishonest(manifest, promises_too_few_gradients) as server,
-        pytest.raises(RemoteProtocolError, match=f"{BLOCKS - 1} gradients for {BLOCKS} active groups"),
-    ):
-        run_step(bundle, server.url)
+def signal_to(report: m.StepReport) -> m.Signal:
+    """All units stay active."""
+    units = WireTensor.from_bytes(bytes([UnitState.ACTIVE]) * BLOCKS)
+    return m.Signal(step=report.step, units=units, ticket=WireTensor.from_bytes(b"ticket"))
 
 
 def withholds_signals(server: DishonestServer, connection: ServerConnection) -> None:
@@ -128,8 +109,7 @@ def answers_everything(server: DishonestServer, connection: ServerConnection) ->
     while True:
         message = server.hear(connection)
         if isinstance(message, m.StepReport):
-            units = WireTensor.from_bytes(bytes([UnitState.ACTIVE]) * BLOCKS)
-            server.say(connection, m.Signal(step=message.step, units=units, ticket=WireTensor.from_bytes(b"ticket")))
+            server.say(connection, signal_to(message))
         server.answer(connection)
 
 
@@ -261,8 +241,7 @@ def test_pauses_start_short_again_after_a_finished_micro_batch(
         while True:
             message = server.hear(connection)
             if isinstance(message, m.StepReport):
-                units = WireTensor.from_bytes(bytes([UnitState.ACTIVE]) * BLOCKS)
-                server.say(connection, m.Signal(step=message.step, units=units, ticket=units))
+                server.say(connection, signal_to(message))
                 connection.close()
                 return
             server.answer(connection)

@@ -51,21 +51,24 @@ FORGED = {
 }
 
 
+def read_again(path: Path, codec: str, wanted: list[WireTensor | None], add: WireTensor | None = None) -> list[str]:
+    """What is said of a file that has ``wanted``; it is then given ``add`` for its second text."""
+    said: list[str] = []
+    cache = TrunkCache(path, owner(codec), limit=1 << 20, warn=said.append)
+    assert [cache.get(text_digest(ids), len(ids)) for ids in TEXTS] == wanted
+    assert add is None or cache.add(text_digest(TEXTS[1]), add)
+    cache.close()
+    return said
+
+
 @pytest.mark.parametrize("name", FORGED)
 def test_what_no_server_may_send_is_damaged(name: str, tmp_path: Path) -> None:
     codec, forge = FORGED[name]
-    real = honest(codec)
-    kept(tmp_path / "cache", codec, [real[0], forge(real[1]), real[2]])
-    said: list[str] = []
-    cache = TrunkCache(tmp_path / "cache", owner(codec), limit=1 << 20, warn=said.append)
-    assert [cache.get(text_digest(ids), len(ids)) for ids in TEXTS] == [real[0], None, real[2]]
-    assert said == [f"{tmp_path / 'cache'} is damaged in one place, whose text is asked for again"]
-    assert cache.add(text_digest(TEXTS[1]), real[1])
-    cache.close()
-    again = TrunkCache(tmp_path / "cache", owner(codec), limit=1 << 20, warn=said.append)
-    assert [again.get(text_digest(ids), len(ids)) for ids in TEXTS] == real
-    assert len(said) == 1
-    again.close()
+    real, path = honest(codec), tmp_path / "cache"
+    kept(path, codec, [real[0], forge(real[1]), real[2]])
+    said = read_again(path, codec, [real[0], None, real[2]], add=real[1])
+    assert said == [f"{path} is damaged in one place, whose text is asked for again"]
+    assert read_again(path, codec, [*real]) == []
 
 
 @pytest.mark.parametrize("codec", ["fp16", "fp32", "int8"])
@@ -76,11 +79,7 @@ def test_what_a_server_may_send_is_kept_bit_for_bit(codec: str, tmp_path: Path) 
         real[1] = WireTensor(codec, real[1].data * 0 + 1, MAX_EXPONENT)
         real[2] = WireTensor(codec, real[2].data, -MAX_EXPONENT)
     kept(tmp_path / "cache", codec, real)
-    said: list[str] = []
-    cache = TrunkCache(tmp_path / "cache", owner(codec), limit=1 << 20, warn=said.append)
-    assert [cache.get(text_digest(ids), len(ids)) for ids in TEXTS] == real
-    assert not said
-    cache.close()
+    assert read_again(tmp_path / "cache", codec, [*real]) == []
 
 
 @pytest.mark.timeout(60)

@@ -19,7 +19,7 @@ from tiny import TinyFactory
 from dlora.edge.data.prompt import prompt_tokenizer
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.generation.text import AnswerText
-from dlora.protocol.errors import ConnectionFailedError, DataError, UsageError
+from dlora.protocol.errors import DataError, DloraError, UsageError
 
 LONG = {"max_position_embeddings": 256}
 
@@ -126,19 +126,17 @@ def test_a_server_that_is_killed_and_started_again_is_not_noticed(tiny: TinyFact
     assert "trying again" in done.stderr
 
 
-MISTAKES = {
-    "both": (["--prompt", "w1", "--messages", "x.json"], UsageError, "--prompt or --messages, not both"),
-    "a temperature below 0": (["--prompt", "w1", "--top-p", "1.5"], UsageError, "top_p must be from 0 to 1, not 1.5"),
-    "no such file": (["--messages", "nowhere.json"], DataError, "nowhere.json cannot be read"),
-    "an empty stop": (["--prompt", "w1", "--stop", ""], UsageError, "stop strings must not be empty"),
-    "a system without a prompt": (["--messages", "x.json", "--system", "w1"], UsageError, "--system needs a --prompt"),
-    "an endless prompt": (["--prompt", "w1 " * 300], DataError, "say less"),
-}
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_line(mistake: str, where: list[object], tmp_path: Path, monkeypatch: Any) -> None:
-    arguments, error, words = MISTAKES[mistake]
+@pytest.mark.parametrize(("arguments", "error", "words"), [
+    (["--prompt", "w1", "--messages", "x.json"], UsageError, "--prompt or --messages, not both"),
+    (["--prompt", "w1", "--top-p", "1.5"], UsageError, "top_p must be from 0 to 1, not 1.5"),
+    (["--messages", "nowhere.json"], DataError, "nowhere.json cannot be read"),
+    (["--prompt", "w1", "--stop", ""], UsageError, "stop strings must not be empty"),
+    (["--messages", "x.json", "--system", "w1"], UsageError, "--system needs a --prompt"),
+    (["--prompt", "w1 " * 300], DataError, "say less"),
+])  # fmt: skip
+def test_a_mistake_is_one_line(
+    arguments: list[str], error: type[DloraError], words: str, where: list[object], tmp_path: Path, monkeypatch: Any
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x.json").write_text('[{"role": "user", "content": "w1"}]')
     assert_fails(run_edge("generate", *where, *arguments), error.exit_code, words)
@@ -152,11 +150,6 @@ def test_a_conversation_that_is_none_is_one_line(content: str, words: str, where
     path = tmp_path / "talk.json"
     path.write_bytes(content.encode("latin-1"))
     assert_fails(run_edge("generate", *where, "--messages", path), DataError.exit_code, words)
-
-
-def test_a_server_that_is_not_there_is_one_line(bundle: Path) -> None:
-    done = run_edge("generate", "--bundle", bundle, "--server", f"ws://127.0.0.1:{free_port()}", "--prompt", "w1")
-    assert_fails(done, ConnectionFailedError.exit_code, "dlora-cloud serve")
 
 
 # -- text ---------------------------------------------------------------------------------------------------

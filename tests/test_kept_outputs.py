@@ -57,20 +57,12 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, int]]:
     for name in ("forward", "backward"):
         original = getattr(blocks_module._Block, name)
 
-        monkeypatch.setattr(blocks_module._Block, name, counting(found, name, original))
+        def counted(block: Any, *given: Any, name: str = name, original: Callable[..., Any] = original) -> Any:
+            found[name, block.spec.index] += 1
+            return original(block, *given)
+
+        monkeypatch.setattr(blocks_module._Block, name, counted)
     return found
-
-
-def counting(found: Counter[tuple[str, int]], name: str, original: Callable[..., Any]) -> Callable[..., Any]:
-    def counted(self: blocks_module._Block, *given: Any) -> Any:
-        found[name, self.spec.index] += 1
-        return original(self, *given)
-
-    return counted
-
-
-def run(trainer: Trainer, steps: int) -> list[float]:
-    return [trainer.run_step().loss for _ in range(steps)]
 
 
 def test_backward_ends_at_the_lowest_active_unit(
@@ -108,7 +100,7 @@ def test_killed_lowest_blocks_are_run_once_for_each_text(
             with trunk_training(model.bundle, server.url, settings, data, tmp_path / str(holds)) as trainer:
                 randomize(trainer)  # a killed unit has an effect, too
                 passes.clear()
-                losses = run(trainer, STEPS)
+                losses = [trainer.run_step().loss for _ in range(STEPS)]
                 found[holds] = losses, final_weights(trainer), dict(passes)
     (held, of_held, passes_held), (computed, of_computed, passes_computed) = found[True], found[False]
     assert np.allclose(held, computed, rtol=1e-5)
@@ -120,9 +112,17 @@ def test_killed_lowest_blocks_are_run_once_for_each_text(
     assert not kept_outputs_path(tmp_path / "False").exists()
 
 
-@pytest.mark.parametrize("harm", ["none is left", "cut off", "of other blocks"])
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda kept, cache: kept.unlink(),
+        lambda kept, cache: kept.write_bytes(kept.read_bytes()[:-200]),
+        lambda kept, cache: kept.write_bytes(cache.read_bytes()),
+    ],
+    ids=["none is left", "cut off", "of other blocks"],
+)
 def test_what_was_kept_is_made_again_with_the_same_bits(
-    model: Tiny, data: Dataset, harm: str, tmp_path: Path
+    model: Tiny, data: Dataset, harm: Callable[[Path, Path], object], tmp_path: Path
 ) -> None:
     """A run that goes on after a kill has none, a part, or one of another time of what it had kept."""
     settings = trunk_config(BLOCKS, kill_revive=LAST_ONLY, total_steps=STEPS, keeps_outputs=True)
@@ -138,19 +138,9 @@ def test_what_was_kept_is_made_again_with_the_same_bits(
                         for step in steps
                     ]
                 if name == "harmed" and not steps.start:
-                    do_harm(harm, cache)
+                    harm(kept_outputs_path(cache), cache)
             finals.append(b"".join(found.tobytes() for step in losses for found in step))
     assert finals[0] == finals[1]
-
-
-def do_harm(harm: str, cache: Path) -> None:
-    held = kept_outputs_path(cache)
-    if harm == "none is left":
-        held.unlink()
-    elif harm == "cut off":
-        held.write_bytes(held.read_bytes()[:-200])
-    else:
-        held.write_bytes(cache.read_bytes())
 
 
 def test_outputs_of_revived_blocks_are_not_used(
@@ -197,7 +187,7 @@ def test_killed_blocks_are_skipped_where_all_blocks_are_here(
             trainer = Trainer(bundle, engine, blocks.make_side, settings, texts)
             randomize(trainer)
             passes.clear()
-            losses[cache_mb, of_key] = run(trainer, STEPS)
+            losses[cache_mb, of_key] = [trainer.run_step().loss for _ in range(STEPS)]
         often = 1 if cache_mb else STEPS
         assert [passes["forward", block] for block in range(3)] == [often, often, STEPS]
         assert (out / "trunk-cache-kept.bin").exists() == bool(cache_mb)
@@ -220,7 +210,8 @@ def test_data_that_are_passed_over_once_are_not_held(
         model.bundle, server.url, settings, data, tmp_path / "cache"
     ) as trainer:
         passes.clear()
-        run(trainer, 4)
+        for _ in range(4):
+            trainer.run_step()
     assert passes["forward", 1] == 4
     assert not kept_outputs_path(tmp_path / "cache").exists()
 

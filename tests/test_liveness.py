@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from serving import RunningServer, config, random_dataset, serving, training
 from tiny import TinyFactory
 
 from dlora.cloud.model.base_model import BaseModel
+from dlora.edge.training.trainer import Trainer
 
 WAIT_S = 20
 
@@ -43,22 +45,28 @@ class Busy:
         return self._function(*arguments, **more)
 
 
+@contextmanager
+def busy_step(trainer: Trainer, busy: Busy) -> Iterator[None]:
+    """Within, a step of the run is under way, and computes until the end."""
+    step = threading.Thread(target=trainer.run_step)
+    step.start()
+    assert busy.begun.wait(WAIT_S)
+    yield
+    assert step.is_alive()
+    busy.may_end.set()
+    step.join(WAIT_S)
+    assert trainer.next_step == 1
+
+
 def test_a_server_that_computes_answers_pings(
     server: RunningServer, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     busy = Busy(BaseModel.last_hidden_state)
     with training(bundle, server.url, config(), random_dataset(VOCABULARY)) as trainer:
         monkeypatch.setattr(BaseModel, "last_hidden_state", lambda *given: busy(*given))
-        step = threading.Thread(target=trainer.run_step)
-        step.start()
-        assert busy.begun.wait(WAIT_S)
-        assert trainer.side.crossed._socket is not None
-        pong = trainer.side.crossed._socket.ping()
-        assert pong.wait(WAIT_S)
-        assert step.is_alive()
-        busy.may_end.set()
-        step.join(WAIT_S)
-        assert trainer.next_step == 1
+        with busy_step(trainer, busy):
+            assert trainer.side.crossed._socket is not None
+            assert trainer.side.crossed._socket.ping().wait(WAIT_S)
 
 
 def test_a_device_that_computes_answers_pings(
@@ -67,18 +75,12 @@ def test_a_device_that_computes_answers_pings(
     with training(bundle, server.url, config(), random_dataset(VOCABULARY)) as trainer:
         busy = Busy(trainer.model._compute.forward)
         monkeypatch.setattr(trainer.model._compute, "forward", busy)
-        step = threading.Thread(target=trainer.run_step)
-        step.start()
-        assert busy.begun.wait(WAIT_S)
-        (live,) = server.server.service.sessions
-        connection = live.transport._connection
-        assert connection is not None
+        with busy_step(trainer, busy):
+            (live,) = server.server.service.sessions
+            connection = live.transport._connection
+            assert connection is not None
 
-        async def ping_and_wait() -> float:
-            return await (await connection.ping())
+            async def ping_and_wait() -> float:
+                return await (await connection.ping())
 
-        assert asyncio.run_coroutine_threadsafe(ping_and_wait(), connection.loop).result(WAIT_S) >= 0
-        assert step.is_alive()
-        busy.may_end.set()
-        step.join(WAIT_S)
-        assert trainer.next_step == 1
+            assert asyncio.run_coroutine_threadsafe(ping_and_wait(), connection.loop).result(WAIT_S) >= 0

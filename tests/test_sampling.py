@@ -5,14 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+import transformers
 
 from dlora.edge.generation.drafts import MAX_DRAFT, DraftLength, look_up_draft
 from dlora.edge.generation.sampling import Sampler, Sampling
@@ -27,16 +20,17 @@ def logits_of(seed: int) -> np.ndarray:
 
 
 def probabilities_of_transformers(sampling: Sampling, logits: np.ndarray, before: list[int]) -> np.ndarray:
-    steps = LogitsProcessorList()
-    if sampling.repetition_penalty != 1.0:
-        steps.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
-    steps.append(TemperatureLogitsWarper(sampling.temperature))
-    if sampling.top_k:
-        steps.append(TopKLogitsWarper(sampling.top_k))
-    if sampling.top_p < 1.0:
-        steps.append(TopPLogitsWarper(sampling.top_p))
-    if sampling.min_p:
-        steps.append(MinPLogitsWarper(sampling.min_p))
+    penalty, top_k, top_p, min_p = sampling.repetition_penalty, sampling.top_k, sampling.top_p, sampling.min_p
+    steps = transformers.LogitsProcessorList()
+    if penalty != 1.0:
+        steps.append(transformers.RepetitionPenaltyLogitsProcessor(penalty))
+    steps.append(transformers.TemperatureLogitsWarper(sampling.temperature))
+    if top_k:
+        steps.append(transformers.TopKLogitsWarper(top_k))
+    if top_p < 1.0:
+        steps.append(transformers.TopPLogitsWarper(top_p))
+    if min_p:
+        steps.append(transformers.MinPLogitsWarper(min_p))
     return steps(torch.tensor([before]), torch.from_numpy(logits)[None]).softmax(-1)[0].double().numpy()
 
 
@@ -72,13 +66,15 @@ def test_greedy_takes_the_likeliest_after_penalties() -> None:
     assert Sampler(Sampling(logit_bias={7: -100, 10**9: 5}), PROMPT).choose(logits).token == 20
 
 
-def test_only_allowed_tokens_are_chosen() -> None:
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_only_allowed_tokens_are_chosen(temperature: float) -> None:
     allowed = np.zeros(VOCABULARY, np.bool_)
+    with pytest.raises(DataError, match="no token can come next"):
+        Sampler(Sampling(temperature=temperature), PROMPT).choose(logits_of(0), allowed)
     allowed[[4, 5]] = True
     for seed in range(50):
-        for temperature in (0.0, 1.0):
-            sampler = Sampler(Sampling(temperature=temperature, seed=seed), PROMPT)
-            assert sampler.choose(logits_of(seed), allowed).token in (4, 5)
+        sampler = Sampler(Sampling(temperature=temperature, seed=seed), PROMPT)
+        assert sampler.choose(logits_of(seed), allowed).token in (4, 5)
 
 
 @pytest.mark.parametrize("temperature", [1e-6, 1e-307, 1e-310, 5e-324])
@@ -87,12 +83,6 @@ def test_a_temperature_near_zero_takes_the_likeliest(temperature: float) -> None
     for seed in range(20):
         sampler = Sampler(Sampling(temperature=temperature, seed=seed), PROMPT)
         assert sampler.choose(logits).token == logits.argmax()
-
-
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_where_no_token_is_allowed_there_is_no_answer(temperature: float) -> None:
-    with pytest.raises(DataError, match="no token can come next"):
-        Sampler(Sampling(temperature=temperature), PROMPT).choose(logits_of(0), np.zeros(VOCABULARY, np.bool_))
 
 
 def test_logprobs_are_the_models_own() -> None:

@@ -117,20 +117,17 @@ def test_one_who_leaves_the_line_takes_no_place(cancel_first: bool) -> None:
         slots, order = Slots(1, 4), list[str]()
         first, rest = asyncio.Event(), asyncio.Event()
         rest.set()
-        holder = asyncio.create_task(hold(slots, first, order, "holder"))
-        await asyncio.sleep(0)
-        leaver = asyncio.create_task(hold(slots, rest, order, "leaver"))
-        await asyncio.sleep(0)
-        other = asyncio.create_task(hold(slots, rest, order, "other"))
-        await asyncio.sleep(0)
-        if cancel_first:
-            leaver.cancel()
-            first.set()
-        else:
-            first.set()
+        tasks = []
+        for name in ("holder", "leaver", "other"):
+            tasks.append(asyncio.create_task(hold(slots, first if name == "holder" else rest, order, name)))
             await asyncio.sleep(0)
-            leaver.cancel()
-        done = await asyncio.wait_for(asyncio.gather(holder, leaver, other, return_exceptions=True), 10)
+        if cancel_first:
+            tasks[1].cancel()
+        first.set()
+        await asyncio.sleep(0)
+        if not cancel_first:
+            tasks[1].cancel()
+        done = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 10)
         assert done[0] is None
         assert done[2] is None
         assert isinstance(done[1], asyncio.CancelledError | None)

@@ -134,6 +134,13 @@ class Answering:
         return b"answer"
 
 
+def parked_transport(clock: PassingClock, park_s: float, kind: type[SessionTransport]) -> SessionTransport:
+    """Of a session that runs in the present loop."""
+    connection = cast(ServerConnection, Answering())
+    loop = asyncio.get_running_loop()
+    return kind(loop, connection, name="one", park_s=park_s, closing_tasks=Tasks(), clock=clock)
+
+
 def test_answer_deadline_stops_while_the_device_is_away() -> None:
     """As after a damaged frame: the session asks for the next one when it is parked already."""
     clock = PassingClock()
@@ -145,11 +152,10 @@ def test_answer_deadline_stops_while_the_device_is_away() -> None:
             return super().wait_for_device()
 
     async def come_back() -> bytes:
-        connection = cast(ServerConnection, Answering())
-        loop = asyncio.get_running_loop()
-        parked = Watched(loop, connection, name="one", park_s=60.0, closing_tasks=Tasks(), clock=clock)
-        parked._lose(connection)
-        received = loop.run_in_executor(None, parked.receive, 30.0)
+        parked = parked_transport(clock, 60.0, Watched)
+        assert parked._connection is not None
+        parked._lose(parked._connection)
+        received = asyncio.get_running_loop().run_in_executor(None, parked.receive, 30.0)
         await asyncio.to_thread(waits.wait, 20)
         clock.sleep(59.0)
         parked.attach(cast(ServerConnection, Answering()), list)
@@ -163,11 +169,9 @@ def test_a_device_that_was_sent_away_is_waited_for_in_every_thread() -> None:
     clock = PassingClock()
 
     async def come_back() -> bytes:
-        connection = cast(ServerConnection, Answering())
-        loop = asyncio.get_running_loop()
-        parked = SessionTransport(loop, connection, name="one", park_s=1.0, closing_tasks=Tasks(), clock=clock)
+        parked = parked_transport(clock, 1.0, SessionTransport)
         parked.disconnect(RefusedError("come later", "quota_tokens", retryable=True, retry_after_s=100.0))
-        received = loop.run_in_executor(None, parked.receive, 300.0)
+        received = asyncio.get_running_loop().run_in_executor(None, parked.receive, 300.0)
         for _ in range(9):
             await asyncio.sleep(0.01)
             clock.sleep(10.0)

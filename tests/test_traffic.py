@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from families import VOCABULARY
@@ -45,6 +46,19 @@ def bench(tiny: TinyFactory) -> Iterator[Bench]:
         yield Bench(server, model.bundle)
 
 
+def micro_batches_traffic(
+    bundle: Bundle, batches: Iterable[MicroBatch], wire_dtype: WireDtype, crossing: Sequence[Any] = (), **groups: Any
+) -> Traffic:
+    """The formula; ``groups``: which of them are live, and which have gradients."""
+    base, groups = bundle.manifest.base_model, {"live": (), "with_grads": (), "answered": (), **groups}
+    found = NOTHING
+    for batch in batches:
+        counts = {"tokens": len(batch.ids), "sequences": len(batch.sequence_lengths), "labelled": len(batch.labels)}
+        sizes = {"embedding_size": base.embedding_size, "hidden_size": base.hidden_size}
+        found += micro_batch_traffic(crossing, **groups, **counts, **sizes, codecs=Codecs.all(wire_dtype))
+    return found
+
+
 def expected(
     trainer: Trainer, batches: Sequence[MicroBatch], units: Sequence[int], *, train: bool = True
 ) -> Traffic:
@@ -54,24 +68,10 @@ def expected(
     live = [group for group in range(len(groups)) if states[group] in LIVE]
     active = [group for group in live if states[group] == UnitState.ACTIVE]
     with_grads = [group for group in live if group >= min(active)] if train else []
-    return sum(
-        (
-            micro_batch_traffic(
-                crossings(trainer.config.spec, groups),
-                live=live,
-                with_grads=with_grads,
-                answered=with_grads[1:],
-                tokens=len(batch.ids),
-                sequences=len(batch.sequence_lengths),
-                labelled=len(batch.labels),
-                embedding_size=trainer.bundle.manifest.base_model.embedding_size,
-                hidden_size=trainer.bundle.manifest.base_model.hidden_size,
-                codecs=Codecs.all(trainer.config.server.wire_dtype),
-            )
-            for batch in batches
-        ),
-        NOTHING,
-    )
+    return micro_batches_traffic(
+        trainer.bundle, batches, trainer.config.server.wire_dtype, crossings(trainer.config.spec, groups), live=live,
+        with_grads=with_grads, answered=with_grads[1:],
+    )  # fmt: skip
 
 
 def given_traffic(trainer: Trainer, units: Sequence[int]) -> Traffic:
@@ -106,11 +106,8 @@ def check_steps(trainer: Trainer, steps: int) -> None:
         units = [int(digit) for digit in metrics.units]
         wanted = expected(trainer, batches, units) + given_traffic(trainer, units)
         wanted += Traffic(report.bytes_up, waiting, 0)
-        assert (metrics.bytes_up, metrics.bytes_down, metrics.round_trips) == (
-            wanted.bytes_up,
-            wanted.bytes_down,
-            wanted.round_trips,
-        ), f"step {step}, units {metrics.units}"
+        counted = Traffic(metrics.bytes_up, metrics.bytes_down, metrics.round_trips)
+        assert counted == wanted, f"step {step}, units {metrics.units}"
         waiting = report.bytes_down
     before = session.bytes_received
     trainer.wait_for_signal()
@@ -121,14 +118,8 @@ def check_steps(trainer: Trainer, steps: int) -> None:
 @pytest.mark.parametrize("active", [1, 2, BLOCKS])
 @pytest.mark.parametrize("padded", [True, False], ids=["uneven", "even"])
 def test_steps_cost_what_the_formula_says(bench: Bench, wire_dtype: WireDtype, active: int, padded: bool) -> None:
-    run = config(
-        total_steps=2,
-        grad_accum=2,
-        wire_dtype=wire_dtype,
-        kill_revive={"active_fraction": 0.0, "score": "static", "static": tuple(range(1, 1 + active))}
-        if active < BLOCKS
-        else {},
-    )
+    some = {"active_fraction": 0.0, "score": "static", "static": tuple(range(1, 1 + active))}
+    run = config(total_steps=2, grad_accum=2, wire_dtype=wire_dtype, kill_revive=some if active < BLOCKS else {})
     dataset = random_dataset(VOCABULARY) if padded else even_dataset()
     with training(bench.bundle, bench.server.url, run, dataset) as trainer:
         check_steps(trainer, 2)
@@ -161,27 +152,13 @@ def test_traffic_of_killed_and_revived_units_matches_the_formula(bench: Bench, o
 def test_without_an_adapter_no_group_exchanges(bench: Bench, wire_dtype: WireDtype) -> None:
     bundle = Bundle.open(bench.bundle)
     dataset = random_dataset(VOCABULARY)
-    base = bundle.manifest.base_model
     with open_model(bundle, bench.server.url, None, wire_dtype=wire_dtype, threads=1) as model:
         session = model.connection.session
         before = session.counters
         evaluate(model, dataset, 3)
-        counted = tuple(now - then for now, then in zip(session.counters, before, strict=True))
-    wanted = NOTHING
-    for batch in evaluation_batches(dataset, 3):
-        wanted += micro_batch_traffic(
-            (),
-            live=(),
-            with_grads=(),
-            answered=(),
-            tokens=len(batch.ids),
-            sequences=len(batch.sequence_lengths),
-            labelled=len(batch.labels),
-            embedding_size=base.embedding_size,
-            hidden_size=base.hidden_size,
-            codecs=Codecs.all(wire_dtype),
-        )
-    assert counted == (wanted.bytes_up, wanted.bytes_down, wanted.round_trips)
+        counted = Traffic(*(now - then for now, then in zip(session.counters, before, strict=True)))
+    wanted = micro_batches_traffic(bundle, evaluation_batches(dataset, 3), wire_dtype)
+    assert counted == wanted
     assert wanted.round_trips == 4  # one a micro-batch
 
 
@@ -189,14 +166,10 @@ def test_an_evaluation_costs_its_forward_pass(bench: Bench) -> None:
     dataset = random_dataset(VOCABULARY)
     with training(bench.bundle, bench.server.url, config(), dataset) as trainer:
         session = trainer.side.crossed.session
-        before = session.counters
+        before = Traffic(*session.counters)
         trainer.evaluate(dataset)
         wanted = expected(trainer, list(evaluation_batches(dataset, 3)), [1] * BLOCKS, train=False)
-        assert (session.bytes_sent, session.bytes_received, session.round_trips) == (
-            before[0] + wanted.bytes_up,
-            before[1] + wanted.bytes_down,
-            before[2] + wanted.round_trips,
-        )
+        assert Traffic(*session.counters) == before + wanted
 
 
 def framing(payload: int, *, masked: bool) -> int:
@@ -225,7 +198,6 @@ def test_the_sockets_carry_the_counted_bytes_and_their_framing(bench: Bench) -> 
         headers = raw.index(b"\r\n\r\n") + 4
         goodbye = [frame for frame in read_frames(raw) if frame.opcode == CLOSE]
         assert len(goodbye) == 1
-        assert len(raw) == headers + counted + sum(framing(size, masked=masked) for size in messages) + sum(
-            frame.raw_bytes for frame in goodbye
-        )
+        framed = sum(framing(size, masked=masked) for size in messages)
+        assert len(raw) == headers + counted + framed + goodbye[0].raw_bytes
     assert b"permessage-deflate" not in recording.down

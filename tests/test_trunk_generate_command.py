@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from block_bundles import with_last_blocks
 from endpoints import Place as EndpointPlace
 from endpoints import endpoint_process
 from generating import save_lora
 from processes import run_edge
-from safetensors.numpy import load_file, save_file
 from serving import RunningServer, serving
 from test_chat import chat_command, say
 from test_cli import assert_fails
@@ -110,33 +107,6 @@ def test_blocks_that_are_stored_otherwise_than_in_training_are_said(place: Place
         words += ["--data", data] if words[0] == "evaluate" else []
         assert line in run_edge(*words).stderr
         assert line not in run_edge(*words, "--device-blocks", "0").stderr
-
-
-@pytest.mark.parametrize("here", ["2", "all"])
-def test_evaluate_takes_lora_of_several_ranks(here: str, place: Place, tmp_path: Path) -> None:
-    """As good as one of one rank whose last row and column are zero there."""
-    data = write_texts(tmp_path, *({"text": f"w{n} w3 w{n + 1} w7"} for n in range(5)))
-    losses = {}
-    for name in ("narrow", "filled"):
-        adapter = tmp_path / name
-        shutil.copytree(place.other, adapter)
-        (adapter / "dlora_adapter.json").unlink()  # which has the digest of what is changed
-        tensors = load_file(adapter / "adapter_model.safetensors")
-        for key in (key for key in tensors if ".q_proj." in key):
-            kept = tensors[key][:2] if "lora_A" in key else tensors[key][:, :2]
-            filling = [(0, 3 - size if size == 2 else 0) for size in kept.shape]
-            tensors[key] = np.ascontiguousarray(kept) if name == "narrow" else np.pad(kept, filling)
-        save_file(tensors, adapter / "adapter_model.safetensors")
-        config = json.loads((adapter / "adapter_config.json").read_text())
-        if name == "narrow":
-            assert config["r"] == 3
-            config |= {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": config["lora_alpha"] * 2 / 3}}
-        (adapter / "adapter_config.json").write_text(json.dumps(config))
-        where = ["--bundle", place.model.bundle, "--adapter", adapter, "--data", data]
-        where += ["--threads", 1, "--batch-size", 3]
-        server = ["--server", place.server.url, "--wire-dtype", "fp32"] if here == "2" else []
-        losses[name] = answer("evaluate", *where, *server, "--device-blocks", here)["loss"]
-    assert losses["narrow"] == pytest.approx(losses["filled"], rel=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ _PACKS_AHEAD: Final = 32  # that are asked for at once while a cache is filled
 
 
 class CachedSource:
-    """What comes out of a server's blocks, as ``HiddenStateSource`` has it, with what is kept of it.
+    """What comes out of a server's blocks, as ``EncodingServer`` has it, with what is kept of it.
 
     The server runs texts in packs (``TextPacks``). It is connected to when a text is missing, and only then.
 

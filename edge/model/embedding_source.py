@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,14 +16,16 @@ from dlora.protocol.tensors import FloatArray
 
 from .ends import Embedding, LongArray
 from .kept_outputs_cache import KeptOutputsCache
-from .source import TokenSink
+
+if TYPE_CHECKING:
+    from .device_generator import DeviceGenerator
 
 
 class EmbeddingSource:
-    """The embeddings of texts, as block 0 is given them: as ``HiddenStateSource`` and ``TokenSource`` have it.
+    """The embeddings of texts, as block 0 is given them.
 
     Args:
-        kept: as ``HiddenStateSource`` has it; closed with this.
+        kept: where what comes out of blocks that are not trained is kept, None: nowhere; closed with this.
 
     Raises ``BundleError`` for a bundle that has not all blocks, or whose table is another than it must be.
     """
@@ -65,8 +68,8 @@ class EmbeddingSource:
         """The most tokens of a text."""
         return sys.maxsize if self._positions is None else len(self._positions)
 
-    def feed(self, ids: LongArray, count: int, blocks: TokenSink) -> int:
-        """As ``TokenSource`` has it."""
+    def feed(self, ids: LongArray, count: int, blocks: DeviceGenerator) -> int:
+        """As ``EncodingServer`` has it."""
         held = blocks.length
         blocks.append(self._of_tokens(ids[held:], np.arange(held, len(ids)), keep_table=True))
         return held

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -25,12 +25,13 @@ from .block_weights import encoded_width
 from .decode_parts import check_room, decode_parts
 from .encoder import Encoder
 from .ends import LongArray
-from .source import TokenSink
+
+if TYPE_CHECKING:
+    from .device_generator import DeviceGenerator
 
 
 class EncodingServer:
-    """What comes out of a server's blocks, and is not kept: as ``HiddenStateSource`` and ``TokenSource`` have it;
-    and as ``Crossed`` has it, over all connections so far.
+    """What comes out of a server's blocks, and is not kept; and as ``Crossed`` has it, over all connections so far.
 
     Args:
         blocks: how many of the first blocks it runs.
@@ -129,12 +130,16 @@ class EncodingServer:
         assert opening is not None
         return opening.context_length
 
-    def feed(self, ids: LongArray, count: int, blocks: TokenSink) -> int:
-        """As ``TokenSource`` has it. A server that lost its part is given the whole text again; what the blocks have
-        had stays. Raises what ``Connection`` raises."""
+    def feed(self, ids: LongArray, count: int, blocks: DeviceGenerator) -> int:
+        """Give ``blocks`` what they have not had of a text, int64 (tokens,), of which ``count`` are wanted for certain.
+
+        Returns how many of its tokens need not cross again. A server that lost its part is given the whole text again;
+        what the blocks have had stays. Raises what ``Connection`` raises, and ``DataError`` for a text that is too
+        long.
+        """
         return self.encoder.session.run(lambda: self._feed(ids, count, blocks))
 
-    def _feed(self, ids: LongArray, count: int, blocks: TokenSink) -> int:
+    def _feed(self, ids: LongArray, count: int, blocks: DeviceGenerator) -> int:
         check_room(ids, self.context_limit)  # anew for each session: another server may have less
         encoder, wanted_from = self.encoder, blocks.length
         position = end = min(wanted_from, encoder.connection.session.cached_tokens)

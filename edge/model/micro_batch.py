@@ -6,7 +6,7 @@ This is the life of a micro-batch, on the device's side; docs/reference/protocol
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,8 +14,8 @@ import numpy as np
 from dlora.edge.adapters.compute import AdapterCompute, Saved
 from dlora.edge.adapters.units import AdapterSet
 from dlora.edge.data.batches import MicroBatch
-from dlora.edge.wire.recorder import Recorder
-from dlora.edge.wire.spans import COMPUTE, Spans
+from dlora.edge.wire.connection import Connection
+from dlora.edge.wire.spans import COMPUTE
 from dlora.protocol import messages as m
 from dlora.protocol.errors import RemoteProtocolError
 from dlora.protocol.micro_batch import Key
@@ -30,25 +30,24 @@ class DeviceParts:
     """What a model computes on the device.
 
     Attributes:
+        connection: to the server, with what keeps the truth of each micro-batch, and when what happened.
         sends_token_ids: whether the server looks tokens up, and not the device.
-        recorder: keeps the truth of each micro-batch; None where nobody asks for that.
-        head_seconds: spent in embedding and head so far; spans: when.
+        head_seconds: spent in embedding and head so far.
     """
 
+    connection: Connection
     embedding: Embedding
     head: Head
     adapters: AdapterSet
     compute: AdapterCompute
     sends_token_ids: bool = False
-    recorder: Recorder | None = None
     head_seconds: float = 0.0
-    spans: Spans = field(default_factory=Spans)
 
     def add_head(self, what: str, started: float) -> None:
         """Count what one of the two ends has computed since then."""
         ended = time.perf_counter()
         self.head_seconds += ended - started
-        self.spans.add(what, COMPUTE, started, ended)
+        self.connection.spans.add(what, COMPUTE, started, ended)
 
 
 @dataclass(eq=False)
@@ -56,7 +55,6 @@ class DeviceMicroBatch:
     """One micro-batch under way.
 
     Attributes:
-        send: sends a message to the server.
         mode: what it is for; codecs: how its tensors cross.
         position: of its first token in the context, in the mode ``decode``.
         grad_scale: what the loss's gradient is multiplied with, where there is one; gradient: of another loss than the
@@ -70,7 +68,6 @@ class DeviceMicroBatch:
     parts: DeviceParts
     batch: MicroBatch
     key: Key
-    send: Callable[[m.AnyMessage], None]
     mode: m.Mode
     codecs: Codecs
     position: int | None = None
@@ -93,7 +90,7 @@ class DeviceMicroBatch:
             hidden_states = self._to_wire(embedded, TensorRole.EMBEDDINGS)
         parts.add_head("embedding", started)
         positions = batch.crossing_positions
-        self.send(
+        self.parts.connection.send(
             m.Embeddings(
                 step=self.key[0],
                 micro_batch=self.key[1],
@@ -106,8 +103,8 @@ class DeviceMicroBatch:
                 position=self.position,
             )
         )
-        if parts.recorder is not None:
-            parts.recorder.add_micro_batch(self.mode, batch)
+        if parts.connection.recorder is not None:
+            parts.connection.recorder.add_micro_batch(self.mode, batch)
 
     def handle(self, message: m.ExchangeMessage) -> None:
         """Answer the server's next message of this micro-batch."""
@@ -126,7 +123,10 @@ class DeviceMicroBatch:
         if self.mode == "train":
             self._saved[message.group] = saved
         deltas = tuple(self._to_wire(output, TensorRole.DELTA) for output in outputs)
-        self.send(m.GroupDelta(step=message.step, micro_batch=message.micro_batch, group=message.group, deltas=deltas))
+        step, micro_batch = self.key
+        self.parts.connection.send(
+            m.GroupDelta(step=step, micro_batch=micro_batch, group=message.group, deltas=deltas)
+        )
 
     def _handle_last_hidden_states(self, message: m.LabelledHiddenStates) -> None:
         hidden_states = decode_floats(message.hidden_states)
@@ -142,7 +142,10 @@ class DeviceMicroBatch:
         self.parts.add_head("head and loss", started)
         if self._to_come or self.mode == "basis":
             sent = self._to_wire(grads, TensorRole.LAST_HIDDEN_STATES_GRAD)
-            self.send(m.GradHiddenStates(step=self.key[0], micro_batch=self.key[1], grad_hidden_states=sent))
+            step, micro_batch = self.key
+            self.parts.connection.send(
+                m.GradHiddenStates(step=step, micro_batch=micro_batch, grad_hidden_states=sent)
+            )
 
     def _answer_grad(self, message: m.GroupGrad) -> None:
         group, compute = message.group, self.parts.compute
@@ -151,7 +154,9 @@ class DeviceMicroBatch:
         if message.answer:
             sent = self._to_wire(dx, TensorRole.INPUT_GRAD)
             step, micro_batch = self.key
-            self.send(m.GroupInputGrad(step=step, micro_batch=micro_batch, group=group, grad_hidden_states=sent))
+            self.parts.connection.send(
+                m.GroupInputGrad(step=step, micro_batch=micro_batch, group=group, grad_hidden_states=sent)
+            )
         # After the answer has left: the server works on while we compute the weights' gradients.
         self.grads |= compute.weight_grads(group, self._saved.pop(group), grads, backward)
         self._to_come -= 1

@@ -51,14 +51,9 @@ class SplitModel:
         spans = session.connection.spans
         self._compute = AdapterCompute(engine, session.adapters, lambda what, *when: spans.add(what, COMPUTE, *when))
         self._parts = DeviceParts(
-            Embedding(bundle, engine),
-            Head(bundle, engine),
-            session.adapters,
-            self._compute,
+            self.connection, Embedding(bundle, engine), Head(bundle, engine), self.adapters, self._compute,
             sends_token_ids=send == "token-ids",
-            recorder=session.connection.recorder,
-            spans=spans,
-        )
+        )  # fmt: skip
         self._evaluated = 0
 
     @property
@@ -192,9 +187,7 @@ class SplitModel:
     def _micro_batch(self, batch: MicroBatch, key: Key, mode: m.Mode, position: int | None = None) -> DeviceMicroBatch:
         opening = self.connection.session.opened_with
         assert opening is not None
-        return DeviceMicroBatch(
-            self._parts, batch, key, self.connection.send, mode, opening.codecs_of(mode), position
-        )
+        return DeviceMicroBatch(self._parts, batch, key, mode, opening.codecs_of(mode), position)
 
     def _next_key(self) -> Key:
         self._evaluated = (self._evaluated + 1) % 2**31
