@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -67,16 +68,40 @@ def block_bundle(tiny: TinyFactory, family: str = "llama", **settings: Any) -> P
     return tiny(family, **{"head_dtype": "fp32", "device_blocks": block_count(family), **settings}).bundle
 
 
+Files = Mapping[str, np.ndarray[Any, Any] | bytes]
+
+
+def changed(
+    bundle: Path, copy: Path, change: Callable[[Manifest], Manifest] = lambda manifest: manifest, files: Files = {}  # noqa: B006
+) -> Path:
+    """A copy with another manifest and other files, arrays among them, whose digests are right."""
+    shutil.copytree(bundle, copy)
+    manifest = change(load_manifest(copy))
+    specs = dict(manifest.files)
+    for name, values in files.items():
+        content = values if isinstance(values, bytes) else npy(values)
+        (copy / name).write_bytes(content)
+        specs[name] = FileSpec(len(content), hashlib.sha256(content).hexdigest())
+    (copy / MANIFEST_NAME).write_bytes(encode_manifest(msgspec.structs.replace(manifest, files=specs)))
+    return copy
+
+
+def npy(values: np.ndarray[Any, Any]) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, values)
+    return buffer.getvalue()
+
+
 def with_last_blocks(bundle: Path, copy: Path, count: int) -> Path:
     """A copy for a device that can run fewer blocks, as if it had been exported so."""
-    shutil.copytree(bundle, copy)
-    manifest = load_manifest(copy)
-    assert manifest.device_blocks is not None
-    blocks = manifest.device_blocks.blocks
-    spec = msgspec.structs.replace(manifest.device_blocks, blocks=blocks[len(blocks) - count :])
-    changed: Manifest = msgspec.structs.replace(manifest, device_blocks=spec)
-    (copy / MANIFEST_NAME).write_bytes(encode_manifest(changed))
-    return copy
+
+    def change(manifest: Manifest) -> Manifest:
+        assert manifest.device_blocks is not None
+        blocks = manifest.device_blocks.blocks
+        spec = msgspec.structs.replace(manifest.device_blocks, blocks=blocks[len(blocks) - count :])
+        return msgspec.structs.replace(manifest, device_blocks=spec)
+
+    return changed(bundle, copy, change)
 
 
 @cache

@@ -85,19 +85,6 @@ class TorchBlocks:
             self.parameters[full] = parameter
         assert sum(each.requires_grad for each in self.peft.parameters()) == len(lora)
 
-    def hidden_states(self, sequences: Sequence[Tensor]) -> np.ndarray:
-        """What comes into the first of the blocks, float32 (tokens, width)."""
-        found: list[Tensor] = []
-        block = self._model.get_submodule(self._paths[0])
-        remove = block.register_forward_pre_hook(
-            lambda _, args, kwargs: found.append(_first(args, kwargs)[0]), with_kwargs=True
-        ).remove
-        with torch.no_grad():
-            for ids in sequences:
-                self._decode(ids)
-        remove()
-        return torch.cat(found).float().numpy()
-
     def last_hidden_states(self, sequences: Sequence[Tensor]) -> Tensor:
         """(tokens, hidden_size), part of autograd's graph."""
         return torch.cat([self._decode(ids) for ids in sequences])

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import msgspec
 import numpy as np
 import onnx
 import pytest
 from attacks.fuzz_target import decode_json, encode_json, mutate_value
+from block_bundles import Files, changed
 from drawn import DAY
 from serving import random_dataset
 from tiny import TinyFactory
@@ -32,19 +30,8 @@ from dlora.edge.model.embedding_source import EmbeddingSource
 from dlora.edge.training.side import DeviceSide
 from dlora.edge.training.trainer import Trainer
 from dlora.protocol.errors import BundleError, DloraError, NonFiniteError
-from dlora.protocol.manifest import (
-    MANIFEST_NAME,
-    BlockSpec,
-    FileSpec,
-    GraphSpec,
-    Manifest,
-    TableSpec,
-    TensorSpec,
-    encode_manifest,
-    load_manifest,
-)
+from dlora.protocol.manifest import MANIFEST_NAME, BlockSpec, GraphSpec, Manifest, TableSpec, TensorSpec, load_manifest
 
-Files = Mapping[str, np.ndarray[Any, Any] | bytes]
 replace = msgspec.structs.replace
 
 
@@ -54,12 +41,12 @@ def bundle(tiny: TinyFactory) -> Path:
 
 
 def blocks_with(change: Callable[[BlockSpec], BlockSpec]) -> Callable[[Manifest], Manifest]:
-    def changed(manifest: Manifest) -> Manifest:
+    def of_manifest(manifest: Manifest) -> Manifest:
         spec = manifest.device_blocks
         assert spec is not None
         return replace(manifest, device_blocks=replace(spec, blocks=tuple(map(change, spec.blocks))))
 
-    return changed
+    return of_manifest
 
 
 def graphs_with(kind: str, change: Callable[[GraphSpec], GraphSpec]) -> Callable[[Manifest], Manifest]:
@@ -147,27 +134,6 @@ DECODE_CHANGES: dict[str, tuple[Callable[[Manifest], Manifest], str]] = {
         "cannot go on from earlier tokens on a device: of its odd attention; use --device-blocks 0",
     ),
 }  # fmt: skip
-
-
-def changed(
-    bundle: Path, copy: Path, change: Callable[[Manifest], Manifest] = lambda manifest: manifest, files: Files = {}  # noqa: B006
-) -> Path:
-    """A copy with another manifest and other weights, whose digests are right."""
-    shutil.copytree(bundle, copy)
-    manifest = change(load_manifest(copy))
-    specs = dict(manifest.files)
-    for name, values in files.items():
-        content = values if isinstance(values, bytes) else npy(values)
-        (copy / name).write_bytes(content)
-        specs[name] = FileSpec(len(content), hashlib.sha256(content).hexdigest())
-    (copy / MANIFEST_NAME).write_bytes(encode_manifest(replace(manifest, files=specs)))
-    return copy
-
-
-def npy(values: np.ndarray[Any, Any]) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, values)
-    return buffer.getvalue()
 
 
 def use(path: Path) -> int:

@@ -106,7 +106,7 @@ def check_twenty_steps(bundle: Bundle, engine: Engine, family: str) -> None:
     lora = random_lora(device_blocks(bundle, engine).parameter_shapes)
     torchs = TorchBlocks(model, [block.path for block in spec.blocks], lora, SCALING)
     ids = sequences()
-    hidden_states = torchs.hidden_states(ids)
+    hidden_states = torchs.run(ids, None).x[spec.blocks[0].path].numpy()
     size = len(LABELLED), bundle.manifest.base_model.hidden_size
     target = np.random.default_rng(4).standard_normal(size, np.float32)
     losses, found = train_on_the_device(bundle, engine, hidden_states, target, lora)

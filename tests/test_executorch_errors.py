@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import platform
 import shutil
@@ -14,7 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from executorch_bundle import FEW_SHAPES, NEEDED, copied, program, with_program
+from block_bundles import changed
+from executorch_bundle import FEW_SHAPES, NEEDED, program
+from msgspec import structs
 from processes import run_edge
 from safetensors.numpy import load_file, save_file
 from test_cli import assert_fails
@@ -71,12 +72,6 @@ def test_manifest_has_errors_of_each_engine_and_bounds(bundle: Path) -> None:
 # -- what may be wrong -------------------------------------------------------------------------------------------
 
 
-def npy(values: np.ndarray[Any, Any]) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, values)
-    return buffer.getvalue()
-
-
 def with_huge_memory(content: bytes) -> bytes:
     from executorch.exir._serialize import _deserialize_pte_binary, _serialize_pte_binary
 
@@ -91,7 +86,7 @@ def without_linear(content: bytes) -> bytes:
 
 
 DAMAGED, OTHER_WEIGHT = "is damaged", "weight has another shape or dtype than its graph says"
-FILES: dict[str, tuple[str, Callable[[bytes], bytes], tuple[str, ...]]] = {
+FILES: dict[str, tuple[str, Callable[[bytes], bytes | np.ndarray[Any, Any]], tuple[str, ...]]] = {
     "empty": ("adapter_forward", lambda _: b"", (DAMAGED, "export the bundle again")),
     "no program": ("adapter_forward", lambda _: bytes(4096), (DAMAGED,)),
     "text": ("adapter_forward", lambda _: b"{}" * 1000, (DAMAGED,)),
@@ -102,8 +97,8 @@ FILES: dict[str, tuple[str, Callable[[bytes], bytes], tuple[str, ...]]] = {
         "head_loss", with_huge_memory, ("does not load on ExecuTorch", "out of memory", "close other programs")
     ),
     # A program is C++: it would read what is not there.
-    "few weights": ("weight", lambda _: npy(np.zeros((5, 16), np.float32)), (OTHER_WEIGHT,)),
-    "half weights": ("weight", lambda _: npy(np.zeros((97, 16), np.float16)), (OTHER_WEIGHT,)),
+    "few weights": ("weight", lambda _: np.zeros((5, 16), np.float32), (OTHER_WEIGHT,)),
+    "half weights": ("weight", lambda _: np.zeros((97, 16), np.float16), (OTHER_WEIGHT,)),
 }  # fmt: skip
 
 
@@ -112,14 +107,14 @@ def test_damaged_file_is_a_one_line_error(bundle: Path, tmp_path: Path, name: st
     """Its digest passes: whoever damaged it wrote the manifest as well."""
     kind, change, words = FILES[name]
     file, content = (load_manifest(bundle).head.weight, b"") if kind == "weight" else program(bundle, kind)
-    wrong = with_program(bundle, tmp_path / "bundle", file, change(content))
+    wrong = changed(bundle, tmp_path / "bundle", files={file: change(content)})
     assert_fails(run_edge("selftest", "--bundle", wrong, "--engine", "executorch"), 4, *words)
 
 
 def test_program_of_another_graph_is_an_error(bundle: Path, tmp_path: Path) -> None:
     name, _ = program(bundle, "adapter_forward")
     _, other = program(bundle, "adapter_input_grad")
-    wrong = with_program(bundle, tmp_path / "bundle", name, other)
+    wrong = changed(bundle, tmp_path / "bundle", files={name: other})
     done = run_edge("selftest", "--bundle", wrong, "--engine", "executorch")
     assert_fails(done, 4, name.rpartition("/")[2], "is not the graph that the manifest describes")
 
@@ -140,7 +135,7 @@ SPECS = {
 @pytest.mark.parametrize("name", SPECS)
 def test_manifest_that_says_something_else_is_an_error(bundle: Path, tmp_path: Path, name: str) -> None:
     spec, words = SPECS[name]
-    wrong = copied(bundle, tmp_path / "bundle", executorch=spec)
+    wrong = changed(bundle, tmp_path / "bundle", lambda manifest: structs.replace(manifest, executorch=spec))
     assert_fails(run_edge("selftest", "--bundle", wrong, "--engine", "executorch"), 4, *words)
 
 
