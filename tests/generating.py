@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from canaries import Scanner
 from families import VOCABULARY
-from proxy import payloads, recording_proxy
 from serving import RunningServer, config, random_dataset, randomize_all, training
 
-from dlora.edge.adapters.peft import SavedModule, load_adapter, save_adapter
+from dlora.edge.adapters.peft import SavedModule, save_adapter
 from dlora.edge.generation.generate import Counters, TokenAnswer
 from dlora.edge.generation.sampling import Sampling
 from dlora.edge.model.context import Context
@@ -55,34 +52,6 @@ def generated_while_sessions_are_lost(
             for live in server.server.service.sessions:
                 server.server.service.sessions._evict(live, "a test")
     return found, answer.counters
-
-
-def assert_no_secret_crosses(
-    server: RunningServer,
-    adapter: Path,
-    open_at: Callable[[str], AbstractContextManager[GeneratingModel]],
-    prompt: list[int],
-    count: int,
-    *,
-    least_bytes: int,
-) -> None:
-    """No token, logit or value of the adapter, in an answer of ``count`` tokens by way of the address that ``open_at``
-    is given."""
-    scanner = Scanner()
-    for module in load_adapter(adapter).modules.values():
-        scanner.add_matrix(module.lora_A, f"{module.name} A")
-        scanner.add_matrix(module.lora_B, f"{module.name} B")
-    with recording_proxy(server.url) as proxy:
-        with open_at(proxy.url) as model:
-            context = Context(model)
-            found = generated(context, prompt, count, draft_length=3)
-            scanner.add_tokens([*prompt, *found], "the context")
-            for length in (len(prompt), len(prompt) + 8):
-                logits = context.logits(np.array([*prompt, *found])[:length])
-                scanner.add_matrix(np.concatenate([logits, np.zeros_like(logits)]), f"logits after {length}")
-        sent = b"".join(payloads(proxy.recordings[0].up))
-    assert len(sent) > least_bytes
-    assert list(scanner.find({"the wire": sent})) == []
 
 
 def save_random_adapter(bundle: Path, url: str, directory: Path, seed: int = 0) -> None:

@@ -15,7 +15,7 @@ import torch
 from answers import INVOCATION, random_answers
 from drawn import one_in
 from families import FAMILIES, MORE_FAMILIES, VOCABULARY, tiny_model
-from generating import answer_of, assert_no_secret_crosses, generated, generated_while_sessions_are_lost
+from generating import answer_of, generated, generated_while_sessions_are_lost
 from peft import PeftModel
 from serving import RunningServer, config, open_model, random_dataset, randomize_all, serving, training
 from test_parts import WITHOUT_CACHE
@@ -145,16 +145,6 @@ def test_every_family_gives_the_tokens_of_its_own_generate(family: str, tiny: Ti
                 assert opened.connection.session.cached_tokens >= len(prompt) + 8
 
 
-@pytest.mark.parametrize("send", ["embeddings", "token-ids"])
-@pytest.mark.parametrize("wire_dtype", ["fp16", "int8"])
-def test_drafts_change_nothing_on_narrower_wires(
-    wire_dtype: str, send: str, bundle: Path, server: RunningServer, adapter: Path
-) -> None:
-    with opening(bundle, server, adapter, 64, wire_dtype=wire_dtype, send=send) as opened:
-        plain, drafted = (generated(opened, PROMPTS[1], TOKENS, draft_length=length) for length in (0, 4))
-    assert plain == drafted
-
-
 # -- the context that the server keeps -----------------------------------------------------------------
 
 
@@ -202,18 +192,6 @@ def test_a_prompt_before_the_invocation_exchanges_nothing(
     assert counted["invoked"].round_trips == 1 + len(groups)
     down = counted["invoked"].bytes_received - counted["uninvoked"].bytes_received
     assert down <= len(groups) * 256 + sum(len(INVOCATION) * group.in_features * 4 + 64 for group in groups)
-
-
-def test_a_long_prompt_crosses_in_parts_that_the_server_takes(tiny: TinyFactory, bundle: Path) -> None:
-    prompt = [int(token) for token in np.random.default_rng(0).integers(3, VOCABULARY, 100)]
-    found = []
-    for max_tokens in (4096, 16):
-        with (
-            serving(tiny("llama", blocks=3, **LONG).base, max_tokens=max_tokens) as server,
-            opening(bundle, server, None) as opened,
-        ):
-            found.append(generated(opened, prompt, 12, draft_length=4))
-    assert found[0] == found[1]
 
 
 def test_a_context_ends_where_its_room_does(bundle: Path, server: RunningServer) -> None:
@@ -404,19 +382,6 @@ def test_eight_contexts_and_a_run_each_get_what_they_get_alone(
             assert [each.result(120) for each in answers] == alone
     assert len({tuple(each) for each in alone}) > 1
     assert min(made_when_one_ended[0]) > 0, made_when_one_ended[0]
-
-
-# -- what crosses -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("wire_dtype", ["fp32", "fp16", "int8"])
-def test_no_token_logit_or_adapter_value_crosses(
-    wire_dtype: str, bundle: Path, server: RunningServer, adapter: Path
-) -> None:
-    assert_no_secret_crosses(
-        server, adapter, lambda url: opening(bundle, server, adapter, url=url, wire_dtype=wire_dtype),
-        [*PROMPTS[2], *range(40, 52)], TOKENS, least_bytes=10_000,
-    )  # fmt: skip
 
 
 def test_a_text_that_outgrows_its_server_is_refused_in_one_line(bundle: Path, server: RunningServer) -> None:
