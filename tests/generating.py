@@ -30,9 +30,7 @@ def answer_of(
     """An answer of ``count`` tokens, not yet made."""
     context = model if isinstance(model, Context) else Context(model)
     ids = np.array(prompt, np.int64)
-    return TokenAnswer(
-        context, ids, sampling, max_new_tokens=count, stop_token_ids=(), draft_length=draft_length
-    )
+    return TokenAnswer(context, ids, sampling, max_new_tokens=count, stop_token_ids=(), draft_length=draft_length)
 
 
 def generated(model: GeneratingModel | Context, prompt: Sequence[int], count: int, **settings: Any) -> list[int]:

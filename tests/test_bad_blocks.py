@@ -67,9 +67,7 @@ def without_input(name: str) -> Callable[[GraphSpec], GraphSpec]:
 
 
 def without_graphs(kind: str) -> Callable[[Manifest], Manifest]:
-    return lambda manifest: replace(
-        manifest, graphs=tuple(graph for graph in manifest.graphs if graph.kind != kind)
-    )
+    return lambda manifest: replace(manifest, graphs=tuple(graph for graph in manifest.graphs if graph.kind != kind))
 
 
 def with_outputs(kind: str, count: int) -> Callable[[Manifest], Manifest]:

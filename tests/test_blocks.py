@@ -45,9 +45,7 @@ def numbers(tensors: dict[str, torch.Tensor]) -> oracles.Arrays:
     return {name: tensor.numpy() for name, tensor in tensors.items()}
 
 
-def assert_as_near_as_torch(
-    found: oracles.Arrays, exact: oracles.Arrays, single: oracles.Arrays, bound: float
-) -> None:
+def assert_as_near_as_torch(found: oracles.Arrays, exact: oracles.Arrays, single: oracles.Arrays, bound: float) -> None:
     """Within ``bound`` of float64, or no further from it than torch's own float32 is."""
     assert set(found) == set(exact)
     for name, value in found.items():
@@ -140,9 +138,7 @@ def check_each_graph(
         y, *kept = engine.load("block_forward", block.graph)(
             graph_inputs(bundle, block, forward, lengths, mine, SCALING, others)
         )
-        assert_as_near_as_torch(
-            {"": y}, {"": exact.y[block.path].numpy()}, {"": single.y[block.path].numpy()}, FORWARD
-        )
+        assert_as_near_as_torch({"": y}, {"": exact.y[block.path].numpy()}, {"": single.y[block.path].numpy()}, FORWARD)
         others |= dict(zip([tensor.name for tensor in forward.outputs[1:]], kept, strict=True))
         grad_x, *grads = engine.load("block_backward", block.graph)(
             graph_inputs(bundle, block, backward, lengths, mine, SCALING, others)

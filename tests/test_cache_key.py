@@ -60,9 +60,7 @@ def test_a_file_says_nothing_without_its_key(tmp_path: Path) -> None:
     (SECRET, None, "is encrypted; give its --cache-key-file, or remove the file"),
     (None, SECRET, "is not encrypted; leave out --cache-key-file, or remove the file"),
 ])  # fmt: skip
-def test_another_key_is_one_line(
-    made_with: bytes | None, opened_with: bytes | None, said: str, tmp_path: Path
-) -> None:
+def test_another_key_is_one_line(made_with: bytes | None, opened_with: bytes | None, said: str, tmp_path: Path) -> None:
     made, opened = (None if secret is None else CacheKey(secret) for secret in (made_with, opened_with))
     filled(tmp_path / "cache", made)
     with pytest.raises(CheckpointError, match=said):

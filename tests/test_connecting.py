@@ -145,9 +145,7 @@ def test_large_frame_before_a_session_is_refused() -> None:
     assert closed.get(timeout=120) == CloseCode.MESSAGE_TOO_BIG
 
 
-def test_frame_limit_in_a_session_fits_its_answers(
-    tiny: TinyFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_frame_limit_in_a_session_fits_its_answers(tiny: TinyFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over a connection that comes later as well; with hardly any allowance beside, so that the rest must suffice."""
     monkeypatch.setattr(edge, "CONTROL_BYTES", 4096)
     data = random_dataset(VOCABULARY, longest=60)

@@ -113,9 +113,7 @@ def answers_everything(server: DishonestServer, connection: ServerConnection) ->
         server.answer(connection)
 
 
-def test_missing_signal_is_an_error_at_the_next_micro_batch(
-    bundle: Path, manifest: Manifest, tmp_path: Path
-) -> None:
+def test_missing_signal_is_an_error_at_the_next_micro_batch(bundle: Path, manifest: Manifest, tmp_path: Path) -> None:
     """And the checkpoint that is left can be resumed: nothing of what was done is lost."""
     data = tmp_path / "data.jsonl"
     data.write_text((json.dumps({"text": "w1 w2 w3"}) + "\n") * 4)

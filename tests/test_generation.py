@@ -86,15 +86,11 @@ def adapter(bundle: Path, server: RunningServer, tmp_path_factory: pytest.TempPa
 
 
 ADAPTED = [(kind, adapt) for kind in ("lora", "ffa", "bottleneck") for adapt in ("all", "answer")]
-OTHERS = [
-    (family, *each) for each in ADAPTED for family in ("gpt2", "gemma2", "gemma3_text", "qwen3", "bloom", "phi3")
-]
+OTHERS = [(family, *each) for each in ADAPTED for family in ("gpt2", "gemma2", "gemma3_text", "qwen3", "bloom", "phi3")]
 
 
 @pytest.mark.parametrize(("family", "kind", "adapt"), [*(("llama", *each) for each in ADAPTED), *one_in(9, OTHERS)])
-def test_greedy_tokens_are_those_of_peft(
-    family: str, kind: str, adapt: str, tiny: TinyFactory, tmp_path: Path
-) -> None:
+def test_greedy_tokens_are_those_of_peft(family: str, kind: str, adapt: str, tiny: TinyFactory, tmp_path: Path) -> None:
     """Without drafts, with the length that pays, and with long ones that mostly miss."""
     untied = {"tie_word_embeddings": False}  # else some repeat one token for ever
     bundle = tiny(family, head_dtype="fp32", **untied).bundle
@@ -175,9 +171,7 @@ def test_what_adapters_no_longer_act_on_is_sent_again(bundle: Path, server: Runn
         assert answer.counters.reused_tokens == PROMPTS[0].index(INVOCATION[0])
 
 
-def test_a_prompt_before_the_invocation_exchanges_nothing(
-    bundle: Path, server: RunningServer, tmp_path: Path
-) -> None:
+def test_a_prompt_before_the_invocation_exchanges_nothing(bundle: Path, server: RunningServer, tmp_path: Path) -> None:
     """But for the invocation's few tokens; and where the prompt does not invoke, not even those."""
     train_adapter(bundle, server, tmp_path, "lora", "answer")
     invoked, uninvoked = [*range(20, 60), *INVOCATION], [*range(20, 60), 9, 9]
@@ -246,16 +240,10 @@ def test_more_than_the_quota_is_refused_in_one_line(tiny: TinyFactory, bundle: P
         with opening(bundle, server, None, 1000) as opened:
             assert Context(opened).limit == room == opened.connection.welcome.max_context_length
             with ExitStack() as others:
-
-                def open_another() -> None:
-                    others.enter_context(
-                        opening(bundle, server, None, 1000)
-                    )
-
                 for _ in range(60_000 // (room * 3 * 2 * 8 * 4) - 1):
-                    open_another()
+                    others.enter_context(opening(bundle, server, None, 1000))
                 with pytest.raises(RefusedError, match="quota of live bytes is taken") as refused:
-                    open_another()
+                    others.enter_context(opening(bundle, server, None, 1000))
         assert refused.value.retryable
 
 
@@ -340,9 +328,7 @@ def test_an_idle_context_gives_way_and_comes_back(
 
 
 @pytest.mark.slow
-def test_eight_contexts_and_a_run_each_get_what_they_get_alone(
-    tiny: TinyFactory, bundle: Path, adapter: Path
-) -> None:
+def test_eight_contexts_and_a_run_each_get_what_they_get_alone(tiny: TinyFactory, bundle: Path, adapter: Path) -> None:
     """And none waits for the end of another: when the first is done, all have come some way."""
     run, dataset = config(total_steps=8), random_dataset(VOCABULARY)
     sampled = [Sampling(temperature=0.8, seed=seed) for seed in range(8)]

@@ -150,9 +150,7 @@ def test_outputs_of_revived_blocks_are_not_used(
     found, units = {}, []
     with serving(model.base) as server:
         for holds in (True, False):
-            settings = trunk_config(
-                BLOCKS, kill_revive=TWO_AT_A_TIME, total_steps=64, keeps_outputs=holds, seed=(6,)
-            )
+            settings = trunk_config(BLOCKS, kill_revive=TWO_AT_A_TIME, total_steps=64, keeps_outputs=holds, seed=(6,))
             with trunk_training(model.bundle, server.url, settings, data, tmp_path / str(holds)) as trainer:
                 passes.clear()
                 steps = [trainer.run_step() for _ in range(64)]

@@ -27,9 +27,7 @@ def examples(count: int, answers: int, copies: int = 1) -> Dataset:
         ((60, 60, 5), 8, {38: 1}),
     ],
 )
-def test_how_often_the_rate_is_halved(
-    dataset: tuple[int, ...], examples_a_step: int, wanted: dict[int, int]
-) -> None:
+def test_how_often_the_rate_is_halved(dataset: tuple[int, ...], examples_a_step: int, wanted: dict[int, int]) -> None:
     """By the number of steps."""
     data = examples(*dataset)
     assert {steps: halvings(data, steps=steps, examples_a_step=examples_a_step) for steps in wanted} == wanted

@@ -59,9 +59,7 @@ def micro_batches_traffic(
     return found
 
 
-def expected(
-    trainer: Trainer, batches: Sequence[MicroBatch], units: Sequence[int], *, train: bool = True
-) -> Traffic:
+def expected(trainer: Trainer, batches: Sequence[MicroBatch], units: Sequence[int], *, train: bool = True) -> Traffic:
     """The formula, for a model whose groups follow one another."""
     groups = trainer.groups
     states = {group: units[index] for index, unit in enumerate(trainer.adapters.units) for group in unit.groups}

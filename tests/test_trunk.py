@@ -79,9 +79,7 @@ def test_what_does_not_fit_is_asked_for_each_time(model: Tiny, data: Dataset, tm
     assert np.allclose(finals[1:], finals[0], rtol=1e-5)
 
 
-def test_what_is_sent_depends_on_the_text_alone(
-    model: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_sent_depends_on_the_text_alone(model: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Labels, adapters, AdamW's state and the seed are others: the bytes on the wire are the same."""
     rng = np.random.default_rng(0)
     texts = [rng.integers(3, model.base.vocabulary_size, length).tolist() for length in (5, 7, 4, 6)]

@@ -131,9 +131,7 @@ def test_a_kept_cache_makes_a_longer_run_without_a_server(place: Place, tmp_path
     assert (found["steps"], longer["steps"]) == (STEPS, STEPS + 5)
 
 
-def test_kill_and_revive_is_that_of_a_server(
-    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_kill_and_revive_is_that_of_a_server(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same units are active at each step as with all blocks on the server, where killed ones keep their effect as
     here, and where the server, too, does not count what a unit costs."""
     maps = []
@@ -150,9 +148,7 @@ def test_kill_and_revive_is_that_of_a_server(
 
 
 def test_saved_adapter_has_in_peft_the_loss_that_the_device_saw(place: Place, model: Tiny, tmp_path: Path) -> None:
-    found = summary(
-        run_edge(*place.train(tmp_path, *TRUNK, "--eval", place.data, "--wire-dtype", "fp32", "--json"))
-    )
+    found = summary(run_edge(*place.train(tmp_path, *TRUNK, "--eval", place.data, "--wire-dtype", "fp32", "--json")))
     wrapped = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model.model), tmp_path).eval()
     bundle = Bundle.open(model.bundle)
     (data,) = load_datasets(Reading(bundle, [place.data], ReadSettings(max_length=64)), lambda _: None)

@@ -15,12 +15,7 @@ from block_bundles import with_last_blocks
 from canaries import Scanner
 from drawn import one_in
 from families import tiny_model
-from generating import (
-    answer_of,
-    generated,
-    generated_while_sessions_are_lost,
-    save_lora,
-)
+from generating import answer_of, generated, generated_while_sessions_are_lost, save_lora
 from peft import LoraConfig, PeftModel, get_peft_model
 from proxy import payloads, recording_proxy
 from serving import RunningServer, open_model, serving
@@ -200,9 +195,7 @@ def test_a_lost_server_is_given_the_text_again_and_the_device_keeps_its_part(
     with opening(model, server, adapter, connecting=ConnectSettings(retry=Retry(max_s=30))) as trunk:
         wanted = generated(trunk, PROMPTS[1], TOKENS, sampling=SAMPLING)
         monkeypatch.setattr(DecodeBlocks, "append", count)
-        found, counters = generated_while_sessions_are_lost(
-            trunk, server, PROMPTS[1], TOKENS, SAMPLING, draft_length
-        )
+        found, counters = generated_while_sessions_are_lost(trunk, server, PROMPTS[1], TOKENS, SAMPLING, draft_length)
         assert found == wanted
         assert trunk._source.crossed.reconnects == 2
     wrong = counters.drafted - counters.accepted

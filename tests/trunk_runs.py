@@ -65,4 +65,3 @@ def trunk_training(
         yield trainer
     finally:
         source.close()
-

@@ -146,7 +146,6 @@ class TokenAnswer:
         if produced:  # the first step was the prompt's
             self._draft_length.observe(len(draft), accepted, seconds)
 
-
     def _choose(self, row: FloatArray) -> Choice:
         if self._constraint is None:
             return self._sampler.choose(row)

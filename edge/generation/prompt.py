@@ -35,10 +35,7 @@ class Prompt:
         return cls(messages=(*before, {"role": "user", "content": text}), text=text if system is None else None)
 
     def encode(
-        self,
-        tokenizer: PromptTokenizer,
-        invocation: tuple[int, ...] = (),
-        warn: Callable[[str], None] = lambda _: None,
+        self, tokenizer: PromptTokenizer, invocation: tuple[int, ...] = (), warn: Callable[[str], None] = lambda _: None
     ) -> LongArray:
         """Token ids, int64 (tokens,).
 

@@ -119,9 +119,7 @@ class Sampler:
         if sampling.repetition_penalty != 1.0:
             seen = np.union1d(self._prompt, produced)
             found = values[seen]
-            values[seen] = np.where(
-                found < 0, found * sampling.repetition_penalty, found / sampling.repetition_penalty
-            )
+            values[seen] = np.where(found < 0, found * sampling.repetition_penalty, found / sampling.repetition_penalty)
         if (sampling.presence_penalty or sampling.frequency_penalty) and len(produced):
             times = np.fromiter(self._counts.values(), np.float64, len(self._counts))
             values[produced] -= sampling.presence_penalty + sampling.frequency_penalty * times

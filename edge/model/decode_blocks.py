@@ -104,9 +104,7 @@ class _Block(BlockWeights):
     These begin with one that no token sees, for no engine takes an empty array.
     """
 
-    def __init__(
-        self, bundle: Bundle, load: Callable[..., Graph], spec: BlockSpec, rank: int, max_length: int
-    ) -> None:
+    def __init__(self, bundle: Bundle, load: Callable[..., Graph], spec: BlockSpec, rank: int, max_length: int) -> None:
         self._graph_spec = bundle.manifest.graph("block_decode", spec.graph)
         super().__init__(bundle, spec, self._graph_spec.inputs, rank, max_length)
         if [tensor.name for tensor in self._graph_spec.outputs] != ["y", "keys", "values"]:

@@ -136,9 +136,9 @@ class Encoder:
         self._count = (self._count + 1) % 2**31
         key = self.connection.session.step, self._count
         sends_ids = self._send == "token-ids"
-        hidden_states = None if sends_ids else self._codec.encode(
-            self._embedding(batch.ids, keep_table=mode == "decode")
-        )
+        hidden_states = None
+        if not sends_ids:
+            hidden_states = self._codec.encode(self._embedding(batch.ids, keep_table=mode == "decode"))
         self.connection.send(
             m.Embeddings(
                 step=key[0],

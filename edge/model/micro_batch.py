@@ -124,9 +124,7 @@ class DeviceMicroBatch:
             self._saved[message.group] = saved
         deltas = tuple(self._to_wire(output, TensorRole.DELTA) for output in outputs)
         step, micro_batch = self.key
-        self.parts.connection.send(
-            m.GroupDelta(step=step, micro_batch=micro_batch, group=message.group, deltas=deltas)
-        )
+        self.parts.connection.send(m.GroupDelta(step=step, micro_batch=micro_batch, group=message.group, deltas=deltas))
 
     def _handle_last_hidden_states(self, message: m.LabelledHiddenStates) -> None:
         hidden_states = decode_floats(message.hidden_states)
@@ -143,9 +141,7 @@ class DeviceMicroBatch:
         if self._to_come or self.mode == "basis":
             sent = self._to_wire(grads, TensorRole.LAST_HIDDEN_STATES_GRAD)
             step, micro_batch = self.key
-            self.parts.connection.send(
-                m.GradHiddenStates(step=step, micro_batch=micro_batch, grad_hidden_states=sent)
-            )
+            self.parts.connection.send(m.GradHiddenStates(step=step, micro_batch=micro_batch, grad_hidden_states=sent))
 
     def _answer_grad(self, message: m.GroupGrad) -> None:
         group, compute = message.group, self.parts.compute

@@ -90,9 +90,7 @@ def open_to_generate(opening: Opening, *, context_length: int) -> Iterator[Gener
     source = _source(opening, engine, count, min(context_length, blocks.limit))
     with interrupts.raise_on_signal(), closing(source):
         source.begin()
-        yield DeviceGenerator(
-            bundle, engine, blocks, source, context_length=context_length, invocation=lora.invocation
-        )
+        yield DeviceGenerator(bundle, engine, blocks, source, context_length=context_length, invocation=lora.invocation)
 
 
 @contextmanager

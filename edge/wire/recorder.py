@@ -110,9 +110,7 @@ class Recorder:
         if self._writer.nbytes >= MOST_BYTES or self._truth_bytes >= MOST_TRUTH_BYTES:
             self.is_full = True
             megabytes = (self._writer.nbytes + self._truth_bytes) / 1e6
-            self._warn(
-                f"--record has {megabytes:,.0f} MB and takes no more; the run goes on. A few --steps are enough"
-            )
+            self._warn(f"--record has {megabytes:,.0f} MB and takes no more; the run goes on. A few --steps are enough")
 
     def add_parameters(self, groups: Sequence[tuple[float, Mapping[str, FloatArray]]]) -> None:
         """From the next micro-batch on: of each exchange group what its effect is multiplied by, and what is trained,
