@@ -79,6 +79,27 @@ def test_what_does_not_fit_is_asked_for_each_time(model: Tiny, data: Dataset, tm
     assert np.allclose(finals[1:], finals[0], rtol=1e-5)
 
 
+def test_a_text_in_packs_has_the_same_bits_again(model: Tiny, data: Dataset, tmp_path: Path) -> None:
+    """Filled at once, in two goes, or after a record was damaged: its whole pack is asked for again."""
+    run, finals = trunk_config(BLOCKS), []
+    with serving(model.base) as server:
+        for name in ("whole", "cut off", "damaged"):
+            path = tmp_path / name
+            with trunk_training(model.bundle, server.url, run, data, path) as trainer:
+                if name == "whole":
+                    finals.append([trainer.run_step().loss for _ in range(6)])
+                    continue
+            content = bytearray(path.read_bytes())
+            if name == "cut off":
+                path.write_bytes(content[:-100])
+            else:
+                content[-20] ^= 1
+                path.write_bytes(content)
+            with trunk_training(model.bundle, server.url, run, data, path) as trainer:
+                finals.append([trainer.run_step().loss for _ in range(6)])
+    assert finals[0] == finals[1] == finals[2]
+
+
 def test_what_is_sent_depends_on_the_text_alone(model: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Labels, adapters, AdamW's state and the seed are others: the bytes on the wire are the same."""
     rng = np.random.default_rng(0)
