@@ -185,7 +185,7 @@ def _inputs(block: BlockMaterials) -> set[str]:
 
 def _content(made: tuple[TrainingGraph, TrainingGraph]) -> tuple[object, ...]:
     """What makes blocks share their graphs."""
-    return tuple(part for graph in made for part in (graph.inputs, graph.outputs, graph.body_text()))
+    return tuple(part for graph in made for part in (graph.inputs, graph.outputs, str(graph.body)))
 
 
 def _with_tables(base: BaseModel, blocks: list[BlockMaterials]) -> list[BlockMaterials]:

@@ -12,6 +12,7 @@ float32 is near 1, and gets torch's value bit for bit.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -22,7 +23,7 @@ from dlora.protocol.manifest import TensorSpec
 
 from .arrays import Arrays, normal, to_floats
 from .golden_case import GoldenCase, GraphWithCases, Materials, Run
-from .graph import TrainingGraph
+from .graph import Computed, TrainingGraph
 
 KINDS: Final = ("adamw",)
 TOLERANCE: Final = 2e-7  # about one unit in the last place, after 20 steps; nothing is added up
@@ -68,30 +69,19 @@ def adamw_graph() -> TrainingGraph:
             decayed = Mul (param, decay)
             new_param = Sub (decayed, step)
         """,
-        module=AdamW,
+        module=partial(Computed, adamw_step),
     )
 
 
-class AdamW(nn.Module):
+def adamw_step(
+    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, decay: Tensor, beta1: Tensor, beta2: Tensor,
+    step_size: Tensor, sqrt_bias_correction2: Tensor, eps: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """One step on flat parameters, in the order of operations of ``adamw_graph``."""
-
-    def forward(
-        self,
-        param: Tensor,
-        grad: Tensor,
-        exp_avg: Tensor,
-        exp_avg_sq: Tensor,
-        decay: Tensor,
-        beta1: Tensor,
-        beta2: Tensor,
-        step_size: Tensor,
-        sqrt_bias_correction2: Tensor,
-        eps: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        new_exp_avg = exp_avg + (grad - exp_avg) * _complement(beta1)
-        new_exp_avg_sq = exp_avg_sq * beta2 + grad * _complement(beta2) * grad
-        denominator = new_exp_avg_sq.sqrt() / sqrt_bias_correction2 + eps
-        return param * decay - new_exp_avg * step_size / denominator, new_exp_avg, new_exp_avg_sq
+    new_exp_avg = exp_avg + (grad - exp_avg) * _complement(beta1)
+    new_exp_avg_sq = exp_avg_sq * beta2 + grad * _complement(beta2) * grad
+    denominator = new_exp_avg_sq.sqrt() / sqrt_bias_correction2 + eps
+    return param * decay - new_exp_avg * step_size / denominator, new_exp_avg, new_exp_avg_sq
 
 
 def _complement(beta: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ is ``lora_B`` of a target module (FFA-LoRA, Sun et al., arXiv 2403.12313), and t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -24,10 +25,9 @@ from torch import Tensor, nn
 
 from dlora.protocol.manifest import TensorSpec, core_key
 
-from .arrays import Arrays, Inputs, normal, to_floats, to_tensors
+from .arrays import Arrays, normal, to_floats, to_tensors
 from .golden_case import GoldenCase, GraphWithCases, Materials
-from .graph import TrainingGraph
-from .tolerances import allowed
+from .graph import Computed, Specs, TrainingGraph
 
 KINDS: Final = ("core_forward", "core_input_grad", "core_weight_grad")
 TOKENS: Final = 7
@@ -36,80 +36,57 @@ TOKENS: Final = 7
 def core_graphs(width: int | None) -> tuple[TrainingGraph, ...]:
     """``core_forward``, ``core_input_grad`` and ``core_weight_grad`` of one width; None: as wide as the rank."""
     columns: int | str = "rank" if width is None else width
-    key = core_key(width)
-    z = TensorSpec("z", "fp32", ("tokens", "rank"))
-    grad = TensorSpec("grad", "fp32", ("tokens", columns))
-    core = TensorSpec("core", "fp32", (columns, "rank"))
+    z, dz = (TensorSpec(name, "fp32", ("tokens", "rank")) for name in ("z", "dz"))
+    grad, out = (TensorSpec(name, "fp32", ("tokens", columns)) for name in ("grad", "out"))
+    core, grad_core = (TensorSpec(name, "fp32", (columns, "rank")) for name in ("core", "grad_core"))
     scale = TensorSpec("scale", "fp32", ())
-    forward = TrainingGraph(
-        "core_forward",
-        inputs=(z, core, scale),
-        outputs=(TensorSpec("out", "fp32", ("tokens", columns)),),
-        body="""
+
+    def graph(
+        kind: str, inputs: Specs, output: TensorSpec, function: Callable[..., Tensor], body: str
+    ) -> TrainingGraph:
+        return TrainingGraph(kind, inputs, (output,), body, partial(Computed, function), core_key(width))
+
+    return (
+        graph("core_forward", (z, core, scale), out, core_forward, """
             scaled_z = Mul (z, scale)
             out = Gemm <transB = 1> (scaled_z, core)
-        """,
-        module=CoreForward,
-        key=key,
-    )
-    input_grad = TrainingGraph(
-        "core_input_grad",
-        inputs=(grad, core, scale),
-        outputs=(TensorSpec("dz", "fp32", ("tokens", "rank")),),
-        body="""
+        """),
+        graph("core_input_grad", (grad, core, scale), dz, core_input_grad, """
             grad_core = MatMul (grad, core)
             dz = Mul (grad_core, scale)
-        """,
-        module=CoreInputGrad,
-        key=key,
-    )
-    weight_grad = TrainingGraph(
-        "core_weight_grad",
-        inputs=(z, grad, scale),
-        outputs=(TensorSpec("grad_core", "fp32", (columns, "rank")),),
-        body="""
+        """),
+        graph("core_weight_grad", (z, grad, scale), grad_core, core_weight_grad, """
             z_by_rank = Transpose <perm = [1, 0]> (z)
             zgrad = MatMul (z_by_rank, grad)
             scaled_zgrad = Mul (zgrad, scale)
             grad_core = Transpose <perm = [1, 0]> (scaled_zgrad)
-        """,
-        module=CoreWeightGrad,
-        key=key,
-    )
-    return forward, input_grad, weight_grad
+        """),
+    )  # fmt: skip
 
 
-class CoreForward(nn.Module):
+def core_forward(z: Tensor, core: Tensor, scale: Tensor) -> Tensor:
     """``out = scale * z C^T`` (tokens, width)."""
-
-    def forward(self, z: Tensor, core: Tensor, scale: Tensor) -> Tensor:
-        return nn.functional.linear(z * scale, core)
+    return nn.functional.linear(z * scale, core)
 
 
-class CoreInputGrad(nn.Module):
+def core_input_grad(grad: Tensor, core: Tensor, scale: Tensor) -> Tensor:
     """``dz = scale * grad C`` (tokens, rank)."""
-
-    def forward(self, grad: Tensor, core: Tensor, scale: Tensor) -> Tensor:
-        return torch.mm(grad, core) * scale
+    return torch.mm(grad, core) * scale
 
 
-class CoreWeightGrad(nn.Module):
+def core_weight_grad(z: Tensor, grad: Tensor, scale: Tensor) -> Tensor:
     """``grad_C = scale * grad^T z`` (width, rank)."""
-
-    def forward(self, z: Tensor, grad: Tensor, scale: Tensor) -> Tensor:
-        return torch.mm((z * scale).t(), grad).t()
+    return torch.mm((z * scale).t(), grad).t()
 
 
-def reference(graph: TrainingGraph, values: Inputs, dtype: torch.dtype = torch.float64) -> Arrays:
-    """What a graph must compute, by autograd. ``values`` has every tensor, whichever the graph's inputs are."""
+def reference(values: Arrays, dtype: torch.dtype) -> Arrays:
+    """What the graphs must compute, all of their outputs, by autograd."""
     z, grad, core, scale = to_tensors(values, dtype, "z", "grad", "core", "scale")
     z.requires_grad_()
     core.requires_grad_()
     out = scale * (z @ core.T)
-    if graph.kind == "core_forward":
-        return to_floats(out=out.detach())
     dz, grad_core = torch.autograd.grad(out, (z, core), grad)
-    return to_floats(dz=dz) if graph.kind == "core_input_grad" else to_floats(grad_core=grad_core)
+    return to_floats(out=out, dz=dz, grad_core=grad_core)
 
 
 def core_tests(graph: TrainingGraph, width: int | None, rank: int, scaling: float) -> Iterator[GoldenCase]:
@@ -123,8 +100,7 @@ def core_tests(graph: TrainingGraph, width: int | None, rank: int, scaling: floa
             "core": normal(random, columns, some_rank),
             "scale": np.array(scaling, np.float32),
         }
-        exact, single = (reference(graph, values, dtype) for dtype in (torch.float64, torch.float32))
-        yield GoldenCase({spec.name: values[spec.name] for spec in graph.inputs}, exact, allowed(exact, single))
+        yield GoldenCase.of(graph, values, reference)
 
 
 def make(materials: Materials) -> Iterator[GraphWithCases]:

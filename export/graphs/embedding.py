@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from dlora.cloud.model.base_model import EmbeddingEnd
 from dlora.protocol.manifest import TensorSpec
 
-from .arrays import Arrays, Inputs, to_floats
+from .arrays import Arrays, to_floats
 from .golden_case import GoldenCase, GraphWithCases, Materials
-from .graph import TrainingGraph
+from .graph import Computed, TrainingGraph
 
 KINDS: Final = ("embedding",)
 TOLERANCES: Final[dict[str, float]] = {"fp32": 1e-7, "fp16": 1e-3}  # one product; the weight's rounding
@@ -39,33 +39,21 @@ def embedding_graph(
             wide = Cast <to = 1> (rows)
             hidden_states = Mul (wide, scale)
         """,
-        module=partial(Embedding, scale),
+        module=partial(Computed, partial(embedding, scale=scale)),
         weights=frozenset(("weight",)),
     )
 
 
-class Embedding(nn.Module):
+def embedding(weight: Tensor, ids: Tensor, scale: float) -> Tensor:
     """The rows of ``weight`` (vocabulary, embedding_size) that ``ids`` (tokens,) name, in float32, times ``scale``."""
-
-    def __init__(self, scale: float) -> None:
-        super().__init__()
-        self.scale = scale
-
-    def forward(self, weight: Tensor, ids: Tensor) -> Tensor:
-        rows = nn.functional.embedding(ids, weight).float()
-        return rows * self.scale
-
-
-def reference(inputs: Inputs, end: EmbeddingEnd) -> Arrays:
-    """The base model's own float32 embedding, whatever precision the graph's weight is stored in."""
-    return to_floats(hidden_states=end(torch.from_numpy(np.asarray(inputs["ids"], np.int64))))
+    return nn.functional.embedding(ids, weight).float() * scale
 
 
 def embedding_tests(graph: TrainingGraph, end: EmbeddingEnd, weights: Arrays) -> Iterator[GoldenCase]:
-    """Random tokens."""
-    inputs = {**weights, "ids": np.random.default_rng(0).integers(0, len(end.weight), TOKENS)}
-    exact = reference(inputs, end)
-    yield GoldenCase(inputs, exact, dict.fromkeys(exact, TOLERANCES[graph.inputs[0].dtype]))
+    """Random tokens: the base model's own float32 embedding, whatever precision the graph's weight is stored in."""
+    ids = np.random.default_rng(0).integers(0, len(end.weight), TOKENS)
+    exact = to_floats(hidden_states=end(torch.from_numpy(ids)))
+    yield GoldenCase({**weights, "ids": ids}, exact, dict.fromkeys(exact, TOLERANCES[graph.inputs[0].dtype]))
 
 
 def make(materials: Materials) -> Iterator[GraphWithCases]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from dlora.cloud.model.base_model import EmbeddingEnd, HeadEnd
 from dlora.protocol.manifest import EmbeddingSpec, HeadSpec
@@ -14,7 +15,7 @@ from dlora.protocol.manifest import EmbeddingSpec, HeadSpec
 from .arrays import Arrays
 from .block_materials import DeviceBlocks
 from .graph import TrainingGraph
-from .tolerances import Rounding
+from .tolerances import Rounding, allowed
 
 Run = Callable[[Arrays], list[npt.NDArray[np.generic]]]
 """A graph on an engine: inputs in the graph's order to outputs in its order."""
@@ -38,6 +39,15 @@ class GoldenCase:
     tolerances: Mapping[str, float]
     rounding: Rounding | None = None
     choose: Callable[[Mapping[str, Arrays]], Arrays] | None = None
+
+    @classmethod
+    def of(
+        cls, graph: TrainingGraph, values: Arrays, reference: Callable[[Arrays, torch.dtype], Arrays]
+    ) -> GoldenCase:
+        """``values`` has every input of the graph, and ``reference`` gives every output in a precision of torch."""
+        exact, single = (reference(values, dtype) for dtype in (torch.float64, torch.float32))
+        exact = {spec.name: exact[spec.name] for spec in graph.outputs}
+        return cls({spec.name: values[spec.name] for spec in graph.inputs}, exact, allowed(exact, single))
 
 
 @dataclass(frozen=True)

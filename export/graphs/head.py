@@ -23,10 +23,10 @@ before the Scan: it starts the running values. ``head_torch.py`` has the same fo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -38,8 +38,8 @@ from dlora.protocol.manifest import HeadSpec, StoredDtype, TensorSpec
 
 from .arrays import Arrays
 from .golden_case import GoldenCase, GraphWithCases, Materials
-from .graph import TrainingGraph
-from .head_torch import HeadLogits, HeadLoss, HeadTrain, reference
+from .graph import Computed, Specs, TrainingGraph
+from .head_torch import head_logits, head_loss, head_train, reference
 from .tolerances import Rounding, allowed
 
 KINDS: Final = ("head_train", "head_loss", "head_logits")
@@ -93,7 +93,6 @@ def head_graphs(head: HeadShape) -> tuple[TrainingGraph, ...]:
         weights.append(TensorSpec("row_scales", "fp32", (head.vocabulary_size,)))
     if head.bias:
         weights.append(TensorSpec("bias", "fp32", (head.vocabulary_size,)))
-    names = frozenset(spec.name for spec in weights)
     hidden = TensorSpec("hidden_states", "fp32", ("rows", head.hidden_size))
     labels = TensorSpec("labels", "int64", ("rows",))
     grad_scale = TensorSpec("grad_scale", "fp32", ())
@@ -101,31 +100,22 @@ def head_graphs(head: HeadShape) -> tuple[TrainingGraph, ...]:
     grad = TensorSpec("grad_hidden_states", "fp32", ("rows", head.hidden_size))
     predictions = TensorSpec("predictions", "int64", ("rows",))
     logits = TensorSpec("logits", "fp32", ("rows", head.vocabulary_size))
-    train = TrainingGraph(
-        "head_train",
-        inputs=(*weights, hidden, labels, grad_scale),
-        outputs=(losses, grad),
-        body=_constants(head) + _of_labels(head) + _walk(head, "weighted_rows") + _LOSS + _gradient(head),
-        module=partial(HeadTrain, head),
-        weights=names,
+    labelled = _of_labels(head)
+    of_loss = labelled + _walk(head, "best") + _LOSS + "predictions = Squeeze (best, axis_1)\n"
+    of_train = labelled + _walk(head, "weighted_rows") + _LOSS + _gradient(head)
+
+    def graph(
+        kind: str, inputs: Specs, outputs: Specs, body: str, function: Callable[..., Any]
+    ) -> TrainingGraph:
+        module = partial(Computed, partial(function, head))
+        names = frozenset(spec.name for spec in weights)
+        return TrainingGraph(kind, (*weights, *inputs), outputs, _constants(head) + body, module, weights=names)
+
+    return (
+        graph("head_train", (hidden, labels, grad_scale), (losses, grad), of_train, head_train),
+        graph("head_loss", (hidden, labels), (losses, predictions), of_loss, head_loss),
+        graph("head_logits", (hidden,), (logits,), _all_logits(head), head_logits),
     )
-    loss = TrainingGraph(
-        "head_loss",
-        inputs=(*weights, hidden, labels),
-        outputs=(losses, predictions),
-        body=_constants(head) + _of_labels(head) + _walk(head, "best") + _LOSS + _PREDICTIONS,
-        module=partial(HeadLoss, head),
-        weights=names,
-    )
-    just_logits = TrainingGraph(
-        "head_logits",
-        inputs=(*weights, hidden),
-        outputs=(logits,),
-        body=_constants(head) + _all_logits(head),
-        module=partial(HeadLogits, head),
-        weights=names,
-    )
-    return train, loss, just_logits
 
 
 def _constants(head: HeadShape) -> str:
@@ -160,11 +150,12 @@ def _of_labels(head: HeadShape) -> str:
     """``label_logits`` (rows, 1) and ``label_wide`` (rows, hidden_size): the rows of the weight that labels name."""
     lines = "label_stored = Gather <axis = 0> (weight, labels)\n" + _widen(head, "label_stored", "label_wide")
     lines += "label_products = Mul (hidden_states, label_wide)\nlabel_product = ReduceSum (label_products, axis_1)\n"
-    for name, has in (("scales", head.dtype == "int8"), ("bias", head.bias)):
-        if has:
-            source = "row_scales" if name == "scales" else "bias"
-            lines += f"label_flat_{name} = Gather <axis = 0> ({source}, labels)\n"
-            lines += f"label_{name} = Unsqueeze (label_flat_{name}, axis_1)\n"
+    if head.dtype == "int8":
+        lines += "label_flat_scales = Gather <axis = 0> (row_scales, labels)\n"
+        lines += "label_scales = Unsqueeze (label_flat_scales, axis_1)\n"
+    if head.bias:
+        lines += "label_flat_bias = Gather <axis = 0> (bias, labels)\n"
+        lines += "label_bias = Unsqueeze (label_flat_bias, axis_1)\n"
     return lines + _logits(head, "label_")
 
 
@@ -174,88 +165,85 @@ def _widen(head: HeadShape, stored: str, wide: str) -> str:
 
 def _logits(head: HeadShape, p: str) -> str:
     """From ``{p}product`` to ``{p}logits``; where there is a cap, its slope is left behind."""
-    lines, value = "", f"{p}product"
-    if head.dtype == "int8":
-        lines += f"{p}unquantised = Mul ({value}, {p}scales)\n"
-        value = f"{p}unquantised"
-    if head.bias:
-        lines += f"{p}biased = Add ({value}, {p}bias)\n"
-        value = f"{p}biased"
-    if head.logit_scale != 1.0:
-        lines += f"{p}scaled = Mul ({value}, logit_scale)\n"
-        value = f"{p}scaled"
-    if head.softcap is not None:
-        lines += f"{p}shrunk = Div ({value}, softcap)\n{p}tanh = Tanh ({p}shrunk)\n{p}capped = Mul ({p}tanh, softcap)\n"
-        value = f"{p}capped"
-    return lines + f"{p}logits = Identity ({value})\n"
+    steps = [
+        (head.dtype == "int8", "unquantised", f"Mul ({{}}, {p}scales)"),
+        (head.bias, "biased", f"Add ({{}}, {p}bias)"),
+        (head.logit_scale != 1.0, "scaled", "Mul ({}, logit_scale)"),
+        (head.softcap is not None, "shrunk", "Div ({}, softcap)"),
+        (head.softcap is not None, "tanh", "Tanh ({})"),
+        (head.softcap is not None, "capped", "Mul ({}, softcap)"),
+    ]
+    return _one_by_one(steps, p, f"{p}product", f"{p}logits")
 
 
 def _backward(head: HeadShape, p: str, value: str, result: str) -> str:
     """From ``value``, the gradient by ``{p}logits``, to ``result``, that by ``{p}product`` but for ``logit_scale``."""
     lines = ""
     if head.softcap is not None:
-        lines += f"{p}tanh_squared = Mul ({p}tanh, {p}tanh)\n{p}slope = Sub (one, {p}tanh_squared)\n"
-        lines += f"{p}d_capped = Mul ({value}, {p}slope)\n"
-        value = f"{p}d_capped"
-    if head.dtype == "int8":
-        lines += f"{p}d_unquantised = Mul ({value}, {p}scales)\n"
-        value = f"{p}d_unquantised"
+        lines = f"{p}tanh_squared = Mul ({p}tanh, {p}tanh)\n{p}slope = Sub (one, {p}tanh_squared)\n"
+    steps = [
+        (head.softcap is not None, "d_capped", f"Mul ({{}}, {p}slope)"),
+        (head.dtype == "int8", "d_unquantised", f"Mul ({{}}, {p}scales)"),
+    ]
+    return lines + _one_by_one(steps, p, value, result)
+
+
+def _one_by_one(steps: list[tuple[bool, str, str]], p: str, value: str, result: str) -> str:
+    """``result`` of ``value``, through those of ``steps`` that the head has: the name of each, and how it is made."""
+    lines = ""
+    for is_there, name, operation in steps:
+        if is_there:
+            lines += f"{p}{name} = {operation.format(value)}\n"
+            value = f"{p}{name}"
     return lines + f"{result} = Identity ({value})\n"
 
 
 def _walk(head: HeadShape, folded: _Folded) -> str:
     """``peak`` and ``total`` (rows, 1) of the softmax, and ``weighted_rows`` (rows, hidden_size) or
     ``best`` (rows, 1)."""
-    lines = _slab(head, folded, "first_", None, "zero", "first")
+    lines = _slab(head, folded, "first_", "zero", "first")
     names = ("peak", "total", folded)
     if head.first == head.vocabulary_size:
         return lines + "".join(f"{name} = Identity (first_{name})\n" for name in names)
-    types = (
-        "float[rows, 1]",
-        "float[rows, 1]",
-        "int64[rows, 1]" if folded == "best" else f"float[rows, {head.hidden_size}]",
-    )
+    kind = "int64[rows, 1]" if folded == "best" else f"float[rows, {head.hidden_size}]"
     before, after = (
-        ", ".join(f"{kind} {prefix}_{name}" for kind, name in zip(types, names, strict=True))
+        f"float[rows, 1] {prefix}_peak, float[rows, 1] {prefix}_total, {kind} {prefix}_{folded}"
         for prefix in ("before", "next")
     )
     return f"""{lines}
         {", ".join(names)} = Scan <num_scan_inputs = 1, body = fold_slab ({before}, int64[1] start) => ({after}) {{
             end = Add (start, slab)
-            {_slab(head, folded, "next_", "before_", "start", "end")}
+            {_slab(head, folded, "next_", "start", "end")}
         }}> ({", ".join(f"first_{name}" for name in names)}, starts)
     """
 
 
-def _slab(head: HeadShape, folded: _Folded, p: str, before: str | None, start: str, end: str) -> str:
-    """One slab, folded into the running values that ``before`` names; without one, the start of them."""
+def _slab(head: HeadShape, folded: _Folded, p: str, start: str, end: str) -> str:
+    """One slab, ``next_``, folded into the running values, ``before_``; of the ``first_`` the start of these."""
+    is_first = p == "first_"
     lines = _slab_logits(head, p, start, end) + f"{p}top = ReduceMax ({p}logits, axis_1)\n"
-    if before is None:
-        lines += f"{p}peak = Identity ({p}top)\n"
+    if is_first:
+        lines += "first_peak = Identity (first_top)\n"
     else:
-        lines += f"{p}peak = Max ({before}peak, {p}top)\n"
-        lines += f"{p}peak_change = Sub ({before}peak, {p}peak)\n{p}rescale = Exp ({p}peak_change)\n"
+        lines += "next_peak = Max (before_peak, next_top)\n"
+        lines += "next_peak_change = Sub (before_peak, next_peak)\nnext_rescale = Exp (next_peak_change)\n"
     lines += f"{p}below = Sub ({p}logits, {p}peak)\n{p}p = Exp ({p}below)\n"
-    lines += _plus(before, p, "total", f"ReduceSum ({p}p, axis_1)")
+    lines += f"{'first_total' if is_first else 'next_more_total'} = ReduceSum ({p}p, axis_1)\n"
+    if not is_first:
+        lines += "next_rescaled_total = Mul (before_total, next_rescale)\n"
+        lines += "next_total = Add (next_rescaled_total, next_more_total)\n"
     if folded == "weighted_rows":
         lines += _backward(head, p, f"{p}p", f"{p}d_product")
-        if before is None:
-            return lines + f"{p}weighted_rows = Gemm ({p}d_product, {p}wide)\n"
-        lines += f"{p}rescaled_rows = Mul ({before}weighted_rows, {p}rescale)\n"
-        return lines + f"{p}weighted_rows = Gemm ({p}d_product, {p}wide, {p}rescaled_rows)\n"
+        if is_first:
+            return lines + "first_weighted_rows = Gemm (first_d_product, first_wide)\n"
+        lines += "next_rescaled_rows = Mul (before_weighted_rows, next_rescale)\n"
+        return lines + "next_weighted_rows = Gemm (next_d_product, next_wide, next_rescaled_rows)\n"
     lines += f"{p}place = ArgMax <axis = 1> ({p}logits)\n{p}found = Add ({p}place, {start})\n"
-    if before is None:
-        return lines + f"{p}best = Identity ({p}found)\n"
-    # Not equal: of equals the first counts.
-    return lines + f"{p}better = Greater ({p}top, {before}peak)\n{p}best = Where ({p}better, {p}found, {before}best)\n"
-
-
-def _plus(before: str | None, p: str, name: str, value: str) -> str:
-    if before is None:
-        return f"{p}{name} = {value}\n"
-    return f"{p}more_{name} = {value}\n{p}rescaled_{name} = Mul ({before}{name}, {p}rescale)\n" + (
-        f"{p}{name} = Add ({p}rescaled_{name}, {p}more_{name})\n"
-    )
+    if is_first:
+        return lines + "first_best = Identity (first_found)\n"
+    # Greater and not equal: of equals the first counts.
+    lines += "next_better = Greater (next_top, before_peak)\n"
+    return lines + "next_best = Where (next_better, next_found, before_best)\n"
 
 
 _LOSS: Final = """
@@ -265,17 +253,12 @@ _LOSS: Final = """
         losses = Squeeze (losses_wide, axis_1)
 """
 
-_PREDICTIONS: Final = "predictions = Squeeze (best, axis_1)\n"
-
-
 def _gradient(head: HeadShape) -> str:
     lines = "expected = Div (weighted_rows, total)\n" + _backward(head, "label_", "label_wide", "label_row")
     lines += "d_product = Sub (expected, label_row)\n"
-    value = "d_product"
-    if head.logit_scale != 1.0:
-        lines += f"d_scaled = Mul ({value}, logit_scale)\n"
-        value = "d_scaled"
-    return lines + f"grad_hidden_states = Mul ({value}, grad_scale)\n"
+    if head.logit_scale == 1.0:
+        return lines + "grad_hidden_states = Mul (d_product, grad_scale)\n"
+    return lines + "d_scaled = Mul (d_product, logit_scale)\ngrad_hidden_states = Mul (d_scaled, grad_scale)\n"
 
 
 def _all_logits(head: HeadShape) -> str:

@@ -17,7 +17,8 @@ not of a tall one, which matrix kernels are bad at, and ``scale`` goes over some
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -26,10 +27,9 @@ from torch import Tensor, nn
 
 from dlora.protocol.manifest import TensorSpec, adapter_key
 
-from .arrays import Arrays, Inputs, normal, to_floats, to_tensors
+from .arrays import Arrays, normal, to_floats, to_tensors
 from .golden_case import GoldenCase, GraphWithCases, Materials
-from .graph import TrainingGraph
-from .tolerances import allowed
+from .graph import Computed, Specs, TrainingGraph
 
 KINDS: Final = ("adapter_forward", "adapter_input_grad", "adapter_weight_grad")
 TOKENS: Final = 7
@@ -37,103 +37,70 @@ TOKENS: Final = 7
 
 def adapter_graphs(in_features: int, out_features: int) -> tuple[TrainingGraph, ...]:
     """``adapter_forward``, ``adapter_input_grad`` and ``adapter_weight_grad`` of one shape."""
-    key = adapter_key(in_features, out_features)
-    x = TensorSpec("x", "fp32", ("tokens", in_features))
-    grad = TensorSpec("grad", "fp32", ("tokens", out_features))
-    z = TensorSpec("z", "fp32", ("tokens", "rank"))
-    dz = TensorSpec("dz", "fp32", ("tokens", "rank"))
-    lora_a = TensorSpec("lora_A", "fp32", ("rank", in_features))
-    lora_b = TensorSpec("lora_B", "fp32", (out_features, "rank"))
+    x, grad_x = (TensorSpec(name, "fp32", ("tokens", in_features)) for name in ("x", "grad_x"))
+    grad, delta = (TensorSpec(name, "fp32", ("tokens", out_features)) for name in ("grad", "delta"))
+    z, dz = (TensorSpec(name, "fp32", ("tokens", "rank")) for name in ("z", "dz"))
+    lora_a, grad_a = (TensorSpec(name, "fp32", ("rank", in_features)) for name in ("lora_A", "grad_A"))
+    lora_b, grad_b = (TensorSpec(name, "fp32", (out_features, "rank")) for name in ("lora_B", "grad_B"))
     scale = TensorSpec("scale", "fp32", ())
-    forward = TrainingGraph(
-        "adapter_forward",
-        inputs=(x, lora_a, lora_b, scale),
-        outputs=(z, TensorSpec("delta", "fp32", ("tokens", out_features))),
-        body="""
+
+    def graph(
+        kind: str, inputs: Specs, outputs: Specs, function: Callable[..., tuple[Tensor, Tensor]], body: str
+    ) -> TrainingGraph:
+        key = adapter_key(in_features, out_features)
+        return TrainingGraph(kind, inputs, outputs, body, partial(Computed, function), key)
+
+    return (
+        graph("adapter_forward", (x, lora_a, lora_b, scale), (z, delta), adapter_forward, """
             z_by_rank = Gemm <transB = 1> (lora_A, x)
             z = Transpose <perm = [1, 0]> (z_by_rank)
             scaled_z = Mul (z, scale)
             delta = Gemm <transB = 1> (scaled_z, lora_B)
-        """,
-        module=AdapterForward,
-        key=key,
-    )
-    input_grad = TrainingGraph(
-        "adapter_input_grad",
-        inputs=(grad, lora_a, lora_b, scale),
-        outputs=(dz, TensorSpec("grad_x", "fp32", ("tokens", in_features))),
-        body="""
+        """),
+        graph("adapter_input_grad", (grad, lora_a, lora_b, scale), (dz, grad_x), adapter_input_grad, """
             gradB = MatMul (grad, lora_B)
             dz = Mul (gradB, scale)
             grad_x = MatMul (dz, lora_A)
-        """,
-        module=AdapterInputGrad,
-        key=key,
-    )
-    weight_grad = TrainingGraph(
-        "adapter_weight_grad",
-        inputs=(x, z, grad, dz, scale),
-        outputs=(
-            TensorSpec("grad_A", "fp32", ("rank", in_features)),
-            TensorSpec("grad_B", "fp32", (out_features, "rank")),
-        ),
-        body="""
+        """),
+        graph("adapter_weight_grad", (x, z, grad, dz, scale), (grad_a, grad_b), adapter_weight_grad, """
             dz_by_rank = Transpose <perm = [1, 0]> (dz)
             grad_A = MatMul (dz_by_rank, x)
             z_by_rank = Transpose <perm = [1, 0]> (z)
             zgrad = MatMul (z_by_rank, grad)
             scaled_zgrad = Mul (zgrad, scale)
             grad_B = Transpose <perm = [1, 0]> (scaled_zgrad)
-        """,
-        module=AdapterWeightGrad,
-        key=key,
-    )
-    return forward, input_grad, weight_grad
+        """),
+    )  # fmt: skip
 
 
-class AdapterForward(nn.Module):
+def adapter_forward(x: Tensor, lora_a: Tensor, lora_b: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """``z = x A^T`` (tokens, rank) and ``delta = scale * z B^T`` (tokens, out)."""
-
-    def forward(self, x: Tensor, lora_a: Tensor, lora_b: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        # linear and mm, with the long side untransposed: to ExecuTorch's kernels a transpose is a copy.
-        z = nn.functional.linear(x, lora_a)
-        return z, nn.functional.linear(z * scale, lora_b)
+    # linear and mm, with the long side untransposed: to ExecuTorch's kernels a transpose is a copy.
+    z = nn.functional.linear(x, lora_a)
+    return z, nn.functional.linear(z * scale, lora_b)
 
 
-class AdapterInputGrad(nn.Module):
+def adapter_input_grad(grad: Tensor, lora_a: Tensor, lora_b: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """``dz = scale * grad B`` (tokens, rank) and ``grad_x = dz A`` (tokens, in)."""
-
-    def forward(self, grad: Tensor, lora_a: Tensor, lora_b: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        dz = torch.mm(grad, lora_b) * scale
-        return dz, torch.mm(dz, lora_a)
+    dz = torch.mm(grad, lora_b) * scale
+    return dz, torch.mm(dz, lora_a)
 
 
-class AdapterWeightGrad(nn.Module):
+def adapter_weight_grad(x: Tensor, z: Tensor, grad: Tensor, dz: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """``grad_A = dz^T x`` (rank, in) and ``grad_B = scale * grad^T z`` (out, rank)."""
-
-    def forward(self, x: Tensor, z: Tensor, grad: Tensor, dz: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        # (z^T grad)^T and not grad^T z: it transposes what has rank columns, not what has out.
-        return torch.mm(dz.t(), x), torch.mm((z * scale).t(), grad).t()
+    # (z^T grad)^T and not grad^T z: it transposes what has rank columns, not what has out.
+    return torch.mm(dz.t(), x), torch.mm((z * scale).t(), grad).t()
 
 
-def reference(graph: TrainingGraph, values: Inputs, dtype: torch.dtype = torch.float64) -> Arrays:
-    """What a graph must compute, by autograd. ``values`` also has the adapter's weights where its inputs do not."""
+def reference(values: Arrays, dtype: torch.dtype) -> Arrays:
+    """What the graphs must compute, all of their outputs, by autograd."""
     x, grad, lora_a, lora_b, scale = to_tensors(values, dtype, "x", "grad", "lora_A", "lora_B", "scale")
-    if graph.kind == "adapter_forward":
-        return to_floats(z=x @ lora_a.T, delta=_delta(x, lora_a, lora_b, scale))
-    if graph.kind == "adapter_input_grad":
-        x = torch.zeros(len(grad), lora_a.shape[1], dtype=dtype, requires_grad=True)
-        z = x @ lora_a.T
-        dz, grad_x = torch.autograd.grad(scale * (z @ lora_b.T), (z, x), grad)
-        return to_floats(dz=dz, grad_x=grad_x)
-    lora_a.requires_grad_()
-    lora_b.requires_grad_()
-    grad_a, grad_b = torch.autograd.grad(_delta(x, lora_a, lora_b, scale), (lora_a, lora_b), grad)
-    return to_floats(grad_A=grad_a, grad_B=grad_b)
-
-
-def _delta(x: Tensor, lora_a: Tensor, lora_b: Tensor, scale: Tensor) -> Tensor:
-    return scale * (x @ lora_a.T @ lora_b.T)
+    for leaf in (x, lora_a, lora_b):
+        leaf.requires_grad_()
+    z = x @ lora_a.T
+    delta = scale * (z @ lora_b.T)
+    dz, grad_x, grad_a, grad_b = torch.autograd.grad(delta, (z, x, lora_a, lora_b), grad)
+    return to_floats(z=z, delta=delta, dz=dz, grad_x=grad_x, grad_A=grad_a, grad_B=grad_b)
 
 
 def adapter_tests(graph: TrainingGraph, shape: tuple[int, int], rank: int, scaling: float) -> Iterator[GoldenCase]:
@@ -150,8 +117,7 @@ def adapter_tests(graph: TrainingGraph, shape: tuple[int, int], rank: int, scali
         }
         values["z"] = values["x"] @ values["lora_A"].T
         values["dz"] = values["scale"] * (values["grad"] @ values["lora_B"])
-        exact, single = (reference(graph, values, dtype) for dtype in (torch.float64, torch.float32))
-        yield GoldenCase({spec.name: values[spec.name] for spec in graph.inputs}, exact, allowed(exact, single))
+        yield GoldenCase.of(graph, values, reference)
 
 
 def make(materials: Materials) -> Iterator[GraphWithCases]:

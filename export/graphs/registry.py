@@ -3,29 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Final, Protocol
+from typing import Final
 
 from . import adamw, block, block_decode, core, embedding, head, lora
 from .golden_case import GraphWithCases, Materials
 
-
-class Family(Protocol):
-    """What a file of a family of graphs offers.
-
-    Attributes:
-        KINDS: the kinds of its graphs, as ``graphs`` of a manifest names them.
-    """
-
-    @property
-    def KINDS(self) -> tuple[str, ...]: ...
-
-    def make(self, materials: Materials, /) -> Iterator[GraphWithCases]:
-        """Its graphs of one base model, each with its tests."""
-        ...
-
-
-FAMILIES: Final[tuple[Family, ...]] = (lora, core, adamw, embedding, head, block, block_decode)
+FAMILIES: Final = (lora, core, adamw, embedding, head, block, block_decode)
 KINDS: Final = tuple(kind for family in FAMILIES for kind in family.KINDS)
+"""As ``graphs`` of a manifest names them."""
 
 
 def make_graphs(materials: Materials) -> Iterator[GraphWithCases]:
