@@ -7,17 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
+import msgspec
 import numpy as np
 import safetensors.numpy
 
-from dlora.cloud.model.base_model import (
-    BaseModel,
-    find_embedding,
-    find_head,
-    find_source,
-    load_model,
-    reach,
-)
+from dlora.cloud.model.base_model import BaseModel, find_embedding, find_head, find_source, load_model, reach
 from dlora.export.graphs.block_materials import DeviceBlocks
 from dlora.export.graphs.golden_case import Materials
 from dlora.export.graphs.registry import make_graphs
@@ -57,10 +51,7 @@ Say = Callable[[str], None]
 
 
 def export_bundle(
-    settings: ExportSettings,
-    say: Say = lambda _: None,
-    note: Say = lambda _: None,
-    tell: Say = lambda _: None,
+    settings: ExportSettings, say: Say = lambda _: None, note: Say = lambda _: None, tell: Say = lambda _: None
 ) -> Manifest:
     """Export a bundle to ``settings.out``; ``say`` is called with what is being done, ``note`` with choices
     that nobody asked for, ``tell`` with what takes long: that the hub is asked, and each block.
@@ -105,8 +96,7 @@ def export_bundle(
         )
         blocks_spec = None if blocks is None else save_device_blocks(bundle, blocks)
         bounds = BOUNDS if blocks is None else bounds_for(blocks.max_length)
-        known = compilers(bounds)
-        engines = {name: known[name] for name in settings.engines}
+        engines = compilers(settings.engines, bounds)
         verified: list[Verified] = []
         for graph, tests in make_graphs(materials):
             verified.append(verify(graph, tests, engines))
@@ -114,10 +104,11 @@ def export_bundle(
         graphs = tuple(_save_graph(bundle, made) for made in verified)
         _save_golden(bundle, verified)
         say("hashing")
+        of_base = msgspec.convert(base, BaseModelSpec, from_attributes=True)
         manifest = Manifest(
             format=BUNDLE_FORMAT,
             software=SOFTWARE_VERSION,
-            base_model=_base_model_spec(base, name),
+            base_model=msgspec.structs.replace(of_base, name=name),
             defaults=AdapterDefaults(settings.rank, settings.alpha, selection.target_modules),
             groups=groups,
             order=_order(base, groups),
@@ -136,41 +127,33 @@ def export_bundle(
 
 
 def _device_blocks(
-    settings: ExportSettings,
-    base: BaseModel,
-    selection: Selection,
-    groups: Sequence[GroupSpec],
-    say: Say,
-    note: Say,
-    tell: Say,
-) -> DeviceBlocks | None:
+    settings: ExportSettings, base: BaseModel, selection: Selection, groups: Sequence[GroupSpec],
+    say: Say, note: Say, tell: Say,
+) -> DeviceBlocks | None:  # fmt: skip
     """Those that were asked for; raises where they cannot be. Else those that a device's memory holds; says where they
     cannot be, and goes on with fewer, or none."""
     count = base.blocks if settings.device_blocks == "all" else settings.device_blocks
     is_asked_for = count is not None
     if count is None:
         count = _blocks_for(settings, base, groups, note)
-    if not count:
-        return None
     if count > base.blocks:
         raise UsageError(f"--device-blocks {count} is more than the {base.blocks} blocks of {base.name}")
-    try:
+    name = f"{base.name} ({base.architecture})"
+    while count:
         try:
             return prepare_blocks(base, selection.trainable, count, settings.block_dtype, say, tell)
         except CannotBeginOnDevice as error:
-            text = f"{base.name} ({base.architecture}) cannot run on a device alone: {error}"
-            if is_asked_for:
-                raise ExportError(f"{text}; --device-blocks {count - 1} is the most") from None
-            note(f"{text}; it gets {count - 1} blocks")
-            if count == 1:
-                return None
-            return prepare_blocks(base, selection.trainable, count - 1, settings.block_dtype, say, tell)
-    except CannotRunOnDevice as error:
-        text = f"{base.name} ({base.architecture}) has no blocks for a device: {error}"
+            count -= 1
+            problem, advice = f"{name} cannot run on a device alone: {error}", f"--device-blocks {count} is the most"
+            outcome = f"; it gets {count} blocks"
+        except CannotRunOnDevice as error:
+            count = 0
+            problem, advice = f"{name} has no blocks for a device: {error}", "leave out --device-blocks"
+            outcome = ""
         if is_asked_for:
-            raise ExportError(f"{text}; leave out --device-blocks") from None
-        note(text)
-        return None
+            raise ExportError(f"{problem}; {advice}")
+        note(problem + outcome)
+    return None
 
 
 def _blocks_for(settings: ExportSettings, base: BaseModel, groups: Sequence[GroupSpec], note: Say) -> int:
@@ -201,16 +184,17 @@ def _order(base: BaseModel, groups: Sequence[GroupSpec]) -> tuple[int, ...]:
 
 
 def _save_graph(bundle: Path, made: Verified) -> GraphSpec:
-    files = {engine: f"graphs/{made.graph.name}.{SUFFIXES[engine]}" for engine in made.models}
+    graph = made.graph
+    files = {engine: f"graphs/{graph.name}.{SUFFIXES[engine]}" for engine in made.models}
     (bundle / "graphs").mkdir(exist_ok=True)
     for engine, name in files.items():
         (bundle / name).write_bytes(made.models[engine])
     return GraphSpec(
-        kind=made.graph.kind,
-        key=made.graph.key,
+        kind=graph.kind,
+        key=graph.key,
         files=files,
-        inputs=made.graph.inputs,
-        outputs=made.graph.outputs,
+        inputs=graph.inputs,
+        outputs=graph.outputs,
         error=_rounded(made.error),
         tolerance=made.tolerance,
         errors={engine: _rounded(error) for engine, error in made.errors.items()},
@@ -223,27 +207,10 @@ def _rounded(error: float) -> float:
 
 
 def _save_golden(bundle: Path, verified: Sequence[Verified]) -> None:
-    tensors = {
-        # safetensors writes the memory as it lies, transposed or not.
-        f"{made.graph.name}.{name}": np.asarray(value, order="C")
-        for made in verified
-        for name, value in made.golden.items()
-    }
+    vectors = {f"{made.graph.name}.{name}": value for made in verified for name, value in made.golden.items()}
+    # safetensors writes the memory as it lies, transposed or not.
+    tensors = {name: np.asarray(value, order="C") for name, value in vectors.items()}
     (bundle / _GOLDEN).write_bytes(safetensors.numpy.save(tensors))  # save_file gives mode 0600
-
-
-def _base_model_spec(base: BaseModel, name: str) -> BaseModelSpec:
-    return BaseModelSpec(
-        name=name,
-        architecture=base.architecture,
-        fingerprint=base.fingerprint,
-        blocks=base.blocks,
-        embedding_size=base.embedding_size,
-        hidden_size=base.hidden_size,
-        vocabulary_size=base.vocabulary_size,
-        max_sequence_length=base.max_sequence_length,
-        parameters=base.parameters,
-    )
 
 
 def _describe_files(bundle: Path) -> dict[str, FileSpec]:

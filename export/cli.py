@@ -1,57 +1,53 @@
-"""``dlora-export``: the command line of the exporter."""
+"""``dlora-export``: the command line of the exporter.
+
+It had no commands before it had a second thing to do, and what was typed then means the same now: ``dlora-export MODEL
+…`` exports, ``dlora-export merge MODEL …`` merges.
+"""
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
+from typer.core import TyperCommand
 
 from dlora.protocol.sizes import parse_size
 from dlora.protocol.version import SOFTWARE_VERSION
-
-from .subcommand import CommandWithSubcommands
 
 app = typer.Typer(pretty_exceptions_enable=False)
 merge_app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
 HELP = {"help_option_names": ["-h", "--help"]}
 
 
-class StoredDtype(StrEnum):
-    """How weights are stored on the device."""
-
-    FP16 = "fp16"
-    FP32 = "fp32"
-    INT8 = "int8"
-
-
-class BlockDtype(StrEnum):
-    """How weights of blocks are stored on the device."""
-
-    FP16 = "fp16"
-    FP32 = "fp32"
-    INT8 = "int8"
-    INT4 = "int4"
+StoredDtype = Literal["fp16", "fp32", "int8"]
+"""How weights are stored on the device."""
+BlockDtype = Literal["fp16", "fp32", "int8", "int4"]
+"""How weights of blocks are stored on the device."""
+Dtype = Literal["float32", "bfloat16", "float16"]
+"""Of a merged model's weights."""
+Engine = Literal["onnx", "executorch", "both"]
+"""What runs the graphs on the device."""
 
 
-class Dtype(StrEnum):
-    """Of a merged model's weights."""
+class _ExportCommand(TyperCommand):
+    """Runs ``merge`` where that is its first argument."""
 
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        """Parse the arguments, as those of the command that they name."""
+        if args and args[0] == "merge":
+            other = typer.main.get_command(merge_app)
+            return other.make_context(f"{info_name} merge", args[1:], parent, **extra)
+        return super().make_context(info_name, args, parent, **extra)
 
-
-class Engine(StrEnum):
-    """What runs the graphs on the device."""
-
-    ONNX = "onnx"
-    EXECUTORCH = "executorch"
-    BOTH = "both"
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that was parsed."""
+        return super().invoke(ctx) if ctx.command is self else ctx.command.invoke(ctx)
 
 
 def _version(wanted: bool) -> None:
@@ -68,7 +64,20 @@ def _complete(begun: str) -> list[str]:
     return [word for word in ("merge", "smollm2-135m") if word.startswith(begun)]
 
 
-@app.command(cls=CommandWithSubcommands, context_settings=HELP)
+@contextmanager
+def _shown(doing: str) -> Iterator[tuple[Callable[[str], None], Callable[[str], None]]]:
+    """On stderr what is being done; yields what says the part of it, and what tells a line that stays to be read."""
+    from rich.console import Console
+
+    console = Console(file=sys.stderr)
+    with console.status(doing) as status:
+        yield (
+            lambda part: status.update(f"{doing}: {part}"),
+            lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True),
+        )
+
+
+@app.command(cls=_ExportCommand, context_settings=HELP)
 def export(
     model: Annotated[str, typer.Argument(help=MODEL_HELP, autocompletion=_complete)],
     out: Annotated[Path, typer.Option(help="The bundle: a directory that will be made.")],
@@ -84,7 +93,7 @@ def export(
     ] = None,
     head_dtype: Annotated[
         StoredDtype, typer.Option(metavar="DTYPE", help="How the LM head is stored: fp16, fp32 or int8.")
-    ] = StoredDtype.FP16,
+    ] = "fp16",
     device_blocks: Annotated[
         str | None,
         typer.Option(
@@ -109,10 +118,10 @@ def export(
             help="How their weights are stored: fp16, fp32, int8 or int4. Adapters are trained for the weights as they "
             "are stored: int8 only where memory forbids fp16, and int4 only where it forbids int8.",
         ),
-    ] = BlockDtype.FP16,
+    ] = "fp16",
     engine: Annotated[
         Engine, typer.Option(metavar="ENGINE", help="What the device runs graphs with: onnx, executorch or both.")
-    ] = Engine.ONNX,
+    ] = "onnx",
     base_model_name: Annotated[
         str | None,
         typer.Option(help="What adapters call their base model; its hub id by default, or MODEL where it has none."),
@@ -134,40 +143,25 @@ def export(
     names = None
     if target_modules is not None:
         names = tuple(dict.fromkeys(name.strip() for name in target_modules.split(",") if name.strip()))
+    blocks = parse_device_blocks(device_blocks)
+    memory = None if device_memory is None else parse_size(device_memory, "--device-memory")
     settings = ExportSettings(
-        model,
-        out,
-        rank,
-        alpha,
-        names,
-        head_dtype.value,
-        force,
-        engine.value,
-        base_model_name,
-        parse_device_blocks(device_blocks),
-        block_dtype.value,
-        None if device_memory is None else parse_size(device_memory, "--device-memory"),
+        model, out, rank, alpha, names, head_dtype, force, engine, base_model_name, blocks, block_dtype, memory
     )
     settings.check()
     # Not before: torch takes seconds, which --help, the shell's completion and mistakes need not wait for.
-    from rich.console import Console
-
     from .bundle import export_bundle
     from .report import print_json, print_table
 
     started = time.monotonic()
-    console = Console(file=sys.stderr)
     notes: list[str] = []
+    with _shown(f"exporting {model}") as (say, tell):
 
-    def note(line: str) -> None:
-        notes.append(line)
-        console.print(f"note: {line}", highlight=False, markup=False, soft_wrap=True)
+        def note(line: str) -> None:
+            notes.append(line)
+            tell(f"note: {line}")
 
-    def tell(line: str) -> None:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-    with console.status(f"exporting {model}") as status:
-        manifest = export_bundle(settings, lambda doing: status.update(f"exporting {model}: {doing}"), note, tell)
+        manifest = export_bundle(settings, say, note, tell)
     wall_s = time.monotonic() - started
     if json:
         print_json(manifest, out, notes, wall_s)
@@ -182,7 +176,7 @@ def merge(
     out: Annotated[Path, typer.Option(help="The merged model: a directory that will be made.")],
     dtype: Annotated[
         Dtype, typer.Option(metavar="DTYPE", help="Of its weights: float32, bfloat16 or float16.")
-    ] = Dtype.FLOAT32,
+    ] = "float32",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a merged model that is there already.")] = False,
 ) -> None:
@@ -192,23 +186,13 @@ def merge(
     """
     from .merge_settings import MergeSettings
 
-    settings = MergeSettings(model, adapter, out, dtype.value, force)
+    settings = MergeSettings(model, adapter, out, dtype, force)
     settings.check()
     # Not before, as above.
-    from rich.console import Console
-
     from .merge import merge_adapter
     from .report import print_merged
 
     started = time.monotonic()
-    console = Console(file=sys.stderr)
-    with console.status(f"merging into {model}") as status:
-        merged = merge_adapter(
-            settings,
-            lambda doing: status.update(f"merging into {model}: {doing}"),
-            lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True),
-        )
+    with _shown(f"merging into {model}") as (say, tell):
+        merged = merge_adapter(settings, say, tell)
     print_merged(asdict(merged), settings.dtype, out, time.monotonic() - started, json_output=json)
-
-
-CommandWithSubcommands.commands["merge"] = typer.main.get_command(merge_app)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
-from torch import Tensor, fx
+from torch import fx, nn
 
 from dlora.cloud.model.base_model import BaseModel, quiet
 from dlora.protocol.errors import DloraError
@@ -20,9 +21,9 @@ from .graphs.block_materials import BlockMaterials, DeviceBlocks, FinalNormMater
 from .graphs.graph import TrainingGraph
 from .tracing.calls import (
     MASK,
-    BlockCall,
     CannotRunOnDevice,
     final_modules,
+    near,
     random_embeds,
     record_calls,
     table_rows,
@@ -37,16 +38,30 @@ from .tracing.shared import gives_the_same
 from .tracing.simplify import simplify
 from .tracing.trace import trace_block
 
-_TOLERANCE = 1e-4  # rounding only: the same sums in another order
+Say = Callable[[str], None]
 
 
+@contextmanager
+def _one_reason() -> Iterator[None]:
+    """Whatever a family's code does while it is traced is ``CannotRunOnDevice``, and nothing is printed."""
+    torch_log = logging.getLogger("torch._subclasses.fake_tensor")  # tells with a traceback what we tell in a line
+    level = torch_log.level
+    torch_log.setLevel(logging.CRITICAL)
+    try:
+        with quiet():
+            yield
+    except DloraError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise CannotRunOnDevice(f"its blocks cannot be traced ({reason[:160]})") from None
+    finally:
+        torch_log.setLevel(level)
+
+
+@_one_reason()
 def prepare_blocks(
-    base: BaseModel,
-    trainable: Sequence[str],
-    count: int,
-    dtype: BlockDtype,
-    say: Callable[[str], None],
-    tell: Callable[[str], None] = lambda _: None,
+    base: BaseModel, trainable: Sequence[str], count: int, dtype: BlockDtype, say: Say, tell: Say = lambda _: None
 ) -> DeviceBlocks:
     """The last ``count`` blocks of ``base``, their graphs made and not yet verified.
 
@@ -58,31 +73,10 @@ def prepare_blocks(
     Raises ``CannotRunOnDevice`` where the family's blocks cannot be run without its decoder; ``CannotBeginOnDevice``
     where ``count`` is all of them, and only what stands before the first one cannot be.
     """
-    torch_log = logging.getLogger("torch._subclasses.fake_tensor")  # tells with a traceback what we tell in a line
-    level = torch_log.level
-    torch_log.setLevel(logging.CRITICAL)
-    try:
-        with quiet():
-            return _prepare(base, trainable, count, dtype, say, tell)
-    except DloraError:
-        raise
-    except Exception as error:  # whatever a family's code does when it is traced
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise CannotRunOnDevice(f"its blocks cannot be traced ({reason[:160]})") from None
-    finally:
-        torch_log.setLevel(level)
-
-
-def _prepare(
-    base: BaseModel,
-    trainable: Sequence[str],
-    count: int,
-    dtype: BlockDtype,
-    say: Callable[[str], None],
-    tell: Callable[[str], None],
-) -> DeviceBlocks:
     first = base.blocks - count
-    _check_experts(base, first)
+    for index, module in enumerate(base.block_modules[first:], first):
+        if any("expert" in name for name, _ in module.named_modules()):
+            raise CannotRunOnDevice(f"block {index} is a mixture of experts, which runs what its data choose")
     entry = find_entry(base) if not first else None
     of_block = windows(base)
     calls = record_calls(base)
@@ -101,26 +95,22 @@ def _prepare(
             made = block_graphs(traced, weights, targets, str(len(shapes)))
             shape = shapes.setdefault(_content(made), (traced, *made))
         _, forward, backward = shape
-        inputs = {spec.name for graph in (forward, backward) for spec in graph.inputs}
+        block = BlockMaterials(call, forward.key, targets, weights, {}, of_block[call.index], forward, backward)
+        inputs = _inputs(block)
         used = {name: tensor for name, tensor in weights.items() if name in inputs}
-        blocks.append(
-            BlockMaterials(call, forward.key, targets, used, {}, of_block[call.index], forward, backward)
-        )
+        blocks.append(replace(block, weights=used))
         tell(f"block {len(blocks)} of {count} is ready")
     blocks = _with_tables(base, blocks)
     modules = final_modules(base)
-    last_block = _last_hidden_states(calls[-1])
+    with torch.no_grad():
+        last_hidden_states = calls[-1](calls[-1].hidden_states(), {})
     final_weights = {
         f"{place}.{name}": parameter.detach().float()
         for place, module in enumerate(modules)
         for name, parameter in module.named_parameters()
     }
-    final_norm = FinalNormMaterials(
-        modules,
-        final_weights,
-        last_block,
-        *final_norm_graphs(modules, final_weights, last_block.shape[1], calls[-1].tokens),
-    )
+    of_norm = final_norm_graphs(modules, final_weights, last_hidden_states.shape[1], calls[-1].tokens)
+    final_norm = FinalNormMaterials(modules, final_weights, last_hidden_states, *of_norm)
     last, labelled = blocks[-1], unusual_number(base, but=calls[-1].tokens)
     say("tracing the last block for labelled tokens")
     passes = last_block_graphs(last.call, weights, last.targets, last.key, labelled)  # weights are the last block's
@@ -129,17 +119,15 @@ def _prepare(
     return _with_decode(base, made_ready, say)
 
 
-def _with_decode(base: BaseModel, made: DeviceBlocks, say: Callable[[str], None]) -> DeviceBlocks:
+def _with_decode(base: BaseModel, made: DeviceBlocks, say: Say) -> DeviceBlocks:
     """With a ``block_decode`` for each shape; without any where the family does not go on from keys and values so."""
     say("tracing blocks that go on from earlier tokens")
     try:
-        blocks = tuple(_decoding(base, made.blocks))
+        return replace(made, blocks=tuple(_decoding(base, made.blocks)))
     except CannotRunOnDevice as error:
         reason = str(error)
     except Exception as error:  # whatever a family's code does with a cache that it does not know
         reason = f"its blocks cannot be traced with a cache ({type(error).__name__}: {first_line(error)[:120]})"
-    else:
-        return replace(made, blocks=blocks)
     return replace(made, without_decode=reason)
 
 
@@ -168,14 +156,8 @@ def _check_past(block: BlockMaterials, argument: str) -> None:
         _, *past = call_with_past(block.call, argument, x[:before], block.context((before,)) | block.fixed(), None)
         context = block.context_after(before, tokens - before) | block.fixed()
         found, _, _ = call_with_past(block.call, argument, x[before:], context, (past[0], past[1]))
-    if not bool((found - wanted).abs().max() <= _TOLERANCE * wanted.abs().max()):
+    if not near(found, wanted):
         raise CannotRunOnDevice(f"block {block.call.index} gives something else with a cache than without")
-
-
-def _check_experts(base: BaseModel, first: int) -> None:
-    for index, block in enumerate(base.block_modules[first:], first):
-        if any("expert" in name for name, _ in block.named_modules()):
-            raise CannotRunOnDevice(f"block {index} is a mixture of experts, which runs what its data choose")
 
 
 def _inputs(block: BlockMaterials) -> set[str]:
@@ -204,11 +186,6 @@ def _with_tables(base: BaseModel, blocks: list[BlockMaterials]) -> list[BlockMat
     return completed
 
 
-def _last_hidden_states(call: BlockCall) -> Tensor:
-    with torch.no_grad():
-        return call(call.hidden_states(), {})
-
-
 def _check_chain(base: BaseModel, made: DeviceBlocks) -> None:
     """The blocks one after the other, on packed sequences, with the context that a device makes, give what the decoder
     gives for each sequence by itself."""
@@ -226,9 +203,6 @@ def _check_chain(base: BaseModel, made: DeviceBlocks) -> None:
         found = torch.cat(hidden)
         for block in made.blocks:
             found = block.call(found, block.context(lengths) | block.fixed())
-        found = found[None]
-        for module in made.final_norm.modules:
-            found = module(found)
-    expected = torch.cat(wanted)
-    if not bool((found[0] - expected).abs().max() <= _TOLERANCE * expected.abs().max()):
+        found = nn.Sequential(*made.final_norm.modules)(found[None])
+    if not near(found[0], torch.cat(wanted)):
         raise CannotRunOnDevice("its blocks give something else without their decoder")

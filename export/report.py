@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 from rich.console import Console
@@ -17,6 +17,8 @@ from dlora.protocol.groups import GroupSpec
 from dlora.protocol.manifest import Manifest
 from dlora.protocol.targets import choose_groups, module_names
 from dlora.protocol.text import one_line
+
+_OF_GRAPHS: Final = ("kind", "key", "error", "errors", "tolerance")
 
 
 def print_json(manifest: Manifest, out: Path, notes: Sequence[str], wall_s: float) -> None:
@@ -30,10 +32,7 @@ def print_json(manifest: Manifest, out: Path, notes: Sequence[str], wall_s: floa
             {
                 "bundle": str(out),
                 "base_model": base.name,
-                "architecture": base.architecture,
-                "fingerprint": base.fingerprint,
-                "parameters": base.parameters,
-                "blocks": base.blocks,
+                **{name: getattr(base, name) for name in ("architecture", "fingerprint", "parameters", "blocks")},
                 "rank": defaults.r,
                 "alpha": defaults.lora_alpha,
                 "target_modules": list(defaults.target_modules),
@@ -47,16 +46,7 @@ def print_json(manifest: Manifest, out: Path, notes: Sequence[str], wall_s: floa
                     "adapters": _modules(manifest.groups),
                 },
                 "head_dtype": manifest.head.dtype,
-                "graphs": [
-                    {
-                        "kind": graph.kind,
-                        "key": graph.key,
-                        "error": graph.error,
-                        "errors": graph.errors,
-                        "tolerance": graph.tolerance,
-                    }
-                    for graph in manifest.graphs
-                ],
+                "graphs": [{name: getattr(graph, name) for name in _OF_GRAPHS} for graph in manifest.graphs],
                 "engines": list(manifest.engines),
                 "executorch": msgspec.to_builtins(manifest.executorch),
                 "files": {name: spec.bytes for name, spec in manifest.files.items()},
@@ -81,16 +71,8 @@ def print_table(manifest: Manifest, out: Path, wall_s: float) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    table = Table(
-        Column("file", no_wrap=True, overflow="fold"),
-        "size",
-        "error against torch",
-        "allowed",
-        box=None,
-        header_style="bold",
-    )
-    for column in table.columns[1:]:
-        column.justify = "right"
+    numbers = (Column(name, justify="right") for name in ("size", "error against torch", "allowed"))
+    table = Table(Column("file", no_wrap=True, overflow="fold"), *numbers, box=None, header_style="bold")
     errors = {
         file: (f"{graph.errors[engine]:.1e}", f"{graph.tolerance:.0e}")
         for graph in manifest.graphs

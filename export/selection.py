@@ -50,18 +50,14 @@ def select_targets(base: BaseModel, target_modules: Sequence[str] | None) -> Sel
         return _default(base, trainable)
     if tuple(target_modules) == (ALL_LINEAR,):
         return Selection(trainable, trainable, _shortest_names(base, trainable), _left_out_note(refused))
-    chosen: set[str] = set()
     for wanted in target_modules:
-        matches = _matching(base, [wanted])
-        if not matches:
+        if not _matching(base, [wanted]):
             raise ExportError(f"{base.name} has no module {wanted!r}; {_choices_text(base, trainable)}")
-        chosen |= matches
-    wrong = sorted(chosen.difference(trainable))
-    if wrong:
+    chosen = _matching(base, target_modules)
+    if wrong := sorted(chosen.difference(trainable)):
         reason = refused.get(wrong[0], "is not a linear module of a block")
-        raise ExportError(
-            f"{wrong[0]} cannot be a target module of {base.name}: it {reason}; {_choices_text(base, trainable)}"
-        )
+        choices = _choices_text(base, trainable)
+        raise ExportError(f"{wrong[0]} cannot be a target module of {base.name}: it {reason}; {choices}")
     return Selection(trainable, tuple(name for name in trainable if name in chosen), tuple(target_modules))
 
 
@@ -136,12 +132,10 @@ def _refused_by_peft(base: BaseModel) -> dict[str, str]:
 
 def _left_out_note(refused: dict[str, str]) -> tuple[str, ...]:
     """The note on what ``all-linear`` leaves out: how many modules, and one of them for each reason."""
-    if not refused:
-        return ()
     examples = {reason: name for name, reason in reversed(refused.items())}
     reasons = "; ".join(f"{name} {reason}" for reason, name in reversed(examples.items()))
     count = f"{len(refused)} module{'s' if len(refused) > 1 else ''}"
-    return (f"all-linear leaves out {count}: {reasons}",)
+    return (f"all-linear leaves out {count}: {reasons}",) if refused else ()
 
 
 def _choices_text(base: BaseModel, trainable: Collection[str]) -> str:

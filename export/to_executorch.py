@@ -8,7 +8,6 @@ a run does not need, so generous bounds cost address space and no memory.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import logging
 import os
 import sys
@@ -20,7 +19,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dlora.export.graphs.arrays import Arrays
 from dlora.export.graphs.graph import TrainingGraph
@@ -56,32 +55,22 @@ def to_executorch(graph: TrainingGraph, bounds: Mapping[str, int] = BOUNDS) -> b
     Raises ``ExportError`` where executorch cannot make it.
     """
     exir = _executorch()
-    module = graph.module()
     examples = tuple(_example(spec) for spec in graph.inputs)
     try:
         with _without_output():
-            sizes = _dynamic(graph, module, bounds)
-            exported = torch.export.export(module, examples, dynamic_shapes=sizes, strict=False)
-            edge = exir.to_edge(
-                exported,
-                compile_config=exir.EdgeCompileConfig(
-                    # Undecomposed, for its kernel reads the weight as it lies; mm would want a transposed copy.
-                    preserve_ops=[torch.ops.aten.linear.default],
-                    _check_ir_validity=False,
-                ),
+            sizes = _dynamic(graph, bounds)
+            exported = torch.export.export(graph.module(), examples, dynamic_shapes=sizes, strict=False)
+            # Linear stays, for its kernel reads the weight as it lies; mm would want a transposed copy.
+            kept = [torch.ops.aten.linear.default]
+            config = exir.EdgeCompileConfig(preserve_ops=kept, _check_ir_validity=False)
+            planning = exir.passes.MemoryPlanningPass(alloc_graph_input=False, alloc_graph_output=False)
+            program = exir.to_edge(exported, compile_config=config).to_executorch(
+                exir.ExecutorchBackendConfig(memory_planning_pass=planning)
             )
-            program = edge.to_executorch(
-                exir.ExecutorchBackendConfig(
-                    memory_planning_pass=exir.passes.MemoryPlanningPass(
-                        alloc_graph_input=False, alloc_graph_output=False
-                    )
-                )
-            )
-            made = bytes(program.buffer)
+            return bytes(program.buffer)
     except Exception as error:  # of torch.export and executorch, which have no common base
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise ExportError(f"executorch cannot export the graph {graph.name}: {reason}") from None
-    return made
 
 
 def load_program(model: bytes) -> Callable[[Arrays], list[npt.NDArray[Any]]]:
@@ -94,9 +83,8 @@ def load_program(model: bytes) -> Callable[[Arrays], list[npt.NDArray[Any]]]:
         method = program.load_method("forward")
 
     def run(inputs: Arrays) -> list[npt.NDArray[Any]]:
-        with (
-            _without_output()
-        ):  # mapped weights are read-only, and only read; the first run says aloud what processor it finds
+        with _without_output():  # the first run says aloud what processor it finds
+            # Mapped weights are read-only, and only read.
             tensors = [torch.from_numpy(np.ascontiguousarray(value)).reshape(value.shape) for value in inputs.values()]
             return [output.numpy().copy() for output in method.execute(tensors)]
 
@@ -111,14 +99,14 @@ def _example(spec: TensorSpec) -> Tensor:
     return torch.empty(shape, dtype=_DTYPES[spec.dtype])
 
 
-def _dynamic(graph: TrainingGraph, module: nn.Module, bounds: Mapping[str, int]) -> Any:
+def _dynamic(graph: TrainingGraph, bounds: Mapping[str, int]) -> Any:
     dims = {name: torch.export.Dim(name, min=1, max=bound) for name, bound in bounds.items()}
-    shapes = tuple(
-        {axis: dims[size] for axis, size in enumerate(spec.shape) if isinstance(size, str)} for spec in graph.inputs
+    # The modules' *tensors count as one argument.
+    return (
+        tuple(
+            {axis: dims[size] for axis, size in enumerate(spec.shape) if isinstance(size, str)} for spec in graph.inputs
+        ),
     )
-    # *tensors, which the head's modules take, counts as one argument.
-    kinds = [parameter.kind for parameter in inspect.signature(module.forward).parameters.values()]
-    return (shapes,) if kinds == [inspect.Parameter.VAR_POSITIONAL] else shapes
 
 
 @cache

@@ -73,9 +73,10 @@ def compile_executorch(graph: TrainingGraph, bounds: Mapping[str, int] = BOUNDS)
     return Compiled(model, load_program(model))
 
 
-def compilers(bounds: Mapping[str, int]) -> Engines:
-    """Of all engines."""
-    return {"onnx": compile_onnx, "executorch": partial(compile_executorch, bounds=bounds)}
+def compilers(names: Iterable[str], bounds: Mapping[str, int]) -> Engines:
+    """Of the engines of these names."""
+    known: Engines = {"onnx": compile_onnx, "executorch": partial(compile_executorch, bounds=bounds)}
+    return {name: known[name] for name in names}
 
 
 ONNX_ONLY: Final[Engines] = {"onnx": compile_onnx}

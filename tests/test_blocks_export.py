@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -39,37 +40,22 @@ from dlora.export.tracing.shared import gives_the_same
 from dlora.export.tracing.simplify import simplify
 from dlora.export.tracing.trace import trace_block
 from dlora.export.verify import compile_onnx, verify
-from dlora.protocol.errors import ExportError, UsageError
+from dlora.protocol.errors import ExportError
 from dlora.protocol.manifest import MANIFEST_NAME, FileSpec, Manifest, encode_manifest, load_manifest
 
 # -- errors ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("family", "count", "kind", "text"),
-    [
-        ("llama", 3, UsageError, r"^--device-blocks 3 is more than the 2 blocks of "),
-        ("llama", -1, UsageError, r"^--device-blocks must be at least 0"),
-        ("mixtral", 1, ExportError, r"\(mixtral\) has no blocks for a device: .* mixture of .*; leave out --device-b"),
-        ("openai-gpt", 2, ExportError, r"\(openai-gpt\) has no blocks for a device: .* no attention mask.*; leave out"),
-    ],
-)
-def test_blocks_that_cannot_be_are_one_line_and_leave_nothing(
-    tmp_path: Path, family: str, count: int, kind: Any, text: str
-) -> None:
-    save_tiny(tmp_path / "model", family)
-    with pytest.raises(kind, match=text) as caught:
-        export_bundle(ExportSettings(str(tmp_path / "model"), tmp_path / "bundle", device_blocks=count))
-    assert "\n" not in str(caught.value)
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+def run_main(monkeypatch: Any, *arguments: object) -> int:
+    monkeypatch.setattr("sys.argv", ["dlora-export", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return int(ended.value.code or 0)
 
 
 @pytest.mark.slow
 def test_command_says_a_line_a_block(tiny: TinyFactory, tmp_path: Path, monkeypatch: Any, capfd: Any) -> None:
-    arguments = [str(tiny().model), "--out", str(tmp_path / "bundle"), "--device-blocks", "all"]
-    monkeypatch.setattr("sys.argv", ["dlora-export", *arguments])
-    with pytest.raises(SystemExit, match=r"^0$"):
-        main()
+    assert run_main(monkeypatch, tiny().model, "--out", tmp_path / "bundle", "--device-blocks", "all") == 0
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("block ")]
     assert lines == ["block 1 of 2 is ready", "block 2 of 2 is ready"]
 
@@ -77,24 +63,22 @@ def test_command_says_a_line_a_block(tiny: TinyFactory, tmp_path: Path, monkeypa
 @pytest.mark.parametrize(
     ("family", "count", "code", "text"),
     [
-        ("llama", "3", 2, "--device-blocks 3 is more than the 2 blocks"),
-        ("llama", "-1", 2, "--device-blocks must be at least 0"),
-        ("mixtral", "1", 11, "mixture of experts"),
+        ("llama", 3, 2, r"error: --device-blocks 3 is more than the 2 blocks of "),
+        ("llama", -1, 2, r"error: --device-blocks must be at least 0"),
+        ("mixtral", 1, 11, r"\(mixtral\) has no blocks for a device: .* mixture of .*; leave out --device-b"),
+        ("openai-gpt", 2, 11, r"\(openai-gpt\) has no blocks for a device: .* no attention mask.*; leave out"),
     ],
 )
-def test_command_that_asks_for_them_ends_in_one_line(
-    tmp_path: Path, monkeypatch: Any, capfd: Any, family: str, count: str, code: int, text: str
+def test_blocks_that_cannot_be_are_one_line_and_leave_nothing(
+    tmp_path: Path, monkeypatch: Any, capfd: Any, family: str, count: int, code: int, text: str
 ) -> None:
     save_tiny(tmp_path / "model", family)
     capfd.readouterr()
-    out = str(tmp_path / "bundle")
-    monkeypatch.setattr("sys.argv", ["dlora-export", str(tmp_path / "model"), "--out", out, "--device-blocks", count])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code == code
+    out = tmp_path / "bundle"
+    assert run_main(monkeypatch, tmp_path / "model", "--out", out, "--device-blocks", count) == code
     said = capfd.readouterr().err
     (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
-    assert text in line
+    assert re.search(text, line)
     assert "Traceback" not in said
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
@@ -105,12 +89,9 @@ def test_values_that_fp16_cannot_hold_name_the_option(tmp_path: Path) -> None:
     with torch.no_grad():
         model.get_submodule("model.layers.1.mlp.down_proj").weight[0, 0] = 1e5
     model.save_pretrained(tmp_path / "model")
-    with pytest.raises(ExportError) as caught:
-        export_bundle(
-            ExportSettings(str(tmp_path / "model"), tmp_path / "bundle", head_dtype="fp32", device_blocks=1)
-        )
-    assert "--block-dtype fp32" in str(caught.value)
-    assert "\n" not in str(caught.value)
+    settings = ExportSettings(str(tmp_path / "model"), tmp_path / "bundle", head_dtype="fp32", device_blocks=1)
+    with pytest.raises(ExportError, match=r"^[^\n]*--block-dtype fp32[^\n]*$"):
+        export_bundle(settings)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
@@ -190,7 +171,7 @@ def chain_call(chain: Chain) -> BlockCall:
     x = torch.randn(1, 23, chain.up.in_features, generator=torch.Generator().manual_seed(1))
     leaves, structure = torch.utils._pytree.tree_flatten(({"hidden_states": x},))
     config = BaseModel.from_model(tiny_model("llama"), "llama").model.config
-    return BlockCall(0, "chain", chain, tuple(leaves), structure, 0, {}, 23, config)
+    return BlockCall(0, "chain", chain, tuple(leaves), structure, {}, 23, config)
 
 
 def chain_graphs(chain: Chain, dtype: Any) -> tuple[dict[str, torch.Tensor], tuple[TrainingGraph, TrainingGraph]]:
@@ -262,10 +243,8 @@ def largest_float(model: onnx.ModelProto) -> int:
 
 
 def test_weight_of_odd_rows_is_widened_as_far_as_it_comes_out_even() -> None:
-    assert onnx_products._slabs(2048, 1024) == 2
-    assert onnx_products._slabs(2049, 1024) == 1
-    assert onnx_products._slabs(1024, 1024) == 1
-    assert onnx_products._slabs(6 * 4096, 4096) == 128
+    sizes = ((2048, 1024), (2049, 1024), (1024, 1024), (6 * 4096, 4096))
+    assert [onnx_products._slabs(*size) for size in sizes] == [2, 1, 1, 128]
 
 
 # -- a real model ------------------------------------------------------------------------------------------------

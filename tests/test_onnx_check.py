@@ -107,17 +107,13 @@ def test_graph_with_a_forbidden_part_is_refused(name: str) -> None:
 
 
 def test_model_with_a_forbidden_part_is_refused() -> None:
-    large = parsed("y = Identity (x)")
+    large, weights, sparse, function = (parsed("y = Identity (x)") for _ in range(4))
     large.graph.node[0].doc_string = "x" * MAX_GRAPH_BYTES
-    weights = parsed("y = Identity (x)")
     weights.graph.initializer.append(onnx.TensorProto(name="w", data_type=1, dims=[10**12]))
-    sparse = parsed("y = Identity (x)")
     sparse.graph.sparse_initializer.append(onnx.SparseTensorProto(dims=[10**12]))
-    function = parsed("y = Identity (x)")
     function.functions.append(onnx.FunctionProto(name="Add"))
-    claims = parsed("c = Constant <value = float[1] {1.0}> () y = Add (x, c)")
+    claims, elsewhere = (parsed("c = Constant <value = float[1] {1.0}> () y = Add (x, c)") for _ in range(2))
     claims.graph.node[0].attribute[0].t.dims[:] = [1 << 20, 1 << 20]
-    elsewhere = parsed("c = Constant <value = float[1] {1.0}> () y = Add (x, c)")
     elsewhere.graph.node[0].attribute[0].t.data_location = onnx.TensorProto.EXTERNAL
     for model, text in (
         (large, "more than 256 KiB"),
@@ -170,11 +166,9 @@ def three_dimensions_of_one() -> str:
     return f"{body} uv = Mul (u, v) y = Mul (uv, w)"
 
 
-@pytest.mark.parametrize(
-    "body",
-    [three_dimensions_of_one(), "s = Shape (x) all = Concat <axis = 0> (s, s, s) y = Expand (x, all)"],
-    ids=["products", "expanded"],
-)
+@pytest.mark.parametrize("body", [
+    three_dimensions_of_one(), "s = Shape (x) all = Concat <axis = 0> (s, s, s) y = Expand (x, all)"
+], ids=["products", "expanded"])  # fmt: skip
 def test_graph_that_needs_a_terabyte_is_an_error(
     body: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

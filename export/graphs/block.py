@@ -21,6 +21,7 @@ of them each token is, or ``labelled`` where it is none. For other tokens the la
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Final
 
@@ -29,18 +30,20 @@ import torch
 from torch import Tensor, fx, nn
 
 from dlora.export.tracing.calls import MASK, BlockCall, CannotRunOnDevice
-from dlora.export.tracing.modules import PRODUCT, Lora, Z, is_scale, linears, weight_shape, with_weights
+from dlora.export.tracing.modules import PRODUCT, SCALE, Z, is_scale, linears, weight_shape, with_weights
+from dlora.export.tracing.onnx_operators import to_nodes
+from dlora.export.tracing.onnx_writer import CannotEmitError
 from dlora.export.tracing.simplify import ancestors, cut, outputs_of, products_of, simplify
 from dlora.export.tracing.to_module import TracedModule
-from dlora.export.tracing.to_onnx import CannotEmitError, to_nodes
 from dlora.export.tracing.trace import (
     GRAD,
     GRAD_X,
     LABEL_INDEX,
     LABEL_POSITIONS,
     OUTPUT,
-    SCALE,
     X,
+    lora_names,
+    output_names,
     trace_labelled,
     trace_modules,
 )
@@ -192,28 +195,29 @@ def block_inputs(block: BlockMaterials, lengths: Sequence[int], rank: int, seed:
 
 def reference(block: BlockMaterials, values: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """What the graphs of a block must give, all of their outputs, by autograd through the family's own code."""
-    values = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in values.items()}
-    x = values[X].detach().clone().requires_grad_()
-    lora, leaves, kept = {}, {GRAD_X: x}, dict[str, Tensor]()
-    for target in block.targets:
-        lora_a, lora_b = (values[f"{target}.{side}"].detach().clone().requires_grad_() for side in ("lora_A", "lora_B"))
-        leaves |= {f"grad.{target}.lora_A": lora_a, f"grad.{target}.lora_B": lora_b}
-        lora[target] = Lora(lora_a, lora_b, values[SCALE])
+    values = in_dtype(values, dtype)
+    leaves = {name: values[name].detach().clone().requires_grad_() for name in (X, *lora_names(block.targets))}
+    values, kept = {**values, **leaves}, dict[str, Tensor]()
     context = {name: values[name] for name in (MASK, *block.tables, *block.fixed())}
-    with torch.enable_grad(), with_weights(*modules_and_weights(block, values), lora, kept):
-        y = block.call(x, context)
+    with torch.enable_grad(), with_values(block, values, kept):
+        y = block.call(values[X], context)
         y = y[values[LABEL_POSITIONS]] if LABEL_POSITIONS in values else y
         grads = torch.autograd.grad(y, list(leaves.values()), values[GRAD])
-    found = {OUTPUT: y, **kept, **dict(zip(leaves, grads, strict=True))}
+    found = {**kept, **dict(zip(output_names(block.targets), (y, *grads), strict=True))}
     return {name: tensor.detach() for name, tensor in found.items()}
 
 
-def modules_and_weights(block: BlockMaterials, values: Mapping[str, Tensor]) -> tuple[nn.Module, Any, Any]:
-    """What ``with_weights`` takes of a block."""
-    weights = {name: values[name] for name in block.weights if name not in block.call.context}
-    found = linears(block.call.block)
-    modules = {name: module for name, module in found.items() if f"{name}.weight" in weights}
-    return block.call.block, modules, weights
+def in_dtype(values: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """With floating-point tensors in ``dtype``."""
+    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in values.items()}
+
+
+def with_values(
+    block: BlockMaterials, values: Mapping[str, Tensor], kept: dict[str, Tensor] | None = None
+) -> AbstractContextManager[None]:
+    """``with_weights`` of the weights that a bundle has of a block."""
+    names = [name for name in block.weights if name not in block.call.context]
+    return with_weights(block.call.block, linears(block.call.block), values, names, block.targets, kept)
 
 
 def final_norm_tests(final_norm: FinalNormMaterials, graph: TrainingGraph) -> Iterator[GoldenCase]:

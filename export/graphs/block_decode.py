@@ -18,13 +18,12 @@ import torch
 from torch import Tensor
 
 from dlora.export.tracing.calls import MASK, BlockCall
-from dlora.export.tracing.modules import Lora, with_weights
 from dlora.export.tracing.past import KEYS, PAST_KEYS, PAST_MASK, PAST_VALUES, VALUES, call_with_past
 from dlora.export.tracing.simplify import cut, outputs_of, simplify
-from dlora.export.tracing.trace import OUTPUT, SCALE, X, trace_decode
+from dlora.export.tracing.trace import OUTPUT, X, trace_decode
 
 from .arrays import to_floats
-from .block import RANKS, block_inputs, modules_and_weights, traced_graph
+from .block import RANKS, block_inputs, in_dtype, traced_graph, with_values
 from .block_materials import BlockMaterials
 from .golden_case import GoldenCase, GraphWithCases, Materials
 from .graph import TrainingGraph
@@ -67,14 +66,11 @@ def keys_and_values(
 
 def decode_reference(block: BlockMaterials, values: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """What ``block_decode`` must give, by the family's own code; without ``past_keys`` nothing came before."""
-    values = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in values.items()}
-    lora = {
-        target: Lora(values[f"{target}.lora_A"], values[f"{target}.lora_B"], values[SCALE]) for target in block.targets
-    }
+    values = in_dtype(values, dtype)
     names = (MASK, PAST_MASK, *block.tables, *block.fixed())
     context = {name: values[name] for name in names if name in values}
     past = (values[PAST_KEYS], values[PAST_VALUES]) if PAST_KEYS in values else None
-    with torch.no_grad(), with_weights(*modules_and_weights(block, values), lora):
+    with torch.no_grad(), with_values(block, values):
         y, keys, new_values = call_with_past(block.call, block.cache_argument, values[X], context, past)
     return {OUTPUT: y, KEYS: keys, VALUES: new_values}
 

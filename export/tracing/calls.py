@@ -22,6 +22,7 @@ from dlora.protocol.errors import ExportError
 
 MASK: Final = "mask"
 BLOCKED: Final = torch.finfo(torch.float32).min  # what is added where a token does not see another
+ROUNDING: Final = 1e-4  # of float32: the same sums in another order
 # A prime, which no other dimension is likely to be; where one is, the next.
 _TOKENS: Final = (23, 29, 31, 37, 41, 43, 47)
 _MAX_TABLE_ROWS: Final = 8192
@@ -38,7 +39,7 @@ class BlockCall:
 
     Attributes:
         path: its name in the causal language model (``model.layers.29``).
-        hidden: the arguments' leaf that holds the hidden states; leaves, structure: all of them, flattened.
+        leaves, structure: the arguments, flattened; the first leaf holds the hidden states.
         context: the leaves that are tensors beside the hidden states, by a name of theirs.
         tokens: how many the call was made with.
         config: the model's, which says how attention is computed.
@@ -50,7 +51,6 @@ class BlockCall:
     block: nn.Module
     leaves: tuple[Any, ...]
     structure: Any
-    hidden: int
     context: Mapping[str, int]
     tokens: int
     config: Any
@@ -63,8 +63,7 @@ class BlockCall:
             context: what takes the place of the decoder's tensors; those that are not named stay.
             arguments: others of the block, in place of what the decoder gave.
         """
-        leaves = list(self.leaves)
-        leaves[self.hidden] = hidden_states.unsqueeze(0)
+        leaves = [hidden_states.unsqueeze(0), *self.leaves[1:]]
         for name, tensor in context.items():
             leaves[self.context[name]] = self._as_mask(tensor) if name == MASK else tensor
         (kwargs,) = pytree.tree_unflatten(leaves, self.structure)
@@ -85,7 +84,7 @@ class BlockCall:
 
     def hidden_states(self) -> Tensor:
         """What the decoder gave it, (tokens, width)."""
-        given: Tensor = self.leaves[self.hidden]
+        given: Tensor = self.leaves[0]
         return given.squeeze(0)
 
 
@@ -95,14 +94,14 @@ def record_calls(base: BaseModel, tokens: int = 0, *, seed: int = 0) -> tuple[Bl
     Raises ``CannotRunOnDevice`` where a block is called in another way than a decoder's usually is.
     """
     tokens = tokens or unusual_number(base)
-    with _recorded(base) as calls, torch.no_grad(), attention(_config(base), eager=True):
+    with _recorded(base) as (calls, _), torch.no_grad(), attention(_config(base), eager=True):
         base.last_hidden_state(random_embeds(base, tokens, seed))
     return tuple(_call(base, index, kwargs, tokens) for index, kwargs in enumerate(calls))
 
 
 def record_arguments(base: BaseModel, inputs_embeds: Tensor, **arguments: Any) -> list[dict[str, Any]]:
     """What each block is given, by its own names, where the decoder is given ``arguments``."""
-    with _recorded(base) as calls, torch.no_grad(), attention(_config(base), eager=True):
+    with _recorded(base) as (calls, _), torch.no_grad(), attention(_config(base), eager=True):
         base.decoder(inputs_embeds=inputs_embeds, **arguments)
     return calls
 
@@ -161,21 +160,18 @@ def tables(base: BaseModel, names: Mapping[int, Sequence[str]]) -> dict[int, dic
     Raises ``CannotRunOnDevice`` where a tensor depends on how many tokens there are.
     """
     rows = table_rows(base)
-    long = calls_without_computing(base, rows, eager=False)
-    short = calls_without_computing(base, rows // 2 + 1, eager=False)
+    fewer = rows // 2 + 1
+    long, short = (calls_without_computing(base, tokens, eager=False) for tokens in (rows, fewer))
     found: dict[int, dict[str, tuple[Tensor, int | None]]] = {}
     for index, wanted in names.items():
         mine = found.setdefault(index, {})
         for name in wanted:
             table, part = long[index].tensors()[name], short[index].tensors()[name]
-            axes = [axis for axis, size in enumerate(part.shape) if size == rows // 2 + 1 and table.shape[axis] == rows]
+            axes = [axis for axis, size in enumerate(part.shape) if size == fewer and table.shape[axis] == rows]
             if len(axes) > 1:
                 raise CannotRunOnDevice(f"block {index} takes {name} for each pair of tokens")
-            if axes:
-                table_part = table.narrow(axes[0], 0, part.shape[axes[0]])
-            else:
-                table_part = table
-            if table_part.shape != part.shape or not torch.allclose(table_part, part, rtol=1e-6, atol=1e-6):
+            same = table.narrow(axes[0], 0, fewer) if axes else table
+            if same.shape != part.shape or not torch.allclose(same, part, rtol=1e-6, atol=1e-6):
                 raise CannotRunOnDevice(f"{name} of block {index} depends on how many tokens there are")
             mine[name] = table, axes[0] if axes else None
     return found
@@ -195,21 +191,15 @@ def final_modules(base: BaseModel) -> tuple[nn.Module, ...]:
     ]
     calls: list[tuple[nn.Module, Any, Any]] = []
 
-    def keep(module: nn.Module, args: Any, _kwargs: Any, output: Any) -> None:
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
         calls.append((module, args[0] if args else None, output))
 
-    last: list[Tensor] = []
-
-    def keep_last(_module: nn.Module, _args: Any, output: Any) -> None:
-        last.append(output[0] if isinstance(output, tuple | list) else output)
-
-    with ExitStack() as stack, torch.no_grad(), attention(_config(base), eager=True):
+    with ExitStack() as stack, _recorded(base) as (_, returned), torch.no_grad(), attention(_config(base), eager=True):
         for module in outside:
-            stack.callback(module.register_forward_hook(keep, with_kwargs=True).remove)
-        stack.callback(base.block_modules[-1].register_forward_hook(keep_last).remove)
+            stack.callback(module.register_forward_hook(keep).remove)
         wanted = base.last_hidden_state(random_embeds(base, 5))
     chain: list[nn.Module] = []
-    current = last[-1]
+    current = returned[-1][0] if isinstance(returned[-1], tuple | list) else returned[-1]
     while current is not wanted:
         following = next(((module, output) for module, given, output in calls if given is current), None)
         if following is None or not isinstance(following[1], Tensor):
@@ -239,12 +229,15 @@ def _config(base: BaseModel) -> Any:
 
 
 @contextmanager
-def _recorded(base: BaseModel, hand_on: Callable[[int, Tensor], Any] | None = None) -> Iterator[list[dict[str, Any]]]:
-    """Collect the arguments of every call of a block, by their names.
+def _recorded(
+    base: BaseModel, hand_on: Callable[[int, Tensor], Any] | None = None
+) -> Iterator[tuple[list[dict[str, Any]], list[Any]]]:
+    """Collect the arguments of every call of a block, by their names, and what each returned.
 
     ``hand_on``: gives what a block returns that computes nothing, of its number and its hidden states.
     """
     calls: list[dict[str, Any]] = []
+    returned: list[Any] = []
     originals = [block.forward for block in base.block_modules]
 
     def record(index: int, block: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -258,14 +251,17 @@ def _recorded(base: BaseModel, hand_on: Callable[[int, Tensor], Any] | None = No
                 if parameter.kind is inspect.Parameter.VAR_KEYWORD:
                     given |= given.pop(name, {})
             calls.append(given)
-            return original(*args, **kwargs) if hand_on is None else hand_on(index, next(iter(given.values())))
+            returned.append(
+                original(*args, **kwargs) if hand_on is None else hand_on(index, next(iter(given.values())))
+            )
+            return returned[-1]
 
         return forward
 
     for index, (block, original) in enumerate(zip(base.block_modules, originals, strict=True)):
         block.forward = record(index, block, original)
     try:
-        yield calls
+        yield calls, returned
     finally:
         for block, original in zip(base.block_modules, originals, strict=True):
             block.forward = original
@@ -273,33 +269,18 @@ def _recorded(base: BaseModel, hand_on: Callable[[int, Tensor], Any] | None = No
 
 def calls_without_computing(base: BaseModel, tokens: int, *, eager: bool) -> list[BlockCall]:
     """How the decoder calls its blocks for ``tokens`` embeddings that are zero, where no block computes anything."""
-    beside = _returned_beside(base)
+    with _recorded(base) as (_, returned), torch.no_grad():
+        base.last_hidden_state(random_embeds(base, 3))
 
     def hand_on(index: int, hidden_states: Tensor) -> Any:
-        return hidden_states if beside[index] is None else (hidden_states, *(None,) * beside[index])
+        """In a tuple, and with as much beside it, as the block has it."""
+        usual = returned[index]
+        return (hidden_states, *(None,) * (len(usual) - 1)) if isinstance(usual, tuple | list) else hidden_states
 
-    with _recorded(base, hand_on) as calls, torch.no_grad(), attention(_config(base), eager=eager):
-        base.last_hidden_state(
-            torch.zeros(1, tokens, base.embedding_size, dtype=base.dtype, device=base.device),
-        )
+    embeds = torch.zeros(1, tokens, base.embedding_size, dtype=base.dtype, device=base.device)
+    with _recorded(base, hand_on) as (calls, _), torch.no_grad(), attention(_config(base), eager=eager):
+        base.last_hidden_state(embeds)
     return [_call(base, index, kwargs, tokens) for index, kwargs in enumerate(calls)]
-
-
-def _returned_beside(base: BaseModel) -> dict[int, Any]:
-    """How much each block returns beside its hidden states; None where it returns these alone, and not in a tuple."""
-    beside: dict[int, Any] = {}
-
-    def keep(index: int) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            beside[index] = len(output) - 1 if isinstance(output, tuple | list) else None
-
-        return hook
-
-    with ExitStack() as stack, torch.no_grad():
-        for index, block in enumerate(base.block_modules):
-            stack.callback(block.register_forward_hook(keep(index)).remove)
-        base.last_hidden_state(random_embeds(base, 3))
-    return beside
 
 
 def _call(base: BaseModel, index: int, kwargs: dict[str, Any], tokens: int) -> BlockCall:
@@ -307,25 +288,20 @@ def _call(base: BaseModel, index: int, kwargs: dict[str, Any], tokens: int) -> B
     path = next(name for name, module in base.model.named_modules() if module is block)
     named, structure = pytree.tree_flatten_with_path((kwargs,))
     leaves = tuple(leaf for _, leaf in named)
-    hidden = 0
     if not isinstance(leaves[0], Tensor) or leaves[0].ndim != 3:
         raise CannotRunOnDevice(f"block {index} is not given its hidden states first")
     context: dict[str, int] = {}
     is_seen = None
     for leaf, (keys, value) in enumerate(named):
-        if leaf == hidden or not isinstance(value, Tensor):
+        if leaf == 0 or not isinstance(value, Tensor):
             continue
         if _is_mask(value, tokens) and MASK not in context:
             context[MASK] = leaf
             if value.dtype == torch.bool:
                 is_seen = bool(value[..., 0, 0])
         else:
-            context[".".join(_key(key) for key in keys[1:])] = leaf
-    return BlockCall(index, path, block, leaves, structure, hidden, context, tokens, _config(base), is_seen)
-
-
-def _key(key: Any) -> str:
-    return str(getattr(key, "key", getattr(key, "idx", key)))
+            context[".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in keys[1:])] = leaf
+    return BlockCall(index, path, block, leaves, structure, context, tokens, _config(base), is_seen)
 
 
 def _is_mask(tensor: Tensor, tokens: int) -> bool:
@@ -340,6 +316,11 @@ def _seen(mask: Tensor, tokens: int) -> Tensor:
     if plain.dtype != torch.bool:
         return plain >= 0
     return plain if bool(plain[0, 0]) else ~plain
+
+
+def near(found: Tensor, wanted: Tensor, tolerance: float = ROUNDING) -> bool:
+    """Whether no value is off by more than this part of the largest one."""
+    return bool((found - wanted).abs().max() <= tolerance * wanted.abs().max())
 
 
 def unusual_number(base: BaseModel, but: int = 0) -> int:

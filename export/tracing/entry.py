@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dlora.cloud.model.base_model import BaseModel
 
-from .calls import BlockCall, CannotRunOnDevice, calls_without_computing, random_embeds, record_calls, table_rows
+from .calls import BlockCall, CannotRunOnDevice, calls_without_computing, near, random_embeds, record_calls, table_rows
 
 _TOLERANCE: Final = 1e-5  # of what is rounded, relative to the largest value
 _DIGITS: Final = 6  # a family's factor is a number that somebody wrote, not one of a sum
@@ -51,14 +51,14 @@ def find_entry(base: BaseModel) -> Entry:
     change, wanted = (embeds - others).double(), (first - second).double()
     exact = float((change * wanted).sum() / (change * change).sum())
     scale = float(f"{exact:.{_DIGITS}g}")
-    if not _same(change * scale, wanted):
+    if not near(change * scale, wanted, _TOLERANCE):
         raise CannotBeginOnDevice("its embeddings go through a norm, or what is no factor, before block 0")
     rows = table_rows(base)
     table, short = (_at_zero(base, tokens) for tokens in (rows, rows // 2 + 1))
     if not torch.allclose(table[: len(short)], short, rtol=1e-6, atol=1e-6):
         raise CannotBeginOnDevice("what is added to its embeddings before block 0 depends on how many tokens there are")
     entry = Entry(scale, table.float() if bool(table.any()) else None)
-    if not _same(entry(embeds, torch.arange(len(embeds))), first):
+    if not near(entry(embeds, torch.arange(len(embeds))), first, _TOLERANCE):
         raise CannotBeginOnDevice("what is added to its embeddings before block 0 depends on more than positions")
     return entry
 
@@ -72,7 +72,3 @@ def _inputs(base: BaseModel, seed: int) -> tuple[Tensor, Tensor]:
 def _at_zero(base: BaseModel, tokens: int) -> Tensor:
     """What block 0 is given for embeddings that are all zero."""
     return calls_without_computing(base, tokens, eager=False)[0].hidden_states()
-
-
-def _same(found: Tensor, wanted: Tensor) -> bool:
-    return bool((found - wanted).abs().max() <= _TOLERANCE * wanted.abs().max())

@@ -18,18 +18,10 @@ from torch import Tensor, fx
 
 from dlora.protocol.text import first_line
 
+from .aten import COPIES, aten
 from .modules import ROW_BY_ROW
 
-aten = torch.ops.aten
-
-_ELEMENTWISE: Final = (
-    aten._to_copy.default,
-    aten.alias.default,
-    aten.clone.default,
-    aten.detach.default,
-    aten.lift_fresh_copy.default,
-)
-
+_ELEMENTWISE: Final = (aten._to_copy.default, *COPIES)
 _INSTEAD: Final[dict[Any, Callable[..., Any]]] = {**ROW_BY_ROW, aten.view.default: torch.reshape}
 """What computes some operators: rows may lie in another order in memory than all of them did."""
 
@@ -47,9 +39,7 @@ class LabelledRows:
         computed_whole: the operators whose rows were taken from all that they give, though no other node needs that.
     """
 
-    def __init__(
-        self, given: Mapping[str, Tensor], label_positions: Tensor, label_index: Tensor, tokens: int
-    ) -> None:
+    def __init__(self, given: Mapping[str, Tensor], label_positions: Tensor, label_index: Tensor, tokens: int) -> None:
         self.computed_whole: list[str] = []
         self._given = given
         self._label_positions = label_positions
@@ -96,19 +86,18 @@ class LabelledRows:
         """What a node gives, where of its tokens along ``axis`` there are only the wanted ones."""
         key = node, axis
         if key not in self._rows:
-            is_needed_whole = node.op != "call_function" or node in self._needed_whole
-            by_rows = None if is_needed_whole else self._by_rows(node, axis)
-            if by_rows is None and not is_needed_whole:
-                self.computed_whole.append(str(node.target))
+            by_rows = None
+            if node.op == "call_function" and node not in self._needed_whole:
+                by_rows = self._by_rows(node, axis)
+                if by_rows is None:
+                    self.computed_whole.append(str(node.target))
             self._rows[key] = self._taken(node, axis) if by_rows is None else by_rows
         return self._rows[key]
 
     def _taken(self, node: fx.Node, axis: int) -> Tensor:
         """Of what is computed whole."""
-        whole = self._value_of(node)
-        taken: Tensor = _Take.apply(  # type: ignore[no-untyped-call]
-            whole, self._label_positions, self._label_index, axis
-        )
+        given = self._value_of(node), self._label_positions, self._label_index, axis
+        taken: Tensor = _Take.apply(*given)  # type: ignore[no-untyped-call]
         return taken
 
     def _by_rows(self, node: fx.Node, axis: int) -> Any:
@@ -148,14 +137,9 @@ class LabelledRows:
 
     def _mm(self, node: fx.Node, axis: int) -> Any:
         one, other = (_operand(node, place) for place in (0, 1))
-        if axis == 0:
-            return self._call(node, [self._rows_of(one, 0), self._value(other)])
-        return self._call(node, [self._value(one), self._rows_of(other, 1)])
-
-    def _bmm(self, node: fx.Node, axis: int) -> Any:
-        one, other = (_operand(node, place) for place in (0, 1))
-        left = self._rows_of(one, axis) if axis != 2 else self._value(one)
-        right = self._rows_of(other, axis) if axis != 1 else self._value(other)
+        columns = _dims(node) - 1  # a product has rows of its left operand, columns of its right one, a batch of both
+        left = self._rows_of(one, axis) if axis != columns else self._value(one)
+        right = self._rows_of(other, axis) if axis != columns - 1 else self._value(other)
         return self._call(node, [left, right])
 
     def _permute(self, node: fx.Node, axis: int) -> Any:
@@ -186,14 +170,12 @@ class LabelledRows:
         return self._first_operand(node, axis - (added < axis)) if axis != added else None
 
     def _squeeze(self, node: fx.Node, axis: int) -> Any:
-        operand = _operand(node)
-        dropped = {each % _dims(operand) for each in node.args[1]}  # type: ignore[operator, union-attr]
+        operand, dropped = _operand(node), _axes(node)
         left = [place for place in range(_dims(operand)) if place not in dropped or _sizes(operand)[place] != 1]
         return self._first_operand(node, left[axis])
 
     def _reduce(self, node: fx.Node, axis: int) -> Any:
-        dims, keeps = _dims(_operand(node)), len(node.args) > 2 and bool(node.args[2])
-        reduced = {each % dims for each in node.args[1]}  # type: ignore[operator, union-attr]
+        dims, keeps, reduced = _dims(_operand(node)), len(node.args) > 2 and bool(node.args[2]), _axes(node)
         left = range(dims) if keeps else [place for place in range(dims) if place not in reduced]
         return self._first_operand(node, left[axis]) if left[axis] not in reduced else None
 
@@ -257,6 +239,12 @@ def _axis(node: fx.Node, place: int) -> int:
     return int(axis)
 
 
+def _axes(node: fx.Node) -> set[int]:
+    """Likewise, of its operand, where there may be several."""
+    axes: Any = node.args[1]
+    return {axis % _dims(_operand(node)) for axis in axes}
+
+
 def _dims(node: fx.Node) -> int:
     return int(node.meta["val"].ndim)
 
@@ -269,7 +257,7 @@ def _sizes(node: fx.Node) -> list[int]:
 _RULES: Final[dict[Any, Callable[[LabelledRows, fx.Node, int], Any]]] = {
     **dict.fromkeys(ROW_BY_ROW, LabelledRows._row_by_row),
     aten.mm.default: LabelledRows._mm,
-    aten.bmm.default: LabelledRows._bmm,
+    aten.bmm.default: LabelledRows._mm,
     aten.permute.default: LabelledRows._permute,
     aten.view.default: LabelledRows._view,
     aten.expand.default: LabelledRows._expand,

@@ -7,9 +7,8 @@ multiplied and never scaled whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -26,24 +25,7 @@ GROUP_SCALES: Final = "group_scales"
 _SCALES: Final = (ROW_SCALES, GROUP_SCALES)
 PRODUCT: Final = "product"
 Z: Final = "z"
-
-
-@dataclass(frozen=True)
-class Stored:
-    """The frozen weight of a linear module, as ``stored_weights`` has it, with the scales that its dtype has."""
-
-    weight: Tensor
-    row_scales: Tensor | None
-    group_scales: Tensor | None
-
-
-@dataclass(frozen=True)
-class Lora:
-    """The LoRA beside a linear module: lora_A (rank, in), lora_B (out, rank), and ``scale``, alpha over rank (0-d)."""
-
-    lora_A: Tensor
-    lora_B: Tensor
-    scale: Tensor
+SCALE: Final = "scale"
 
 
 def linears(block: nn.Module) -> dict[str, nn.Linear | Conv1D]:
@@ -114,58 +96,66 @@ def quantise_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 def with_weights(
     block: nn.Module,
     modules: Mapping[str, nn.Linear | Conv1D],
-    weights: Mapping[str, Tensor],
-    lora: Mapping[str, Lora],
+    values: Mapping[str, Tensor],
+    names: Collection[str],
+    targets: Collection[str],
     kept: dict[str, Tensor] | None = None,
     *,
     as_operators: bool = False,
 ) -> Iterator[None]:
-    """While ``block`` computes with ``weights``, of ``stored_weights``, and with LoRA beside the modules named.
+    """While ``block`` computes with weights and LoRA out of ``values``.
 
-    ``modules`` are its ``linears``. ``kept`` takes what a device may keep for the backward pass: ``<module>.product``
-    (tokens, out), before row scales and bias, and ``<module>.z`` (rank, tokens). ``as_operators``: a trace has both
-    products as the operators of ``ROW_BY_ROW``.
+    Args:
+        modules: its ``linears``.
+        names: of the weights, of ``stored_weights``; modules whose weight is not among them stay as they are.
+        targets: the modules with LoRA: ``<module>.lora_A`` (rank, in), ``<module>.lora_B`` (out, rank), and ``scale``,
+            alpha over rank (0-d), which all share.
+        kept: takes what a device may keep for the backward pass: ``<module>.product`` (tokens, out), before row scales
+            and bias, and ``<module>.z`` (rank, tokens).
+        as_operators: a trace has both products as the operators of ``ROW_BY_ROW``.
     """
+    changed = {name: module for name, module in modules.items() if f"{name}.weight" in names}
     own = {f"{name}.weight" for name in modules}
-    given = {name: tensor for name, tensor in weights.items() if name not in own and not is_scale(name)}
-    before = {name: module.__dict__.get("forward") for name, module in modules.items()}
+    given = {name: values[name] for name in names if name not in own and not name.endswith(_SCALES)}
+    before = {name: module.__dict__.get("forward") for name, module in changed.items()}
     with _reparametrize_module(block, given):
         try:
-            for name, module in modules.items():
-                stored = Stored(weights[f"{name}.weight"], *(weights.get(f"{name}.weight.{each}") for each in _SCALES))
-                module.forward = _forward(name, module, stored, lora.get(name), kept, as_operators)  # type: ignore[method-assign]
+            for name, module in changed.items():
+                module.forward = _forward(name, module, values, name in targets, kept, as_operators)  # type: ignore[method-assign]
             yield
         finally:
             for name, forward in before.items():
                 if forward is None:
-                    modules[name].__dict__.pop("forward", None)
+                    changed[name].__dict__.pop("forward", None)
                 else:
-                    modules[name].forward = forward  # type: ignore[method-assign]
+                    changed[name].forward = forward  # type: ignore[method-assign]
 
 
 def _forward(
     name: str,
     module: nn.Linear | Conv1D,
-    stored: Stored,
-    lora: Lora | None,
+    values: Mapping[str, Tensor],
+    has_lora: bool,
     kept: dict[str, Tensor] | None,
     as_operators: bool,
 ) -> Any:
     frozen, delta = (_frozen, _delta) if as_operators else (_Frozen.apply, _Delta.apply)
+    weight = values[f"{name}.weight"]
+    row_scales, group_scales = (values.get(f"{name}.weight.{scales}") for scales in _SCALES)
 
     def forward(x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        y: Tensor = frozen(rows, stored.weight, stored.group_scales)
+        y: Tensor = frozen(rows, weight, group_scales)
         if kept is not None:
             kept[f"{name}.{PRODUCT}"] = y.detach()
-            if lora is not None:
-                kept[f"{name}.{Z}"] = (lora.lora_A @ rows.t()).detach()
-        if stored.row_scales is not None:
-            y = y * stored.row_scales
+            if has_lora:
+                kept[f"{name}.{Z}"] = (values[f"{name}.lora_A"] @ rows.t()).detach()
+        if row_scales is not None:
+            y = y * row_scales
         if module.bias is not None:
             y = y + module.bias
-        if lora is not None:
-            y = y + delta(rows, lora.lora_A, lora.lora_B, lora.scale)
+        if has_lora:
+            y = y + delta(rows, values[f"{name}.lora_A"], values[f"{name}.lora_B"], values[SCALE])
         return y.view(*x.shape[:-1], y.shape[-1])
 
     return forward

@@ -1,21 +1,24 @@
-"""The operators of traced graphs, each in ONNX's standard operators, opset 18; products are in ``onnx_products.py``."""
+"""A traced graph as ONNX nodes: standard operators, opset 18, few enough to be checked by a device.
+
+Products are in ``onnx_products.py``.
+"""
 
 from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import numpy as np
 import torch
-from onnx import TensorProto
+from onnx import NodeProto, TensorProto
 from torch import fx
 
+from .aten import COPIES, aten
 from .int4 import WIDEN
 from .onnx_products import is_product_operand, product
 from .onnx_writer import CannotEmitError, OnnxWriter
-from .trace import aten
 
 _DTYPES: Final = {
     torch.float32: TensorProto.FLOAT,
@@ -24,15 +27,13 @@ _DTYPES: Final = {
     torch.int8: TensorProto.INT8,
     torch.bool: TensorProto.BOOL,
 }
-_UNARY: Final[dict[Any, str]] = {
+_PLAIN: Final[dict[Any, str]] = {
     aten.neg.default: "Neg",
     aten.sigmoid.default: "Sigmoid",
     aten.tanh.default: "Tanh",
     aten.exp.default: "Exp",
     aten.erf.default: "Erf",
     aten.relu.default: "Relu",
-}
-_BINARY: Final[dict[Any, str]] = {
     aten.mul.Tensor: "Mul",
     aten.mul.Scalar: "Mul",
     aten.add.Tensor: "Add",
@@ -46,13 +47,29 @@ _BINARY: Final[dict[Any, str]] = {
     aten.gt.Scalar: "Greater",
     aten.gt.Tensor: "Greater",
     aten.eq.Tensor: "Equal",
+    aten.bmm.default: "MatMul",
+    aten.where.self: "Where",
 }
+"""Operators of the same operands in ONNX."""
+
 _SIZES: Final = (aten.sym_size.int, aten.sym_numel.default, operator.mul, operator.floordiv, operator.add, operator.sub)
-_COPIES: Final = (aten.lift_fresh_copy.default, aten.clone.default, aten.alias.default)
 
 
-def write_operator(writer: OnnxWriter, node: fx.Node) -> None:
-    """Write one node of a traced graph. Raises ``CannotEmitError``."""
+def to_nodes(graph: fx.GraphModule, output_names: Sequence[str]) -> list[NodeProto]:
+    """The nodes of a graph, whose inputs are named as its placeholders. Raises ``CannotEmitError``."""
+    writer = OnnxWriter(graph)
+    for node in graph.graph.nodes:
+        if node.op == "get_attr":
+            writer.values[node] = writer.constant(getattr(graph, node.target).detach().numpy())
+        elif node.op == "call_function":
+            _write(writer, node)
+        elif node.op == "output":
+            for name, each in zip(output_names, node.args[0], strict=True):
+                writer.add("Identity", [writer.value(each)], [name])
+    return writer.nodes
+
+
+def _write(writer: OnnxWriter, node: fx.Node) -> None:
     target: Any = node.target
     if target in _SIZES or isinstance(node.meta.get("val"), (int, torch.SymInt)):
         return
@@ -60,24 +77,21 @@ def write_operator(writer: OnnxWriter, node: fx.Node) -> None:
         return  # when something other than a product wants it
     if target in (aten._to_copy.default, WIDEN) and all(is_product_operand(user) for user in node.users):
         return  # likewise
-    write = _OPERATORS.get(target)
-    if write is not None:
-        writer.values[node] = write(writer, node)
-    elif target in _UNARY:
-        writer.values[node] = writer.add(_UNARY[target], [writer.value(node.args[0])])
-    elif target in _BINARY:
-        writer.values[node] = _binary(writer, node)
+    if target in _PLAIN:
+        writer.values[node] = _plain(writer, node)
+    elif target in _OPERATORS:
+        writer.values[node] = _OPERATORS[target](writer, node)
     else:
         raise CannotEmitError(f"{target} has no ONNX here")
 
 
-def _binary(writer: OnnxWriter, node: Any) -> str:
-    first: Any = next((each for each in node.args if isinstance(each, fx.Node)), None)
-    one, other = (writer.value(operand, first) for operand in node.args[:2])
-    alpha: Any = node.kwargs.get("alpha", node.args[2] if len(node.args) > 2 else 1)
+def _plain(writer: OnnxWriter, node: Any) -> str:
+    first = next(each for each in node.args if isinstance(each, fx.Node))
+    operands = [writer.value(operand, first) for operand in node.args]
+    alpha = node.kwargs.get("alpha", 1)
     if alpha != 1:
-        other = writer.add("Mul", [other, writer.constant(alpha, np.float32)])
-    return writer.add(_BINARY[node.target], [one, other])
+        operands[1] = writer.add("Mul", [operands[1], writer.constant(alpha, np.float32)])
+    return writer.add(_PLAIN[node.target], operands)
 
 
 def _cast(writer: OnnxWriter, node: Any) -> str:
@@ -92,8 +106,12 @@ def _expand(writer: OnnxWriter, node: Any) -> str:
     return writer.add("Expand", [writer.value(node.args[0]), writer.shape(node.meta["val"].shape)])
 
 
-def _matmul(writer: OnnxWriter, node: Any) -> str:
-    return writer.add("MatMul", [writer.value(node.args[0]), writer.value(node.args[1])])
+def _log1p(writer: OnnxWriter, node: Any) -> str:
+    return writer.add("Log", [writer.add("Add", [writer.value(node.args[0]), writer.constant(1, np.float32)])])
+
+
+def _expm1(writer: OnnxWriter, node: Any) -> str:
+    return writer.add("Sub", [writer.add("Exp", [writer.value(node.args[0])]), writer.constant(1, np.float32)])
 
 
 def _rsqrt(writer: OnnxWriter, node: Any) -> str:
@@ -107,19 +125,18 @@ def _power(writer: OnnxWriter, node: Any) -> str:
     return functools.reduce(lambda one, other: writer.add("Mul", [one, other]), [value] * int(exponent))
 
 
-def _unsqueeze(writer: OnnxWriter, node: Any) -> str:
-    axis: Any = node.args[1]
-    return writer.add("Unsqueeze", [writer.value(node.args[0]), writer.integers(axis)])
+def _along(kind: str) -> Callable[[OnnxWriter, Any], str]:
+    """An operator that is given an axis, or several."""
 
+    def write(writer: OnnxWriter, node: Any) -> str:
+        axes = node.args[1] if isinstance(node.args[1], Sequence) else [node.args[1]]
+        return writer.add(kind, [writer.value(node.args[0]), writer.integers(*axes)])
 
-def _squeeze(writer: OnnxWriter, node: Any) -> str:
-    axes: Any = node.args[1]
-    return writer.add("Squeeze", [writer.value(node.args[0]), writer.integers(*axes)])
+    return write
 
 
 def _item(writer: OnnxWriter, node: Any) -> str:
-    values: Any = writer.values[node.args[0]]
-    found: str = values[node.args[1]]
+    found: str = writer.values[node.args[0]][node.args[1]]
     return found
 
 
@@ -207,30 +224,23 @@ def _full(writer: OnnxWriter, node: Any) -> str | None:
 
 
 def _concat(writer: OnnxWriter, node: Any) -> str:
-    axis: Any = node.args[1] if len(node.args) > 1 else 0
-    parts: Any = node.args[0]
-    return writer.add("Concat", [writer.value(part) for part in parts], axis=axis)
+    axis = node.args[1] if len(node.args) > 1 else 0
+    return writer.add("Concat", [writer.value(part) for part in node.args[0]], axis=axis)
 
 
 def _softmax(writer: OnnxWriter, node: Any) -> str:
-    axis: Any = node.args[1]
-    return writer.add("Softmax", [writer.value(node.args[0])], axis=axis)
-
-
-def _where(writer: OnnxWriter, node: Any) -> str:
-    return writer.add("Where", [writer.value(each) for each in node.args[:3]])
-
-
-def _scalar(writer: OnnxWriter, node: Any) -> str:
-    return writer.value(node.args[0])
+    return writer.add("Softmax", [writer.value(node.args[0])], axis=node.args[1])
 
 
 def _index(writer: OnnxWriter, node: Any) -> str:
-    indices: Any = node.args[1]
-    axes = [axis for axis, each in enumerate(indices) if each is not None]
+    axes = _indexed(node.args[1])
     if len(axes) != 1:
         raise CannotEmitError("values chosen along several dimensions")
-    return writer.add("Gather", [writer.value(node.args[0]), writer.value(indices[axes[0]])], axis=axes[0])
+    return writer.add("Gather", [writer.value(node.args[0]), writer.value(node.args[1][axes[0]])], axis=axes[0])
+
+
+def _indexed(indices: Sequence[fx.Node | None]) -> list[int]:
+    return [axis for axis, each in enumerate(indices) if each is not None]
 
 
 def _index_select(writer: OnnxWriter, node: Any) -> str:
@@ -241,11 +251,11 @@ def _index_select(writer: OnnxWriter, node: Any) -> str:
 def _index_backward(writer: OnnxWriter, node: Any) -> str:
     """Values put where an index took them from, zeros elsewhere."""
     zeros, indices, values = node.args[:3]
-    axes = [axis for axis, each in enumerate(indices) if each is not None]
+    axes = _indexed(indices)
     chosen: Any = indices[axes[0]] if len(axes) == 1 else None
     if zeros.target is not aten.full.default or zeros.args[1] != 0 or chosen is None:
         raise CannotEmitError("values put into others")
-    while chosen.target is aten._to_copy.default or chosen.target in _COPIES:
+    while chosen.target is aten._to_copy.default or chosen.target in COPIES:
         chosen = chosen.args[0]
     index = getattr(writer.graph, chosen.target, None) if chosen.op == "get_attr" else None
     shape, axis = node.meta["val"].shape, axes[0]
@@ -255,13 +265,8 @@ def _index_backward(writer: OnnxWriter, node: Any) -> str:
     return _pad(writer, writer.value(values), len(shape), axis, place, shape[axis] - 1 - place)
 
 
-def _expm1(writer: OnnxWriter, node: Any) -> str:
-    return writer.add("Sub", [writer.add("Exp", [writer.value(node.args[0])]), writer.constant(1, np.float32)])
-
-
 def _repeat(writer: OnnxWriter, node: Any) -> str:
-    times: Any = node.args[1]
-    given: Any = node.args[0]
+    given, times = node.args
     if len(times) != len(given.meta["val"].shape) or not all(isinstance(each, int) for each in times):
         raise CannotEmitError("values repeated in more dimensions than they have")
     value = writer.value(given)
@@ -269,10 +274,6 @@ def _repeat(writer: OnnxWriter, node: Any) -> str:
         if each > 1:
             value = writer.add("Concat", [value] * each, axis=axis)
     return value
-
-
-def _log1p(writer: OnnxWriter, node: Any) -> str:
-    return writer.add("Log", [writer.add("Add", [writer.value(node.args[0]), writer.constant(1, np.float32)])])
 
 
 def _reduced(kind: str) -> Callable[[OnnxWriter, Any], str]:
@@ -289,7 +290,6 @@ def _number(value: Any) -> Any:
 
 _OPERATORS: Final[dict[Any, Callable[[OnnxWriter, Any], Any]]] = {
     aten.mm.default: product,
-    aten.bmm.default: _matmul,
     aten._to_copy.default: _cast,
     aten.view.default: _view,
     aten.expand.default: _expand,
@@ -297,8 +297,8 @@ _OPERATORS: Final[dict[Any, Callable[[OnnxWriter, Any], Any]]] = {
     aten.pow.Tensor_Scalar: _power,
     aten.sum.dim_IntList: _reduced("ReduceSum"),
     aten.mean.dim: _reduced("ReduceMean"),
-    aten.unsqueeze.default: _unsqueeze,
-    aten.squeeze.dims: _squeeze,
+    aten.unsqueeze.default: _along("Unsqueeze"),
+    aten.squeeze.dims: _along("Squeeze"),
     operator.getitem: _item,
     aten.native_layer_norm.default: _layer_norm,
     aten.split.Tensor: _split,
@@ -310,8 +310,7 @@ _OPERATORS: Final[dict[Any, Callable[[OnnxWriter, Any], Any]]] = {
     aten.full.default: _full,
     aten.cat.default: _concat,
     aten._softmax.default: _softmax,
-    aten.where.self: _where,
-    aten.scalar_tensor.default: _scalar,
+    aten.scalar_tensor.default: lambda writer, node: writer.value(node.args[0]),
     aten.index.Tensor: _index,
     aten.index_select.default: _index_select,
     aten.index_put.default: _index_backward,

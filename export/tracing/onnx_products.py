@@ -12,9 +12,9 @@ from typing import Any, Final
 import numpy as np
 from onnx import NodeProto, TensorProto, helper
 
+from .aten import aten, is_transposed
 from .int4 import LOWEST, WIDEN
 from .onnx_writer import CannotEmitError, OnnxWriter
-from .trace import aten
 
 SLAB_VALUES: Final = 1 << 20  # of a weight that is widened: 4 MB
 INT4_SLAB_VALUES: Final = 1 << 18  # likewise: widening has several copies on the way
@@ -25,15 +25,11 @@ def product(writer: OnnxWriter, node: Any) -> str:
     right, right_transposed = _untransposed(node.args[1])
     if right.target in (aten._to_copy.default, WIDEN):
         return _product_with_stored(writer, left, left_transposed, right, right_transposed)
-    if left_transposed:
-        # Written out: kernels are bad at products along the long side.
-        operands = [writer.add("Transpose", [writer.value(left)], perm=[1, 0]), writer.value(right)]
-        if not right_transposed:
-            return writer.add("MatMul", operands)
-        return writer.add("Gemm", operands, transB=1)
-    if right_transposed:
-        return writer.add("Gemm", [writer.value(left), writer.value(right)], transB=1)
-    return writer.add("MatMul", [writer.value(left), writer.value(right)])
+    one = writer.value(left)
+    if left_transposed:  # written out: kernels are bad at products along the long side
+        one = writer.add("Transpose", [one], perm=[1, 0])
+    operands = [one, writer.value(right)]
+    return writer.add("Gemm", operands, transB=1) if right_transposed else writer.add("MatMul", operands)
 
 
 def _product_with_stored(writer: OnnxWriter, left: Any, left_transposed: bool, cast: Any, is_forward: bool) -> str:
@@ -110,9 +106,7 @@ def _scan(
 
 def _untransposed(operand: Any) -> tuple[Any, bool]:
     """An operand of a product without its transpose, and whether there was one."""
-    if operand.target is aten.permute.default and list(operand.args[1]) == [1, 0]:
-        return operand.args[0], True
-    return operand, False
+    return (operand.args[0], True) if is_transposed(operand) else (operand, False)
 
 
 def is_product_operand(node: Any) -> bool:

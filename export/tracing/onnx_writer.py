@@ -12,7 +12,7 @@ import torch
 from onnx import helper, numpy_helper
 from torch import fx
 
-from .trace import aten
+from .aten import aten
 
 
 class CannotEmitError(Exception):
@@ -101,7 +101,6 @@ class OnnxWriter:
 
     def reshape(self, value: str, shape: Sequence[Any]) -> str:
         if sum(not isinstance(size, int) for size in shape) <= 1:
-            return self.add(
-                "Reshape", [value, self.integers(*(size if isinstance(size, int) else -1 for size in shape))]
-            )
+            sizes = self.integers(*(size if isinstance(size, int) else -1 for size in shape))
+            return self.add("Reshape", [value, sizes])
         return self.add("Reshape", [value, self.shape(shape)])

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Final
 
 import torch
 from torch import Tensor, fx
 
-from .calls import BlockCall
+from .calls import BlockCall, near
 from .to_module import TracedModule
 from .trace import passes_of_block
-
-_ROUNDING: Final = 1e-4  # of float32: the same sums in another order
 
 
 def gives_the_same(
@@ -31,8 +28,7 @@ def gives_the_same(
     with torch.no_grad():
         found = TracedModule(traced)(*named.values())
     return all(
-        one.shape == other.shape and bool((one - other).abs().max() <= _ROUNDING * other.abs().max())
-        for one, other in zip(found, expected, strict=True)
+        one.shape == other.shape and near(one, other) for one, other in zip(found, expected, strict=True)
     )
 
 

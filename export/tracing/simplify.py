@@ -8,22 +8,13 @@ from typing import Any
 from torch import fx
 from torch._functorch.compile_utils import fx_graph_cse
 
+from .aten import COPIES, aten
 from .int4 import WIDEN
-from .trace import aten
 
 KEPT_META = ("name", "sizes")  # of an input: what it is called, and its sizes that are open
-_SAME: tuple[Any, ...] = (
-    aten.alias.default,
-    aten.clone.default,
-    aten.detach.default,
-    aten.lift_fresh_copy.default,
-)
 _SAME_WHERE_OF_ONE_SHAPE: tuple[Any, ...] = (
-    aten.view.default,
-    aten.expand.default,
-    aten.slice.Tensor,
-    aten.slice_backward.default,
-)
+    aten.view.default, aten.expand.default, aten.slice.Tensor, aten.slice_backward.default
+)  # fmt: skip
 
 
 def simplify(traced: fx.GraphModule) -> fx.GraphModule:
@@ -45,10 +36,8 @@ def _replace(node: fx.Node) -> None:
     if node.op != "call_function":
         return
     given: Any = node.args[0] if node.args else None
-    is_cast_to_itself = (
-        node.target is aten._to_copy.default and node.meta["val"].dtype == given.meta["val"].dtype
-    )
-    if node.target in _SAME or is_cast_to_itself:
+    is_cast_to_itself = node.target is aten._to_copy.default and node.meta["val"].dtype == given.meta["val"].dtype
+    if node.target in COPIES or is_cast_to_itself:
         node.replace_all_uses_with(given)
     elif node.target is aten.copy.default and _same_shape(node, node.args[1]):
         node.replace_all_uses_with(node.args[1])  # type: ignore[arg-type]

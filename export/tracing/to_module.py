@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from .aten import aten, is_transposed
 from .int4 import WIDEN, widened
-from .trace import aten
 
 
 class TracedModule(nn.Module):
@@ -31,7 +31,7 @@ def _for_kernels(graph: fx.GraphModule) -> fx.GraphModule:
             node.target = aten.reshape.default
         elif node.target is WIDEN:
             node.target = widened
-        elif node.target is aten.mm.default and _is_transposed(node.args[1]) and not _is_transposed(node.args[0]):
+        elif node.target is aten.mm.default and is_transposed(node.args[1]) and not is_transposed(node.args[0]):
             # linear reads a weight as it lies; to mm a transpose is a copy.
             with nodes.inserting_before(node):
                 product = nodes.call_function(aten.linear.default, (node.args[0], node.args[1].args[0]))
@@ -40,7 +40,3 @@ def _for_kernels(graph: fx.GraphModule) -> fx.GraphModule:
             nodes.erase_node(node)
     nodes.eliminate_dead_code()
     return fx.GraphModule(graph, nodes)
-
-
-def _is_transposed(operand: Any) -> bool:
-    return operand.target is aten.permute.default and list(operand.args[1]) == [1, 0]

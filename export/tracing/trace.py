@@ -13,21 +13,19 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.nn.utils.stateless import _reparametrize_module
 
+from .aten import aten
 from .calls import MASK, BlockCall
 from .labelled import LabelledRows
-from .modules import Lora, linears, weight_shape, with_weights
+from .modules import SCALE, linears, weight_shape, with_weights
 from .past import KEYS, PAST_KEYS, PAST_MASK, PAST_VALUES, VALUES, call_with_past
 
 X: Final = "x"
 GRAD: Final = "grad"
-SCALE: Final = "scale"
 LABEL_POSITIONS: Final = "label_positions"
 LABEL_INDEX: Final = "label_index"
 OUTPUT: Final = "y"
 GRAD_X: Final = "grad_x"
 _RANK: Final = 7  # while tracing; no token count, so that neither is taken for the other
-
-aten = torch.ops.aten
 
 
 def trace_block(call: BlockCall, weights: Mapping[str, Tensor], targets: Sequence[str]) -> fx.GraphModule:
@@ -39,7 +37,7 @@ def trace_block(call: BlockCall, weights: Mapping[str, Tensor], targets: Sequenc
     """
     named, compute = passes_of_block(call, weights, targets)
     open_sizes = _open_sizes(named, (X, GRAD, *call.context), targets, {call.tokens: "positions"})
-    return _traced(compute, named, open_sizes, _outputs(targets))
+    return _traced(compute, named, open_sizes, output_names(targets))
 
 
 def passes_of_block(
@@ -48,15 +46,13 @@ def passes_of_block(
     """By name what both passes of a block take, its decoder's and its own tensors and random ones; and the passes, of
     these values in their order: the outputs of ``trace_block``."""
     x = call.hidden_states()
-    named: dict[str, Tensor] = {X: x.detach().clone(), GRAD: torch.randn_like(x), SCALE: torch.tensor(2.0)}
-    named |= {**_context(call), **weights, **_lora(weights, targets)}
+    named = {X: x.detach().clone(), GRAD: torch.randn_like(x), **_shared_inputs(call, weights, targets)}
     modules = linears(call.block)
     assert set(targets) <= set(modules)
 
     def run(values: Mapping[str, Tensor]) -> Tensor:
-        context = {name: values[name] for name in call.context}
-        with with_weights(call.block, modules, {name: values[name] for name in weights}, _lora_of(values, targets)):
-            return call(values[X], context)
+        with with_weights(call.block, modules, values, weights, targets):
+            return call(values[X], {name: values[name] for name in call.context})
 
     return named, _both_passes(run, named, targets)
 
@@ -73,15 +69,13 @@ def trace_labelled(
         labelled: a number of tokens that is no other dimension.
     """
     tokens, x = call.tokens, call.hidden_states()
-    named = {X: x.detach().clone(), SCALE: torch.tensor(2.0), **_context(call), **weights, **_lora(weights, targets)}
+    named = {X: x.detach().clone(), **_shared_inputs(call, weights, targets)}
     modules = linears(call.block)
 
     def forward(*tensors: Tensor) -> list[Tensor]:
         values = dict(zip(named, tensors, strict=True))
-        context, lora = {name: values[name] for name in call.context}, _lora_of(values, targets)
-        mine = {name: values[name] for name in weights}
-        with torch.no_grad(), with_weights(call.block, modules, mine, lora, as_operators=True):
-            return [call(values[X], context)]
+        with torch.no_grad(), with_weights(call.block, modules, values, weights, targets, as_operators=True):
+            return [call(values[X], {name: values[name] for name in call.context})]
 
     sizes = {tokens: "positions", labelled: "labelled"}
     open_sizes = _open_sizes(named, (X, *call.context), targets, sizes)
@@ -99,23 +93,23 @@ def trace_labelled(
     }
     named = {X: named[X], **places, GRAD: torch.randn(labelled, width)} | named
     open_sizes |= _open_sizes(named, (*places, GRAD), (), sizes)
-    return _traced(_both_passes(run, named, targets), named, open_sizes, _outputs(targets))
+    return _traced(_both_passes(run, named, targets), named, open_sizes, output_names(targets))
 
 
-def _lora_names(targets: Sequence[str]) -> list[str]:
+def lora_names(targets: Sequence[str]) -> list[str]:
     return [f"{target}.{side}" for target in targets for side in ("lora_A", "lora_B")]
 
 
-def _outputs(targets: Sequence[str]) -> list[str]:
-    """Of both passes."""
-    return [OUTPUT, GRAD_X, *(f"grad.{name}" for name in _lora_names(targets))]
+def output_names(targets: Sequence[str]) -> list[str]:
+    """Of both passes: ``y``, and the gradients by ``x`` and ``lora_names``."""
+    return [OUTPUT, GRAD_X, *(f"grad.{name}" for name in lora_names(targets))]
 
 
 def _both_passes(
     run: Callable[[Mapping[str, Tensor]], Tensor], named: Mapping[str, Tensor], targets: Sequence[str]
 ) -> Callable[..., list[Tensor]]:
     """Of the values of ``named``: ``y`` of ``run``, and the gradients of ``sum(y * grad)`` by x and all LoRA."""
-    names = _lora_names(targets)
+    names = lora_names(targets)
 
     def compute(*tensors: Tensor) -> list[Tensor]:
         values = dict(zip(named, tensors, strict=True))
@@ -125,10 +119,6 @@ def _both_passes(
         return [y, *torch.autograd.grad(y, list(leaves.values()), values[GRAD])]
 
     return compute
-
-
-def _lora_of(values: Mapping[str, Tensor], targets: Sequence[str]) -> dict[str, Lora]:
-    return {target: Lora(values[f"{target}.lora_A"], values[f"{target}.lora_B"], values[SCALE]) for target in targets}
 
 
 def trace_decode(
@@ -148,15 +138,14 @@ def trace_decode(
     with torch.no_grad():
         _, *made = call_with_past(call, argument, x, {}, None)
     keys, values = (torch.randn(past, *each.shape[1:]) for each in made)
-    named: dict[str, Tensor] = {X: x.detach().clone(), SCALE: torch.tensor(2.0), **_context(call)}
-    named[PAST_MASK] = torch.zeros(1, 1, call.tokens, past)
-    named |= {PAST_KEYS: keys, PAST_VALUES: values, **weights, **_lora(weights, targets)}
+    before = {PAST_MASK: torch.zeros(1, 1, call.tokens, past), PAST_KEYS: keys, PAST_VALUES: values}
+    named = {X: x.detach().clone(), **_shared_inputs(call, weights, targets, before)}
     modules = linears(call.block)
 
     def compute(*tensors: Tensor) -> list[Tensor]:
         given = dict(zip(named, tensors, strict=True))
-        context, lora = {name: given[name] for name in (*call.context, PAST_MASK)}, _lora_of(given, targets)
-        with torch.no_grad(), with_weights(call.block, modules, {name: given[name] for name in weights}, lora):
+        context = {name: given[name] for name in (*call.context, PAST_MASK)}
+        with torch.no_grad(), with_weights(call.block, modules, given, weights, targets):
             return [*call_with_past(call, argument, given[X], context, (given[PAST_KEYS], given[PAST_VALUES]))]
 
     names = (X, PAST_MASK, PAST_KEYS, PAST_VALUES, *call.context)
@@ -164,15 +153,15 @@ def trace_decode(
     return _traced(compute, named, open_sizes, [OUTPUT, KEYS, VALUES])
 
 
-def _context(call: BlockCall) -> dict[str, Tensor]:
-    return {
-        name: torch.zeros(tensor.shape) if name == MASK else tensor.detach().clone()
-        for name, tensor in call.tensors().items()
-    }
-
-
-def _lora(weights: Mapping[str, Tensor], targets: Sequence[str]) -> dict[str, Tensor]:
-    named = {}
+def _shared_inputs(
+    call: BlockCall, weights: Mapping[str, Tensor], targets: Sequence[str], before: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """What all graphs of a block take, in this order: the scale, its decoder's tensors, what came ``before``, its own
+    weights, and random LoRA."""
+    named = {SCALE: torch.tensor(2.0)}
+    for name, tensor in call.tensors().items():
+        named[name] = torch.zeros(tensor.shape) if name == MASK else tensor.detach().clone()
+    named |= {**(before or {}), **weights}
     for target in targets:
         out_features, in_features = weight_shape(weights, target)
         named[f"{target}.lora_A"] = torch.randn(_RANK, in_features)
@@ -199,26 +188,18 @@ def trace_modules(
 
     ``weights``: ``<place>.<name>`` of their parameters.
     """
-    chain = nn.ModuleList(modules)
-    named = {X: torch.randn(tokens, width), GRAD: torch.empty(0), **weights}
+    chain = nn.Sequential(*modules)
+    x = torch.randn(tokens, width)
     with torch.no_grad():
-        y = named[X].unsqueeze(0)
-        for module in chain:
-            y = module(y)
-    named[GRAD] = torch.randn_like(y.squeeze(0))
+        named = {X: x, GRAD: torch.randn_like(chain(x[None])[0]), **weights}
 
-    def compute(*tensors: Tensor) -> list[Tensor]:
-        values = dict(zip(named, tensors, strict=True))
-        x = values[X].detach().requires_grad_()
-        with torch.enable_grad(), _reparametrize_module(chain, {name: values[name] for name in weights}):
-            y = x.unsqueeze(0)
-            for module in chain:
-                y = module(y)
-            y = y.squeeze(0)
-        return [y, *torch.autograd.grad(y, [x], values[GRAD])]
+    def run(values: Mapping[str, Tensor]) -> Tensor:
+        with _reparametrize_module(chain, {name: values[name] for name in weights}):
+            y: Tensor = chain(values[X].unsqueeze(0)).squeeze(0)
+            return y
 
     open_sizes = {X: {0: "positions"}, GRAD: {0: "positions"}}
-    return _traced(compute, named, open_sizes, [OUTPUT, GRAD_X])
+    return _traced(_both_passes(run, named, ()), named, open_sizes, output_names(()))
 
 
 def _traced(
@@ -241,17 +222,16 @@ def _traced(
         )
         for index, (name, tensor) in enumerate(named.items())
     ]
+
+    def trace(function: Any) -> fx.GraphModule:
+        made = make_fx(function, _decompositions(), "real", _allow_non_fake_inputs=True)
+        graph: fx.GraphModule = made(*fakes)
+        return graph
+
     with mode:
-        traced = make_fx(
-            compute, decomposition_table=_decompositions(), tracing_mode="real", _allow_non_fake_inputs=True
-        )(*fakes)
+        traced = trace(compute)
         if any(_is_in_place(node) for node in traced.graph.nodes):
-            traced = make_fx(
-                torch.func.functionalize(traced),
-                decomposition_table=_decompositions(),
-                tracing_mode="real",
-                _allow_non_fake_inputs=True,
-            )(*fakes)
+            traced = trace(torch.func.functionalize(traced))
     traced.graph.eliminate_dead_code()
     placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
     for node, name in zip(placeholders, named, strict=True):
@@ -266,25 +246,14 @@ def _is_in_place(node: fx.Node) -> bool:
 
 
 def _decompositions() -> dict[Any, Any]:
-    table: dict[Any, Any] = dict(torch._decomp.core_aten_decompositions())
-    table |= torch._decomp.get_decompositions(
-        [
-            aten.addmm,
-            aten._softmax_backward_data,
-            aten.gelu,
-            aten.silu,
-            aten._unsafe_view,
-            aten.native_layer_norm_backward,
-        ]
-    )
+    others = (
+        aten.addmm, aten._softmax_backward_data, aten.gelu, aten.silu, aten._unsafe_view,
+        aten.native_layer_norm_backward,
+    )  # fmt: skip
+    table: dict[Any, Any] = {**torch._decomp.core_aten_decompositions(), **torch._decomp.get_decompositions(others)}
     for kept in (
-        aten.slice_backward.default,
-        aten.select_backward.default,
-        aten.native_layer_norm.default,
-        aten.split.Tensor,
-        aten.split_with_sizes.default,
-        aten.unbind.int,
-        aten.index_select.default,
-    ):
+        aten.slice_backward.default, aten.select_backward.default, aten.native_layer_norm.default, aten.split.Tensor,
+        aten.split_with_sizes.default, aten.unbind.int, aten.index_select.default,
+    ):  # fmt: skip
         table.pop(kept, None)
     return table

@@ -10,16 +10,14 @@ from pathlib import Path
 
 from families import save_tiny
 from processes import CloudProcess, cloud_process
-from reference import write_reference
 
-from dlora.edge.engine.bundle import Bundle
 from dlora.export.bundle import export_bundle
 from dlora.export.settings import ExportSettings
 
 
 @dataclass(frozen=True)
 class Place:
-    """All of it lies in ``directory``, with ``reference.safetensors`` of what torch computes."""
+    """All of it lies in ``directory``."""
 
     directory: Path
     server: CloudProcess
@@ -38,7 +36,6 @@ def tiny_place(directory: Path) -> Iterator[Place]:
     export_bundle(
         ExportSettings(str(directory / "model"), directory / "bundle", 4, 8.0, head_dtype="fp32", device_blocks=2)
     )
-    write_reference(Bundle.open(directory / "bundle"), directory / "reference.safetensors")
     words = [" ".join(f"w{(7 * row + word) % 89}" for word in range(5 + row % 4)) for row in range(8)]
     (directory / "data.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in words))
     with cloud_process(directory / "model", directory / "server") as server:

@@ -37,14 +37,21 @@ def well(done: Finished) -> str:
     return done.stdout
 
 
-def test_numerical_results_match_torch(place: Place) -> None:
-    settings = [f"DLORA_ARM_REFERENCE={place.directory}"]
-    command = ["env", *settings, PACKAGE, "-m", "pytest", "-p", "no:cacheprovider", "tests/arm/device_maths.py"]
-    done = run(command, place.directory)
-    assert done.code == 0, done.stdout + done.stderr
+def test_numpy_matrix_product_is_exact(place: Place) -> None:
+    """It does not under every processor that qemu offers: ``-cpu max`` was wrong by more than 1."""
+    code = """
+import numpy as np
+rng = np.random.default_rng(0)
+left, right = rng.normal(size=(70, 130)), rng.normal(size=(130, 90))
+wanted = np.einsum("ij,jk->ik", left, right)
+for dtype, bound in (("float64", 1e-14), ("float32", 1e-6)):
+    assert np.abs(left.astype(dtype) @ right.astype(dtype) - wanted).max() < bound * np.abs(wanted).max()
+"""
+    well(run([PACKAGE, "-c", code], place.directory))
 
 
 def test_doctor_and_selftest_pass(device: Device, place: Place) -> None:
+    """The latter runs every graph against what torch computed here."""
     report = json.loads(well(device("doctor", "--bundle", place.bundle, "--server", place.server.url, "--json")))
     assert "aarch64" in report["checks"][0]["found"]
     assert json.loads(well(device("selftest", "--bundle", place.bundle, "--threads", 1, "--json")))["passed"]
@@ -120,18 +127,10 @@ def test_killed_run_resumes_with_the_same_steps(place: Place) -> None:
     assert (out / "adapter_model.safetensors").read_bytes() == (whole / "adapter_model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "code", "said"),
-    [
-        (["train"], 2, "--bundle is missing"),
-        (["selftest", "--bundle", "/nonexistent"], 4, "error: "),
-        (["info", "/nonexistent"], 2, "error: "),
-    ],
-)
-def test_errors_are_one_line_and_an_exit_code(place: Place, arguments: list[str], code: int, said: str) -> None:
-    done = Device((FROZEN,), place.directory)(*arguments)
-    assert done.code == code, done.stderr
-    assert said in done.stderr
+def test_an_error_is_one_line_and_an_exit_code(place: Place) -> None:
+    done = Device((FROZEN,), place.directory)("selftest", "--bundle", "/nonexistent")
+    assert done.code == 4, done.stderr
+    assert "error: " in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -161,14 +160,10 @@ def test_three_steps_of_the_real_model_match(
     device: Device, place: Place, real_server: CloudProcess, tmp_path: Path
 ) -> None:
     """Few labels: the head is the slow part under emulation."""
-    pairs = [
-        ("Where is my card? ", "card_arrival"),
-        ("I lost it. ", "lost_card"),
-        ("Hello ", "hello"),
-        ("2 + 2 = ", "4"),
-    ]
+    asked = {"Where is my card? ": "card_arrival", "I lost it. ": "lost_card", "Hello ": "hello", "2 + 2 = ": "4"}
+    rows = [json.dumps({"prompt": prompt, "completion": answer}) for prompt, answer in asked.items()]
     data = place.directory / "real.jsonl"
-    data.write_text("".join(json.dumps({"prompt": ask, "completion": answer}) + "\n" for ask, answer in pairs))
+    data.write_text("".join(f"{row}\n" for row in rows))
     out = place.directory / f"real-{len(list(place.directory.glob('real-*')))}"
     well(device(*train(REAL_BUNDLE, real_server.url, data, out, 3)))
     well(run_edge(*train(REAL_BUNDLE, real_server.url, data, tmp_path, 3), timeout_s=300))
