@@ -29,7 +29,7 @@ import peft_reference as reference
 import torch
 import transformers
 from families import FAMILIES, MORE_FAMILIES, REFUSED_FAMILIES, random_model, tiny_tokenizer
-from models_table import PAGE, TYPES_HEADING
+from models_table import PAGE, TYPES_HEADING, rows_below, write_rows
 from serving import config, random_dataset, randomize, serving, training
 from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -51,29 +51,15 @@ LEAST_SHOWN: Final = 1e-5  # below it, what is shown would differ from machine t
 MOST: Final = 1e-4  # fp32 throughout; sums are taken in another order
 _MEMORY: Final = 8 << 30
 _TIMEOUT_S: Final = 180
-_HEADINGS: Final[dict[Outcome, str]] = {
-    "works": "### Works",
-    "refused": "### Refused, of the others",
-    "not built": "### Cannot be built tiny",
+_HEADERS: Final[dict[Outcome, str]] = {
+    "works": "| type | config | LoRA's default",
+    "refused": "| type | config | error",
+    "not built": "| type | config | what transformers says",
 }
-_COLUMNS: Final[dict[Outcome, str]] = {
-    "works": "| type | config | LoRA's default | whose | off PEFT |",
-    "refused": "| type | config | error |",
-    "not built": "| type | config | what transformers says |",
-}
-_TOP: Final = """\
+_COUNTS: Final = """\
 transformers {version} has {count} causal model types. The {others} that are not in the tables above were tried by
 `python tests/model_types.py` on {date}: {works} work ({both} of them not with the default config of their type),
-{refused} are refused, {missing} cannot be built tiny. `tests/test_models.py` tries a few of them again each day.
-
-Each is a tiny model with random weights and one layer of each kind that its config has, saved, loaded, exported and
-trained for a step through a server, with its default target modules and with `all-linear`, on ONNX Runtime with fp32
-on the wire.
-
-- **config**: what differs from the defaults of the type's config, beside sizes. Most encoder-decoder models work as the
-  decoder that transformers makes of them.
-- **off PEFT**: the largest relative difference of loss and gradients from those of PEFT in one process.
-- Errors come from `dlora-export` and from `dlora-cloud serve` when it starts, in one line, with exit code 11."""
+{refused} are refused, {missing} cannot be built tiny."""
 _VARIANTS: Final[dict[str, dict[str, Any]]] = {
     "gemma4": {"text_config": {"hidden_size_per_layer_input": 0}},
     "gemma4_text": {"hidden_size_per_layer_input": 0},
@@ -86,11 +72,11 @@ class Trial:
     """A type, and what its config has otherwise than by default."""
 
     model_type: str
-    changes: tuple[tuple[str, Any], ...] = ()
+    changes: dict[str, Any]
 
     @property
     def settings(self) -> str:
-        return ", ".join(f"`{name}={value}`" for name, value in _flat(dict(self.changes)))
+        return ", ".join(f"`{name}={value}`" for name, value in _flat(self.changes))
 
 
 @dataclass(frozen=True)
@@ -102,14 +88,10 @@ class Result:
     difference: float = 0.0
 
 
-def all_types() -> list[str]:
-    """The causal model types of the installed transformers."""
-    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-
-
 def other_types() -> list[str]:
-    """Those that are not among the tested families."""
-    return [name for name in all_types() if name not in {*FAMILIES, *MORE_FAMILIES, *REFUSED_FAMILIES}]
+    """The causal model types of the installed transformers that are not among the tested families."""
+    tested = {*FAMILIES, *MORE_FAMILIES, *REFUSED_FAMILIES}
+    return sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - tested)
 
 
 def trials(model_type: str) -> list[Trial]:
@@ -118,7 +100,7 @@ def trials(model_type: str) -> list[Trial]:
         changes = [decoder_changes(model_type), _VARIANTS.get(model_type, {})]
     except Exception:
         changes = []
-    return [Trial(model_type), *(Trial(model_type, tuple(each.items())) for each in changes if each)]
+    return [Trial(model_type, {}), *(Trial(model_type, each) for each in changes if each)]
 
 
 def run_trial(trial: Trial) -> Result:
@@ -129,12 +111,12 @@ def run_trial(trial: Trial) -> Result:
     process.start()
     its.close()
     try:
-        result = ours.recv() if ours.poll(_TIMEOUT_S) else Result("not built", f"takes more than {_TIMEOUT_S} s")
+        has_answered = ours.poll(_TIMEOUT_S)
+        result: Result = ours.recv() if has_answered else Result("not built", f"takes more than {_TIMEOUT_S} s")
     except EOFError:
         result = Result("not built", f"takes more than {_MEMORY >> 30} GB")
     process.kill()
     process.join()
-    assert isinstance(result, Result)
     return result
 
 
@@ -152,7 +134,7 @@ def try_in(trial: Trial, directory: Path) -> Result:
     model = directory / trial.model_type
     try:
         with quiet():
-            _save(tiny_config(trial.model_type, **dict(trial.changes)), model)
+            _save(tiny_config(trial.model_type, **trial.changes), model)
     except Exception as error:  # whatever a type's own code raises
         reason = first_line(error).partition(". ")[0]
         return Result("not built", f"{type(error).__name__}: {_short(reason)}")
@@ -161,7 +143,8 @@ def try_in(trial: Trial, directory: Path) -> Result:
     except DloraError as error:
         if "internal error" in str(error):
             return Result("crashed", "internal error of the server")
-        return Result("refused", _without_numbers(str(error).replace(str(model), trial.model_type)))
+        without_numbers = re.sub(r" \(its logits differ by [^)]*\)", "", str(error))
+        return Result("refused", without_numbers.replace(str(model), trial.model_type))
     except Exception as error:
         traceback.print_exc(file=sys.__stderr__)
         return Result("crashed", f"{type(error).__name__}: {_short(first_line(error))}")
@@ -183,16 +166,12 @@ def _train(model: Path) -> Result:
     given: tuple[str, ...] | None = None
     try:
         selection = select_targets(base, None)
-        names = _names_text(selection.target_modules)
-        whose = "dlora's" if selection.notes else "PEFT's"
-        text = f"{names} | {whose}"
+        text = f"{_names_text(selection.target_modules)} | {'dlora' if selection.notes else 'PEFT'}'s"
     except ExportError as error:
         if "give --target-modules" not in str(error):
             raise
         given, text = (ALL_LINEAR,), "none: give `--target-modules` | "
-    export_bundle(
-        ExportSettings(str(model), bundle, rank=4, alpha=8.0, head_dtype="fp32", engine="onnx", target_modules=given)
-    )
+    export_bundle(ExportSettings(str(model), bundle, rank=4, alpha=8.0, head_dtype="fp32", target_modules=given))
     worst = 0.0
     with serving(base) as server:
         for targets in ((), (ALL_LINEAR,)):
@@ -239,17 +218,15 @@ def rows_of(results: Sequence[tuple[Trial, Result]]) -> dict[Outcome, list[str]]
 
 def row_of(trial: Trial, result: Result) -> str:
     """Differences as the power of ten that they are below, so that the page is the same from machine to machine."""
-    start = f"| {trial.model_type} | {trial.settings} |"
-    if result.outcome != "works":
-        return start + " " + result.text.replace("|", r"\|") + " |"
-    return f"{start} {result.text} | < 1e{math.ceil(math.log10(max(result.difference, LEAST_SHOWN)))} |"
+    text = result.text.replace("|", r"\|")
+    if result.outcome == "works":
+        text = f"{result.text} | < 1e{math.ceil(math.log10(max(result.difference, LEAST_SHOWN)))}"
+    return f"| {trial.model_type} | {trial.settings} | {text} |"
 
 
 def page_rows(outcome: Outcome) -> list[str]:
     """The lines of one table of the page."""
-    _, heading, rest = PAGE.read_text().partition(_HEADINGS[outcome])
-    lines = rest.partition("\n#")[0].splitlines() if heading else []
-    return [line for line in lines if line.startswith("| ") and not line.startswith("| type |")]
+    return rows_below(_HEADERS[outcome])
 
 
 def type_of(row: str) -> str:
@@ -264,24 +241,7 @@ def trial_of(row: str) -> Trial:
 
 def page_version() -> str:
     """Of transformers, when the tables were made."""
-    found = re.search(r"transformers (\S+)", PAGE.read_text().partition(TYPES_HEADING)[2])
-    assert found is not None
-    return found.group(1)
-
-
-def _section(rows: dict[Outcome, list[str]]) -> str:
-    works, refused, missing = ({type_of(row) for row in rows[outcome]} for outcome in OUTCOMES)
-    top = _TOP.format(
-        count=len(all_types()), version=transformers.__version__, date=datetime.now(UTC).date().isoformat(),
-        others=len(other_types()), works=len(works), both=len(works & refused), refused=len(refused - works),
-        missing=len(missing - works),
-    )  # fmt: skip
-    tables = [
-        f"{_HEADINGS[outcome]}\n\n{_COLUMNS[outcome]}\n{'|---' * (_COLUMNS[outcome].count('|') - 1)}|\n"
-        + "\n".join(sorted(rows[outcome]))
-        for outcome in OUTCOMES
-    ]
-    return "\n\n".join([f"{TYPES_HEADING}\n\n{top}", *tables]) + "\n"
+    return PAGE.read_text().partition(TYPES_HEADING)[2].partition("transformers ")[2].split()[0]
 
 
 def write_page(names: Sequence[str]) -> int:
@@ -295,7 +255,15 @@ def write_page(names: Sequence[str]) -> int:
             print(f"{time.monotonic() - begun:5.1f} s  {outcome:9}  {'; '.join(lines)}", flush=True)
             crashed += outcome == "crashed"
             rows.get(outcome, []).extend(lines)
-    PAGE.write_text(PAGE.read_text().partition(TYPES_HEADING)[0] + _section(rows))
+    for outcome, lines in rows.items():
+        write_rows(_HEADERS[outcome], sorted(lines))
+    works, refused, missing = ({type_of(row) for row in lines} for lines in rows.values())
+    counts = _COUNTS.format(
+        count=len(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), version=transformers.__version__,
+        date=datetime.now(UTC).date().isoformat(), others=len(other_types()), works=len(works),
+        both=len(works & refused), refused=len(refused - works), missing=len(missing - works),
+    )  # fmt: skip
+    PAGE.write_text(re.sub(r"^transformers .*? built tiny\.", counts, PAGE.read_text(), flags=re.DOTALL | re.MULTILINE))
     return crashed
 
 
@@ -311,12 +279,8 @@ def _flat(changes: dict[str, Any]) -> Iterator[tuple[str, Any]]:
         yield from _flat(value) if isinstance(value, dict) else [(name, value)]
 
 
-def _short(text: str, most: int = 120) -> str:
-    return text if len(text) <= most else f"{text[:most].rpartition(' ')[0]} …"
-
-
-def _without_numbers(line: str) -> str:
-    return re.sub(r" \(its logits differ by [^)]*\)", "", line)
+def _short(text: str) -> str:
+    return text if len(text) <= 120 else f"{text[:120].rpartition(' ')[0]} …"
 
 
 if __name__ == "__main__":

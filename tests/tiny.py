@@ -7,11 +7,11 @@ first.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 from filelock import FileLock
 
@@ -23,17 +23,14 @@ if TYPE_CHECKING:
     from dlora.protocol.manifest import StoredDtype
 
 
-Made = TypeVar("Made")
-
-
+@dataclass
 class Weights:
     """A model of random weights: in memory, and as ``save_pretrained`` writes it."""
 
-    def __init__(self, directory: Path, family: str, seed: int, changes: dict[str, Any]) -> None:
-        self._directory = directory
-        self._family = family
-        self._seed = seed
-        self._changes = changes
+    directory: Path
+    family: str
+    seed: int
+    changes: dict[str, Any]
 
     @cached_property
     def base(self) -> BaseModel:
@@ -41,18 +38,18 @@ class Weights:
 
         from dlora.cloud.model.base_model import BaseModel
 
-        return BaseModel.from_model(tiny_model(self._family, self._seed, **self._changes), "tiny")
+        return BaseModel.from_model(tiny_model(self.family, self.seed, **self.changes), "tiny")
 
     @cached_property
     def model(self) -> Path:
         from families import save_tiny
 
-        with only_one(self._directory):
-            if not self._directory.exists():
-                partial = self._directory.with_name("partial")
-                save_tiny(partial, self._family, self._seed, **self._changes)
-                partial.rename(self._directory)
-        return self._directory
+        with only_one(self.directory):
+            if not self.directory.exists():
+                partial = self.directory.with_name("partial")
+                save_tiny(partial, self.family, self.seed, **self.changes)
+                partial.rename(self.directory)
+        return self.directory
 
 
 @dataclass
@@ -121,16 +118,17 @@ class TinyFactory:
         if blocks != 2:
             changes["num_hidden_layers"] = blocks
         model = (family, seed, *sorted(changes.items()))
-        weights = _once(
-            self._weights, model,
-            lambda: Weights(self._directory / f"weights-{_digest(model)}" / "model", family, seed, changes),
-        )  # fmt: skip
+        if model not in self._weights:
+            directory = self._directory / f"weights-{_digest(model)}" / "model"
+            self._weights[model] = Weights(directory, family, seed, changes)
         settings = {
             "rank": rank, "alpha": alpha, "head_dtype": head_dtype, "target_modules": target_modules, "engine": engine,
             "device_blocks": device_blocks, "block_dtype": block_dtype,
         }  # fmt: skip
         key = model, *settings.values()
-        return _once(self._made, key, lambda: Tiny(weights, self._directory / f"bundle-{_digest(key)}", settings))
+        if key not in self._made:
+            self._made[key] = Tiny(self._weights[model], self._directory / f"bundle-{_digest(key)}", settings)
+        return self._made[key]
 
     def check_unchanged(self) -> None:
         for tiny in self._made.values():
@@ -145,9 +143,3 @@ def only_one(directory: Path) -> FileLock:
     """Of all test processes."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     return FileLock(directory.with_name(f"{directory.name}.lock"))
-
-
-def _once(made: dict[Hashable, Made], key: Hashable, make: Callable[[], Made]) -> Made:
-    if key not in made:
-        made[key] = make()
-    return made[key]
