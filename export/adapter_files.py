@@ -47,7 +47,9 @@ def check_mergeable(directory: Path) -> AdapterFiles:
             "with --active-from start for an adapter that can be merged"
         )
     ranks, alphas = (read_patterns(directory, config, key) for key in ("rank_pattern", "alpha_pattern"))
-    _check_saved_modules(directory, config.get("modules_to_save") or [])
+    names = config.get("modules_to_save") or []  # PEFT has ``re`` look for them: they must be names
+    if not isinstance(names, list) or not all(isinstance(name, str) and _NAME.fullmatch(name) for name in names):
+        raise CheckpointError(f"{directory}: modules_to_save in {CONFIG_NAME} has patterns; name the modules instead")
     weights = directory / WEIGHTS_NAME
     if not weights.is_file():
         raise CheckpointError(f"{directory} has no {WEIGHTS_NAME}; weights in other files are never loaded")
@@ -60,12 +62,6 @@ def check_mergeable(directory: Path) -> AdapterFiles:
     if record is not None:
         record.check_weights(directory, digest)
     return AdapterFiles(directory, digest, record, ranks, alphas)
-
-
-def _check_saved_modules(directory: Path, names: object) -> None:
-    """PEFT has ``re`` look for them: they must be names."""
-    if not isinstance(names, list) or not all(isinstance(name, str) and _NAME.fullmatch(name) for name in names):
-        raise CheckpointError(f"{directory}: modules_to_save in {CONFIG_NAME} has patterns; name the modules instead")
 
 
 def _read_config(directory: Path) -> dict[str, Any]:

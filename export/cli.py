@@ -184,7 +184,7 @@ def merge(
 
     Example:  dlora-export merge smollm2-135m --adapter my-adapter --out build/merged
     """
-    from .merge_settings import MergeSettings
+    from .settings import MergeSettings
 
     settings = MergeSettings(model, adapter, out, dtype, force)
     settings.check()

@@ -22,8 +22,8 @@ from dlora.protocol.text import first_line
 from dlora.protocol.version import SOFTWARE_VERSION
 
 from .adapter_files import AdapterFiles
-from .merge_settings import MERGED, MERGED_NAME, MergeSettings
 from .output_directory import new_directory_for
+from .settings import MERGED, MERGED_NAME, MergeSettings
 from .tokenizer import load_tokenizer
 
 
@@ -66,10 +66,14 @@ def merge_adapter(
             f"{settings.model} has other weights ({fingerprint[:12]}…); give the model that its bundle is of"
         )
     tokenizer = load_tokenizer(source, base)
+    name = source.hub_id or settings.model
     say("merging")
     modules, model = _merge(base, adapter)
     model.to(getattr(torch, settings.dtype))
-    _check_finite(model, settings.dtype)
+    for parameter, weight in model.named_parameters():
+        if not bool(torch.isfinite(weight).all()):
+            advice = "; use --dtype bfloat16" if settings.dtype == "float16" else ""
+            raise ExportError(f"the merged model has values that {settings.dtype} cannot hold, in {parameter}{advice}")
     with interrupts.raise_on_signal(), new_directory_for(settings.out, settings.force, MERGED) as directory:
         say("writing weights and tokenizer")
         with quiet():
@@ -81,7 +85,7 @@ def merge_adapter(
                 raise StorageError(text) from None
         about = {
             "software": SOFTWARE_VERSION,
-            "base_model": source.hub_id or settings.model,
+            "base_model": name,
             "base_fingerprint": fingerprint,
             "adapter_sha256": adapter.weights_sha256,
             "dtype": settings.dtype,
@@ -92,14 +96,7 @@ def merge_adapter(
         for path in files:
             path.chmod(mode)  # safetensors gives its files 0600
         sizes = {path.relative_to(directory).as_posix(): path.stat().st_size for path in files}
-    return Merged(
-        base_model=source.hub_id or settings.model,
-        fingerprint=fingerprint,
-        is_checked=adapter.record is not None,
-        modules=modules,
-        adapter_sha256=adapter.weights_sha256,
-        bytes=sizes,
-    )
+    return Merged(name, fingerprint, adapter.record is not None, modules, adapter.weights_sha256, sizes)
 
 
 def _forget_quantisation(base: BaseModel) -> None:
@@ -123,12 +120,19 @@ def _merge(base: BaseModel, adapter: AdapterFiles) -> tuple[int, nn.Module]:
     try:
         with quiet(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what they are about is checked below
-            saved = _saved(adapter)
+            with safetensors.safe_open(adapter.directory / WEIGHTS_NAME, "pt") as file:
+                saved = set(file.keys())
             config = LoraConfig.from_pretrained(str(adapter.directory))
             _name_modules(config, adapter, saved, base.model)
             model = PeftModel.from_pretrained(base.model, adapter.directory, config=config)
             loaded = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-            _check_same_weights(loaded, saved, adapter, base)
+            if saved != loaded:  # PEFT says nothing of weights whose module the model lacks
+                name = min(saved ^ loaded)
+                whose = "the adapter" if name in saved else "the model"
+                raise CheckpointError(
+                    f"{adapter.directory} does not fit {base.name}: only {whose} has {name}; give the model that it "
+                    "was trained on"
+                )
             modules = sum(name.endswith(".lora_A.weight") for name in loaded)
             merged: nn.Module = model.merge_and_unload(safe_merge=True)
             return modules, merged
@@ -139,12 +143,6 @@ def _merge(base: BaseModel, adapter: AdapterFiles) -> tuple[int, nn.Module]:
             f"{adapter.directory} cannot be merged into {base.name}: {first_line(error)}; give the model that it was "
             "trained on"
         ) from None
-
-
-def _saved(adapter: AdapterFiles) -> set[str]:
-    """The names of the tensors in its file."""
-    with safetensors.safe_open(adapter.directory / WEIGHTS_NAME, "pt") as file:
-        return set(file.keys())
 
 
 def _name_modules(config: LoraConfig, adapter: AdapterFiles, saved: set[str], model: nn.Module) -> None:
@@ -169,20 +167,3 @@ def _by_name(values: dict[str, int], patterns: Patterns, names: list[str]) -> di
         if pattern is not None:
             found.setdefault(values[pattern], []).append(re.escape(name))
     return {f"^(?:{'|'.join(names)})": value for value, names in found.items()}
-
-
-def _check_same_weights(loaded: set[str], saved: set[str], adapter: AdapterFiles, base: BaseModel) -> None:
-    """PEFT says nothing of weights whose module the model lacks; the rest alone would be another adapter."""
-    if saved != loaded:
-        name = min(saved ^ loaded)
-        raise CheckpointError(
-            f"{adapter.directory} does not fit {base.name}: only {'the adapter' if name in saved else 'the model'} has "
-            f"{name}; give the model that it was trained on"
-        )
-
-
-def _check_finite(model: nn.Module, dtype: str) -> None:
-    for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            advice = "; use --dtype bfloat16" if dtype == "float16" else ""
-            raise ExportError(f"the merged model has values that {dtype} cannot hold, in {name}{advice}")

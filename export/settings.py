@@ -1,4 +1,4 @@
-"""What a bundle is to be, and whether it can be: without loading torch, so that a mistake is an error at once."""
+"""What is to be made, and whether it can be: without loading torch, so that a mistake is an error at once."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from dlora.protocol.limits import MAX_RANK
 from dlora.protocol.manifest import BlockDtype, StoredDtype
 from dlora.protocol.text import one_line
 
+from .adapter_files import AdapterFiles, check_mergeable
 from .installed import check_executorch
-from .output_directory import check_output_path
+from .output_directory import Product, check_output_path
 
+MERGED_NAME: Final = "dlora_merge.json"
+MERGED: Final = Product("a merged model", MERGED_NAME)
 ENGINES: Final = ("onnx", "executorch")
 
 BLOCKS_HELP: Final = "--device-blocks must be at least 0: a number of blocks, counted from the last; or all, or none"
@@ -79,3 +82,26 @@ class ExportSettings:
         if "executorch" in self.engines:
             check_executorch()
         find_source(self.model)
+
+
+@dataclass(frozen=True)
+class MergeSettings:
+    """What the user asked to be merged; ``dtype``: a name of torch's, of the weights that are written."""
+
+    model: str
+    adapter: Path
+    out: Path
+    dtype: str = "float32"
+    force: bool = False
+
+    def check(self) -> AdapterFiles:
+        """The adapter, whose files fit together.
+
+        Raises ``UsageError``, ``StorageError``, ``MissingExtraError`` or ``CheckpointError`` for what cannot work.
+        """
+        if self.out.exists() and self.out.resolve() == self.adapter.resolve():
+            raise UsageError(f"{self.out} is the adapter; choose another --out")
+        check_output_path(self.out, self.force, MERGED)
+        adapter = check_mergeable(self.adapter)
+        find_source(self.model)
+        return adapter

@@ -1,5 +1,5 @@
-"""The tables of docs/reference/models.md, of the tiny models that the tests run: ``python tests/models_table.py`` writes
-them again, but for the types that the tests do not run (``model_types.py``)."""
+"""The tables of docs/reference/models.md, of the tiny models that the tests run: ``python tests/models_table.py``
+writes them again, but for the types that the tests do not run (``model_types.py``)."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.model.fingerprint import fingerprint
 from dlora.export.merge import _forget_quantisation, merge_adapter
-from dlora.export.merge_settings import MERGED_NAME, MergeSettings
+from dlora.export.settings import MERGED_NAME, MergeSettings
 from dlora.protocol.adapter_record import RECORD_NAME, WEIGHTS_NAME
 from dlora.protocol.errors import CheckpointError, ExportError, ModelMismatchError, UsageError
 

@@ -150,7 +150,7 @@ def test_merged_model_of_a_gguf_file_equals_peft(tmp_path: Path) -> None:
     from dlora.cloud.model.base_model import find_source, load_model
     from dlora.edge.adapters.peft import save_adapter
     from dlora.export.merge import merge_adapter
-    from dlora.export.merge_settings import MergeSettings
+    from dlora.export.settings import MergeSettings
 
     need(FP16)
     modules = random_modules({f"model.layers.{block}.self_attn.q_proj": (576, 576) for block in (3, 29)}, r=4)

@@ -116,16 +116,17 @@ def _kept_name(name: str) -> str:
 
 def traced_graph(kind: str, traced: fx.GraphModule, key: str, weights: Iterable[str]) -> TrainingGraph:
     """A traced graph as one of the bundle. Raises ``CannotRunOnDevice``."""
-    inputs = [node for node in traced.graph.nodes if node.op == "placeholder"]
-    (output,) = (node for node in traced.graph.nodes if node.op == "output")
-    symbols = _symbols(inputs)
-    names: list[str] = traced.meta["outputs"]
+    inputs = traced.graph.find_nodes(op="placeholder")
+    outputs = outputs_of(traced)
+    symbols = {  # the names of sizes that are open, by torch's
+        str(node.meta["val"].shape[axis]): name for node in inputs for axis, name in node.meta["sizes"].items()
+    }
     try:
-        nodes = to_nodes(traced, names)
+        nodes = to_nodes(traced, list(outputs))
         return TrainingGraph(
             kind,
             inputs=tuple(_spec(node.meta["name"], node, symbols) for node in inputs),
-            outputs=tuple(_spec(name, node, symbols) for name, node in zip(names, output.args[0], strict=True)),
+            outputs=tuple(_spec(name, node, symbols) for name, node in outputs.items()),
             body=nodes,
             module=partial(TracedModule, traced),
             key=key,
@@ -133,13 +134,6 @@ def traced_graph(kind: str, traced: fx.GraphModule, key: str, weights: Iterable[
         )
     except CannotEmitError as error:
         raise CannotRunOnDevice(f"its blocks compute what a device cannot: {error}") from None
-
-
-def _symbols(inputs: Sequence[fx.Node]) -> dict[str, str]:
-    """The names of sizes that are open, by torch's."""
-    return {
-        str(node.meta["val"].shape[axis]): name for node in inputs for axis, name in node.meta["sizes"].items()
-    }
 
 
 def _spec(name: str, node: fx.Node, symbols: Mapping[str, str]) -> TensorSpec:
@@ -222,21 +216,21 @@ def with_values(
 
 def final_norm_tests(final_norm: FinalNormMaterials, graph: TrainingGraph) -> Iterator[GoldenCase]:
     """Hidden states of the base model and a random gradient."""
-    x = final_norm.hidden_states[: sum(LENGTHS[-1])].detach().float()
-    found = {}
-    for dtype in (torch.float64, torch.float32):
-        chain = nn.Sequential(*final_norm.modules)
-        given = x.clone().to(dtype).requires_grad_()
-        weights = {name: tensor.to(dtype) for name, tensor in final_norm.weights.items()}
+    chain = nn.Sequential(*final_norm.modules)
+
+    def reference(values: Arrays, dtype: torch.dtype) -> Arrays:
+        weights = {name: torch.from_numpy(value.copy()).to(dtype) for name, value in values.items()}
+        given, grad = weights.pop(X).requires_grad_(), weights.pop(GRAD)
         with torch.enable_grad():
             y = torch.func.functional_call(chain, weights, (given[None],))[0]
-        grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(0))
-        (grad_x,) = torch.autograd.grad(y, [given], grad.to(dtype))
-        found[dtype] = {OUTPUT: y.detach(), GRAD_X: grad_x}
-    exact, single = (to_floats(**{spec.name: each[spec.name] for spec in graph.outputs}) for each in found.values())
+        (grad_x,) = torch.autograd.grad(y, [given], grad)
+        return to_floats(**{OUTPUT: y, GRAD_X: grad_x})
+
+    x = final_norm.hidden_states[: sum(LENGTHS[-1])].detach().float()
+    shape = chain(x[None])[0].shape
+    grad = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     values = {X: x, GRAD: grad, **final_norm.weights}
-    inputs: Arrays = {spec.name: np.asarray(values[spec.name]) for spec in graph.inputs}
-    yield GoldenCase(inputs, exact, allowed(exact, single))
+    yield GoldenCase.of(graph, {name: np.asarray(value) for name, value in values.items()}, reference)
 
 
 def make(materials: Materials) -> Iterator[GraphWithCases]:

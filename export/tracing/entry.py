@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dlora.cloud.model.base_model import BaseModel
 
-from .calls import BlockCall, CannotRunOnDevice, calls_without_computing, near, random_embeds, record_calls, table_rows
+from .calls import CannotRunOnDevice, calls_without_computing, near, random_embeds, record_calls, table_rows
 
 _TOLERANCE: Final = 1e-5  # of what is rounded, relative to the largest value
 _DIGITS: Final = 6  # a family's factor is a number that somebody wrote, not one of a sum
@@ -54,7 +54,9 @@ def find_entry(base: BaseModel) -> Entry:
     if not near(change * scale, wanted, _TOLERANCE):
         raise CannotBeginOnDevice("its embeddings go through a norm, or what is no factor, before block 0")
     rows = table_rows(base)
-    table, short = (_at_zero(base, tokens) for tokens in (rows, rows // 2 + 1))
+    table, short = (
+        calls_without_computing(base, tokens, eager=False)[0].hidden_states() for tokens in (rows, rows // 2 + 1)
+    )  # of embeddings that are all zero
     if not torch.allclose(table[: len(short)], short, rtol=1e-6, atol=1e-6):
         raise CannotBeginOnDevice("what is added to its embeddings before block 0 depends on how many tokens there are")
     entry = Entry(scale, table.float() if bool(table.any()) else None)
@@ -65,10 +67,5 @@ def find_entry(base: BaseModel) -> Entry:
 
 def _inputs(base: BaseModel, seed: int) -> tuple[Tensor, Tensor]:
     """What block 0 is given, (tokens, width), for random embeddings, (tokens, embedding_size)."""
-    call: BlockCall = record_calls(base, seed=seed)[0]
+    call = record_calls(base, seed=seed)[0]
     return call.hidden_states(), random_embeds(base, call.tokens, seed)[0]
-
-
-def _at_zero(base: BaseModel, tokens: int) -> Tensor:
-    """What block 0 is given for embeddings that are all zero."""
-    return calls_without_computing(base, tokens, eager=False)[0].hidden_states()

@@ -11,7 +11,6 @@ from torch._functorch.compile_utils import fx_graph_cse
 from .aten import COPIES, aten
 from .int4 import WIDEN
 
-KEPT_META = ("name", "sizes")  # of an input: what it is called, and its sizes that are open
 _SAME_WHERE_OF_ONE_SHAPE: tuple[Any, ...] = (
     aten.view.default, aten.expand.default, aten.slice.Tensor, aten.slice_backward.default
 )  # fmt: skip
@@ -24,11 +23,11 @@ def simplify(traced: fx.GraphModule) -> fx.GraphModule:
         for node in list(graph.nodes):
             _replace(node)
         graph.eliminate_dead_code()
-    metas = [{key: node.meta[key] for key in KEPT_META} for node in graph.nodes if node.op == "placeholder"]
     made = fx.GraphModule(traced, fx_graph_cse(graph))
     made.meta["outputs"] = traced.meta["outputs"]
-    for node, meta in zip((node for node in made.graph.nodes if node.op == "placeholder"), metas, strict=True):
-        node.meta |= meta
+    inputs = (each.find_nodes(op="placeholder") for each in (graph, made.graph))
+    for node, copy in zip(*inputs, strict=True):
+        copy.meta |= {key: node.meta[key] for key in ("name", "sizes")}
     return made
 
 

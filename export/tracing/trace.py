@@ -18,6 +18,7 @@ from .calls import MASK, BlockCall
 from .labelled import LabelledRows
 from .modules import SCALE, linears, weight_shape, with_weights
 from .past import KEYS, PAST_KEYS, PAST_MASK, PAST_VALUES, VALUES, call_with_past
+from .simplify import outputs_of
 
 X: Final = "x"
 GRAD: Final = "grad"
@@ -45,8 +46,7 @@ def passes_of_block(
 ) -> tuple[dict[str, Tensor], Callable[..., list[Tensor]]]:
     """By name what both passes of a block take, its decoder's and its own tensors and random ones; and the passes, of
     these values in their order: the outputs of ``trace_block``."""
-    x = call.hidden_states()
-    named = {X: x.detach().clone(), GRAD: torch.randn_like(x), **_shared_inputs(call, weights, targets)}
+    named = _inputs(call, weights, targets, {GRAD: torch.randn_like(call.hidden_states())})
     modules = linears(call.block)
     assert set(targets) <= set(modules)
 
@@ -68,31 +68,26 @@ def trace_labelled(
     Args:
         labelled: a number of tokens that is no other dimension.
     """
-    tokens, x = call.tokens, call.hidden_states()
-    named = {X: x.detach().clone(), **_shared_inputs(call, weights, targets)}
-    modules = linears(call.block)
+    tokens, modules = call.tokens, linears(call.block)
+    with torch.no_grad():
+        width = call(call.hidden_states(), {}).shape[1]
+    sizes = {LABEL_POSITIONS: labelled, LABEL_INDEX: tokens}
+    of_rows = {name: torch.zeros(size, dtype=torch.int64) for name, size in sizes.items()}
+    of_rows[GRAD] = torch.randn(labelled, width)
+    named = _inputs(call, weights, targets, of_rows)
+    numbers = {tokens: "positions", labelled: "labelled"}
+    open_sizes = _open_sizes(named, (X, *of_rows, *call.context), targets, numbers)
 
     def forward(*tensors: Tensor) -> list[Tensor]:
         values = dict(zip(named, tensors, strict=True))
         with torch.no_grad(), with_weights(call.block, modules, values, weights, targets, as_operators=True):
             return [call(values[X], {name: values[name] for name in call.context})]
 
-    sizes = {tokens: "positions", labelled: "labelled"}
-    open_sizes = _open_sizes(named, (X, *call.context), targets, sizes)
-    whole = _traced(forward, named, open_sizes, [OUTPUT])
-    (output,) = (node.args[0][0] for node in whole.graph.nodes if node.op == "output")
+    output = outputs_of(_traced(forward, named, open_sizes, [OUTPUT]))[OUTPUT]
 
     def run(values: Mapping[str, Tensor]) -> Tensor:
         return LabelledRows(values, values[LABEL_POSITIONS], values[LABEL_INDEX], tokens).of(output)
 
-    with torch.no_grad():
-        width = call(x, {}).shape[1]
-    places = {
-        name: torch.zeros(size, dtype=torch.int64)
-        for name, size in ((LABEL_POSITIONS, labelled), (LABEL_INDEX, tokens))
-    }
-    named = {X: named[X], **places, GRAD: torch.randn(labelled, width)} | named
-    open_sizes |= _open_sizes(named, (*places, GRAD), (), sizes)
     return _traced(_both_passes(run, named, targets), named, open_sizes, output_names(targets))
 
 
@@ -134,12 +129,11 @@ def trace_decode(
 
     Raises ``CannotRunOnDevice`` as ``call_with_past`` does.
     """
-    x = call.hidden_states()
     with torch.no_grad():
-        _, *made = call_with_past(call, argument, x, {}, None)
+        _, *made = call_with_past(call, argument, call.hidden_states(), {}, None)
     keys, values = (torch.randn(past, *each.shape[1:]) for each in made)
     before = {PAST_MASK: torch.zeros(1, 1, call.tokens, past), PAST_KEYS: keys, PAST_VALUES: values}
-    named = {X: x.detach().clone(), **_shared_inputs(call, weights, targets, before)}
+    named = _inputs(call, weights, targets, {}, before)
     modules = linears(call.block)
 
     def compute(*tensors: Tensor) -> list[Tensor]:
@@ -153,12 +147,16 @@ def trace_decode(
     return _traced(compute, named, open_sizes, [OUTPUT, KEYS, VALUES])
 
 
-def _shared_inputs(
-    call: BlockCall, weights: Mapping[str, Tensor], targets: Sequence[str], before: Mapping[str, Tensor] | None = None
+def _inputs(
+    call: BlockCall,
+    weights: Mapping[str, Tensor],
+    targets: Sequence[str],
+    of_rows: Mapping[str, Tensor],
+    before: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """What all graphs of a block take, in this order: the scale, its decoder's tensors, what came ``before``, its own
-    weights, and random LoRA."""
-    named = {SCALE: torch.tensor(2.0)}
+    """What a graph of a block takes, in this order: x, what else there is of its rows, the scale, its decoder's
+    tensors, what came ``before``, its own weights, and random LoRA."""
+    named = {X: call.hidden_states().detach().clone(), **of_rows, SCALE: torch.tensor(2.0)}
     for name, tensor in call.tensors().items():
         named[name] = torch.zeros(tensor.shape) if name == MASK else tensor.detach().clone()
     named |= {**(before or {}), **weights}
@@ -233,10 +231,9 @@ def _traced(
         if any(_is_in_place(node) for node in traced.graph.nodes):
             traced = trace(torch.func.functionalize(traced))
     traced.graph.eliminate_dead_code()
-    placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
-    for node, name in zip(placeholders, named, strict=True):
-        node.meta["name"] = name
-        node.meta["sizes"] = open_sizes.get(name, {})
+    for node, name in zip(traced.graph.find_nodes(op="placeholder"), named, strict=True):
+        # What an input is called, and its sizes that are open.
+        node.meta |= {"name": name, "sizes": open_sizes.get(name, {})}
     traced.meta["outputs"] = list(outputs)
     return traced
 
