@@ -15,7 +15,7 @@ from dlora.protocol.errors import DloraError
 from dlora.protocol.manifest import BlockDtype
 from dlora.protocol.text import first_line
 
-from .graphs.block import block_graphs, final_norm_graphs, last_block_graphs
+from .graphs.block import LAST, block_graphs, final_norm_graphs
 from .graphs.block_decode import decode_graph
 from .graphs.block_materials import BlockMaterials, DeviceBlocks, FinalNormMaterials
 from .graphs.graph import TrainingGraph
@@ -36,7 +36,7 @@ from .tracing.modules import linears, stored_weights
 from .tracing.past import PAST_KEYS, PAST_MASK, PAST_VALUES, cache_arguments, call_with_past
 from .tracing.shared import gives_the_same
 from .tracing.simplify import simplify
-from .tracing.trace import trace_block
+from .tracing.trace import trace_block, trace_labelled
 
 Say = Callable[[str], None]
 
@@ -113,7 +113,8 @@ def prepare_blocks(
     final_norm = FinalNormMaterials(modules, final_weights, last_hidden_states, *of_norm)
     last, labelled = blocks[-1], unusual_number(base, but=calls[-1].tokens)
     say("tracing the last block for labelled tokens")
-    passes = last_block_graphs(last.call, weights, last.targets, last.key, labelled)  # weights are the last block's
+    whole = simplify(trace_labelled(last.call, weights, last.targets, labelled))  # weights are the last block's
+    passes = block_graphs(whole, weights, last.targets, last.key, LAST)
     made_ready = DeviceBlocks(tuple(blocks), final_norm, *passes, dtype, table_rows(base), entry)
     _check_chain(base, made_ready)
     return _with_decode(base, made_ready, say)

@@ -19,17 +19,16 @@ from block_bundles import block_bundle, stored_as
 from block_oracle import TorchBlocks, random_lora
 from drawn import one_in
 from families import save_tiny, tiny_model
-from processes import run_edge
+from processes import run_edge, run_export
 from safetensors.numpy import load_file
 from tiny import TinyFactory
 from torch import nn
 
-from dlora.cloud.model.base_model import BaseModel
+from dlora.cloud.model.base_model import BaseModel, load_base_model
 from dlora.edge.engine.onnx_check import check_graph
-from dlora.export.__main__ import main
 from dlora.export.bundle import export_bundle
 from dlora.export.device_blocks import prepare_blocks
-from dlora.export.graphs.block import block_graphs
+from dlora.export.graphs.block import block_graphs, block_tests, final_norm_tests
 from dlora.export.graphs.graph import TrainingGraph
 from dlora.export.selection import select_targets
 from dlora.export.settings import ExportSettings
@@ -46,17 +45,11 @@ from dlora.protocol.manifest import MANIFEST_NAME, FileSpec, Manifest, encode_ma
 # -- errors ------------------------------------------------------------------------------------------------------
 
 
-def run_main(monkeypatch: Any, *arguments: object) -> int:
-    monkeypatch.setattr("sys.argv", ["dlora-export", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    return int(ended.value.code or 0)
-
-
 @pytest.mark.slow
-def test_command_says_a_line_a_block(tiny: TinyFactory, tmp_path: Path, monkeypatch: Any, capfd: Any) -> None:
-    assert run_main(monkeypatch, tiny().model, "--out", tmp_path / "bundle", "--device-blocks", "all") == 0
-    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("block ")]
+def test_command_says_a_line_a_block(tiny: TinyFactory, tmp_path: Path) -> None:
+    done = run_export(tiny().model, "--out", tmp_path / "bundle", "--device-blocks", "all")
+    assert done.code == 0, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("block ")]
     assert lines == ["block 1 of 2 is ready", "block 2 of 2 is ready"]
 
 
@@ -70,16 +63,14 @@ def test_command_says_a_line_a_block(tiny: TinyFactory, tmp_path: Path, monkeypa
     ],
 )
 def test_blocks_that_cannot_be_are_one_line_and_leave_nothing(
-    tmp_path: Path, monkeypatch: Any, capfd: Any, family: str, count: int, code: int, text: str
+    tmp_path: Path, family: str, count: int, code: int, text: str
 ) -> None:
     save_tiny(tmp_path / "model", family)
-    capfd.readouterr()
-    out = tmp_path / "bundle"
-    assert run_main(monkeypatch, tmp_path / "model", "--out", out, "--device-blocks", count) == code
-    said = capfd.readouterr().err
-    (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    done = run_export(tmp_path / "model", "--out", tmp_path / "bundle", "--device-blocks", count)
+    assert done.code == code, done.stderr
+    (line,) = done.errors
     assert re.search(text, line)
-    assert "Traceback" not in said
+    assert "Traceback" not in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
@@ -255,9 +246,6 @@ def test_weight_of_odd_rows_is_widened_as_far_as_it_comes_out_even() -> None:
 @pytest.mark.parametrize("dtype", ["fp32", *one_in(3, ["fp16", "int8", "int4"])])
 def test_last_blocks_of_smollm2_match_peft_and_autograd(dtype: Any, smollm2: Path) -> None:
     """Of the last two, each given the same input and a gradient of its own; and by export's own account."""
-    from dlora.cloud.model.base_model import load_base_model
-    from dlora.export.graphs.block import block_tests, final_norm_tests
-
     torch.set_num_threads(2)
     base = load_base_model(str(smollm2))
     blocks = prepare_blocks(base, select_targets(base, None).trainable, 2, dtype, lambda _: None)

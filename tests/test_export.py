@@ -19,12 +19,11 @@ import safetensors.numpy
 import torch
 from drawn import one_in
 from families import VOCABULARY, save_tiny, tiny_model
-from processes import END_TIMEOUT_S
+from processes import END_TIMEOUT_S, run_export
 from small_disk import remount_read_only, small_disk
 from tokenizers import Tokenizer
 
 from dlora.cloud.model.base_model import BaseModel, find_source
-from dlora.export.__main__ import main
 from dlora.export.bundle import export_bundle
 from dlora.export.settings import ExportSettings
 from dlora.export.verify import start_session
@@ -223,26 +222,18 @@ def test_a_tokenizer_that_libraries_fail_on_is_one_line(tmp_path: Path, file: st
 # --- the command ----------------------------------------------------------------------------------------------------
 
 
-def _run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr("sys.argv", ["dlora-export", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    return int(ended.value.code or 0)
-
-
-def test_the_command_prints_one_json_object_or_a_table(tmp_path: Path, monkeypatch: Any, capfd: Any) -> None:
+def test_the_command_prints_one_json_object_or_a_table(tmp_path: Path) -> None:
     settings = _settings(tmp_path)
-    capfd.readouterr()
-    assert _run(monkeypatch, settings.model, "--out", str(settings.out), "--rank", "2", "--json") == 0
-    told = json.loads(capfd.readouterr().out)
+    done = run_export(settings.model, "--out", settings.out, "--rank", 2, "--json")
+    assert done.code == 0, done.stderr
+    told = json.loads(done.stdout)
     assert (told["rank"], told["target_modules"], told["adapters"]) == (2, ["q_proj", "v_proj"], 4)
     sizes = {path.name: path.stat().st_size for path in settings.out.rglob("*") if path.is_file()}
     assert told["bytes"] == sum(sizes.values()) - sizes["manifest.json"]
-    chosen = ["--target-modules", "q_proj, k_proj", "--force"]
-    assert _run(monkeypatch, settings.model, "--out", str(settings.out), *chosen) == 0
-    out = capfd.readouterr().out
-    assert "head_train.onnx" in out
-    assert "q_proj, k_proj" in out
+    done = run_export(settings.model, "--out", settings.out, "--target-modules", "q_proj, k_proj", "--force")
+    assert done.code == 0, done.stderr
+    assert "head_train.onnx" in done.stdout
+    assert "q_proj, k_proj" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -258,16 +249,14 @@ def test_the_command_prints_one_json_object_or_a_table(tmp_path: Path, monkeypat
     ],
 )
 def test_user_error_is_one_line_and_an_exit_code(
-    tmp_path: Path, monkeypatch: Any, capfd: Any, arguments: list[str], code: int, text: str
+    tmp_path: Path, arguments: list[str], code: int, text: str
 ) -> None:
     settings = _settings(tmp_path)
-    capfd.readouterr()
     arguments = [argument.format(model=settings.model) for argument in arguments]
-    assert _run(monkeypatch, *arguments, "--out", str(settings.out)) == code
-    out, err = capfd.readouterr()
-    assert out == ""
-    assert text in err
-    assert len([line for line in err.splitlines() if line.startswith("error:")]) == 1
+    done = run_export(*arguments, "--out", settings.out)
+    assert (done.code, done.stdout) == (code, "")
+    (line,) = done.errors
+    assert text in line
     assert not settings.out.exists()
 
 

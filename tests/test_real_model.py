@@ -9,11 +9,26 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
+import peft_reference as reference
 import pytest
+import torch
+from generating import generated
+from peft import PeftModel
 from processes import CloudProcess, cloud_process, run_edge
+from serving import config, open_model, training
+from test_peft_adapter import random_modules
+from transformers import AutoModelForCausalLM
 
+from dlora.cloud.model.base_model import find_source, load_base_model, load_model
+from dlora.edge.adapters.peft import save_adapter
+from dlora.edge.data.reading import load_examples
+from dlora.edge.data.tokenizer import EdgeTokenizer
+from dlora.edge.engine.bundle import Bundle
 from dlora.edge.run.footprint import training_mb
+from dlora.export.merge import merge_adapter
+from dlora.export.settings import MergeSettings
 from dlora.protocol.choices import KindChoice
 from dlora.protocol.manifest import load_manifest
 
@@ -41,28 +56,18 @@ def server(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 def test_twelve_steps_equal_peft(data: tuple[Path, Path], server: CloudProcess, smollm2: Path) -> None:
     """Same initial adapter, order and settings, fp32 wire and head, all active: the losses and the final adapters."""
-    import peft_reference as reference
-    import torch
-    from serving import config, training
-
-    from dlora.cloud.model.base_model import load_base_model
-    from dlora.edge.data.reading import load_examples
-    from dlora.edge.data.tokenizer import EdgeTokenizer
-    from dlora.edge.engine.bundle import Bundle
-
     bundle = Bundle.open(FP32)
     tokenizer = EdgeTokenizer.open(bundle)
     dataset = load_examples(data[0], tokenizer, max_length=48, too_long="skip")
-    run = config(
-        total_steps=12, batch_size=4, rank=8, lora_alpha=16.0, optimizer={"lr": 1e-3, "weight_decay": 0.01}
-    )
+    adamw = {"lr": 1e-3, "weight_decay": 0.01}
+    run = config(total_steps=12, batch_size=4, rank=8, lora_alpha=16.0, optimizer=adamw)
     with training(FP32, server.url, run, dataset) as trainer:
         scale = run.adapter.rank, run.adapter.alpha
         start = reference.with_adapters(load_base_model(str(smollm2)).model, trainer.adapters, *scale)
         losses = [trainer.run_step().loss for _ in range(run.total_steps)]
     torch.set_num_threads(1)
     parameters = [parameter for parameter in start.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(parameters, **adamw)
     for step, found in enumerate(losses):
         optimizer.zero_grad()
         loss = reference.loss_of(start, trainer.batches.step_batches(step))
@@ -84,22 +89,16 @@ def test_twelve_steps_equal_peft(data: tuple[Path, Path], server: CloudProcess, 
     ids=["fp32", "fp16"],
 )
 def test_saved_adapter_gives_the_same_loss_in_peft(
-    bundle: Path,
-    wire_dtype: str,
-    tolerance: float,
-    active_fraction: float,
-    data: tuple[Path, Path],
-    server: CloudProcess,
-    smollm2: Path,
-    tmp_path: Path,
-) -> None:
+    bundle: Path, wire_dtype: str, tolerance: float, active_fraction: float, data: tuple[Path, Path],
+    server: CloudProcess, smollm2: Path, tmp_path: Path,
+) -> None:  # fmt: skip
     """PEFT gives the device's evaluation loss, with kill-and-revive on and off."""
     need(bundle)
     done = run_edge(
-        "train", "--kind", "lora", "--bundle", bundle, "--server", server.url, "--data", data[0], "--eval",
-        data[1], "--out", tmp_path, "--steps", 5,
-        "--batch-size", 4, "--lr", 2e-3, "--wire-dtype", wire_dtype, "--set", "kill_revive.warmup_steps=3",
-        "--active-fraction", active_fraction, "--kr-score", "grad", "--seed", 0, "--json", timeout_s=900,
+        "train", "--kind", "lora", "--bundle", bundle, "--server", server.url, "--data", data[0], "--eval", data[1],
+        "--out", tmp_path, "--steps", 5, "--batch-size", 4, "--lr", 2e-3, "--wire-dtype", wire_dtype, "--kr-score",
+        "grad", "--set", "kill_revive.warmup_steps=3", "--active-fraction", active_fraction, "--seed", 0, "--json",
+        timeout_s=900,
     )  # fmt: skip
     assert done.code == 0, done.stderr
     summary = json.loads(done.stdout)
@@ -123,10 +122,6 @@ def need(bundle: Path) -> None:
 
 
 def test_a_gguf_file_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    import gguf
-
-    from dlora.cloud.model.base_model import find_source, load_model
-
     read = []
 
     class Counted(gguf.GGUFReader):  # type: ignore[misc]
@@ -142,16 +137,6 @@ def test_a_gguf_file_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_merged_model_of_a_gguf_file_equals_peft(tmp_path: Path) -> None:
     """transformers would not save what it calls quantised, though its weights are floats by then."""
-    import torch
-    from peft import PeftModel
-    from test_peft_adapter import random_modules
-    from transformers import AutoModelForCausalLM
-
-    from dlora.cloud.model.base_model import find_source, load_model
-    from dlora.edge.adapters.peft import save_adapter
-    from dlora.export.merge import merge_adapter
-    from dlora.export.settings import MergeSettings
-
     need(FP16)
     modules = random_modules({f"model.layers.{block}.self_attn.q_proj": (576, 576) for block in (3, 29)}, r=4)
     fingerprint = load_manifest(FP16).base_model.fingerprint
@@ -172,15 +157,6 @@ def test_answers_are_those_of_peft(
     data: tuple[Path, Path], server: CloudProcess, smollm2: Path, tmp_path: Path
 ) -> None:
     """Of the default recipe's adapter, fp32 throughout: token by token PEFT's ``generate``, with drafts and without."""
-    import torch
-    from generating import generated
-    from peft import PeftModel
-    from serving import open_model
-
-    from dlora.cloud.model.base_model import load_base_model
-    from dlora.edge.data.tokenizer import EdgeTokenizer
-    from dlora.edge.engine.bundle import Bundle
-
     need(FP32)
     done = run_edge(
         "train", "--bundle", FP32, "--server", server.url, "--data", data[0], "--out", tmp_path, "--steps", 6,

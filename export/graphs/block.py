@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from dlora.export.tracing.calls import MASK, BlockCall, CannotRunOnDevice
+from dlora.export.tracing.calls import MASK, CannotRunOnDevice
 from dlora.export.tracing.modules import PRODUCT, SCALE, Z, is_scale, linears, weight_shape, with_weights
 from dlora.export.tracing.onnx_operators import to_nodes
 from dlora.export.tracing.onnx_writer import CannotEmitError
@@ -44,7 +44,6 @@ from dlora.export.tracing.trace import (
     X,
     lora_names,
     output_names,
-    trace_labelled,
     trace_modules,
 )
 from dlora.protocol.manifest import TensorSpec
@@ -59,6 +58,7 @@ KINDS: Final = (
     "block_forward", "block_backward", "last_block_forward", "last_block_backward", "final_norm_forward",
     "final_norm_backward",
 )  # fmt: skip
+LAST: Final = KINDS[2:4]
 LENGTHS: Final = ((3, 4), (6, 3))  # of the sequences that graphs are tried with
 LABELLED: Final = ((2, 4, 6), (1, 5, 7, 8))  # likewise: the rows of them that have a label
 RANKS: Final = (3, 2)  # likewise; golden vectors travel with every bundle
@@ -68,23 +68,16 @@ _DTYPES: Final[dict[torch.dtype, Any]] = {
 
 
 def block_graphs(
-    traced: fx.GraphModule, weights: Mapping[str, Tensor], targets: Sequence[str], key: str
-) -> tuple[TrainingGraph, TrainingGraph]:
-    """``block_forward`` and ``block_backward`` of ``trace_block``'s graph, simplified. Raises ``CannotRunOnDevice``."""
-    return _graphs_of(traced, weights, targets, KINDS[:2], key)
+    whole: fx.GraphModule, weights: Mapping[str, Tensor], targets: Sequence[str], key: str,
+    kinds: Sequence[str] = KINDS[:2],
+) -> tuple[TrainingGraph, TrainingGraph]:  # fmt: skip
+    """A graph of both passes, simplified, as one of each, and what is kept from one to the other.
 
+    Args:
+        whole: of ``trace_block``, or of ``trace_labelled``, whose ``kinds`` are ``LAST``.
 
-def last_block_graphs(
-    call: BlockCall, weights: Mapping[str, Tensor], targets: Sequence[str], key: str, labelled: int
-) -> tuple[TrainingGraph, TrainingGraph]:
-    """``last_block_forward`` and ``last_block_backward``; ``labelled`` as ``trace_labelled`` takes it."""
-    return _graphs_of(simplify(trace_labelled(call, weights, targets, labelled)), weights, targets, KINDS[2:4], key)
-
-
-def _graphs_of(
-    whole: fx.GraphModule, weights: Mapping[str, Tensor], targets: Sequence[str], kinds: Sequence[str], key: str
-) -> tuple[TrainingGraph, TrainingGraph]:
-    """A graph of both passes as one of each, and what is kept from one to the other."""
+    Raises ``CannotRunOnDevice``.
+    """
     outputs = outputs_of(whole)
     grads = {name: node for name, node in outputs.items() if name != OUTPUT}
     names = [name for name in weights if not is_scale(name)] + [f"{name}.lora_A" for name in targets]
@@ -102,10 +95,8 @@ def final_norm_graphs(
     """``final_norm_forward`` and ``final_norm_backward``. Raises ``CannotRunOnDevice``."""
     whole = simplify(trace_modules(modules, weights, width, tokens))
     outputs = outputs_of(whole)
-    return (
-        traced_graph("final_norm_forward", cut(whole, {OUTPUT: outputs[OUTPUT]}, {}), "", weights),
-        traced_graph("final_norm_backward", cut(whole, {GRAD_X: outputs[GRAD_X]}, {}), "", weights),
-    )
+    forward, backward = (cut(whole, {name: outputs[name]}, {}) for name in (OUTPUT, GRAD_X))
+    return traced_graph(KINDS[4], forward, "", weights), traced_graph(KINDS[5], backward, "", weights)
 
 
 def _kept_name(name: str) -> str:

@@ -94,16 +94,9 @@ def record_calls(base: BaseModel, tokens: int = 0, *, seed: int = 0) -> tuple[Bl
     Raises ``CannotRunOnDevice`` where a block is called in another way than a decoder's usually is.
     """
     tokens = tokens or unusual_number(base)
-    with _recorded(base) as (calls, _), torch.no_grad(), attention(_config(base), eager=True):
+    with recorded(base) as (calls, _), torch.no_grad(), attention(config_of(base), eager=True):
         base.last_hidden_state(random_embeds(base, tokens, seed))
     return tuple(_call(base, index, kwargs, tokens) for index, kwargs in enumerate(calls))
-
-
-def record_arguments(base: BaseModel, inputs_embeds: Tensor, **arguments: Any) -> list[dict[str, Any]]:
-    """What each block is given, by its own names, where the decoder is given ``arguments``."""
-    with _recorded(base) as (calls, _), torch.no_grad(), attention(_config(base), eager=True):
-        base.decoder(inputs_embeds=inputs_embeds, **arguments)
-    return calls
 
 
 def random_embeds(base: BaseModel, tokens: int, seed: int = 0) -> Tensor:
@@ -120,7 +113,7 @@ def windows(base: BaseModel) -> tuple[int | None, ...]:
 
     Raises ``CannotRunOnDevice`` for a block that masks its attention otherwise, or not by an argument.
     """
-    widest = int(getattr(_config(base), "sliding_window", None) or 0)
+    widest = int(getattr(config_of(base), "sliding_window", None) or 0)
     tokens = min(table_rows(base), max(_SHORT, widest + 2))
     found = []
     for call in calls_without_computing(base, tokens, eager=True):
@@ -194,7 +187,7 @@ def final_modules(base: BaseModel) -> tuple[nn.Module, ...]:
     def keep(module: nn.Module, args: Any, output: Any) -> None:
         calls.append((module, args[0] if args else None, output))
 
-    with ExitStack() as stack, _recorded(base) as (_, returned), torch.no_grad(), attention(_config(base), eager=True):
+    with ExitStack() as stack, recorded(base) as (_, returned), torch.no_grad(), attention(config_of(base), eager=True):
         for module in outside:
             stack.callback(module.register_forward_hook(keep).remove)
         wanted = base.last_hidden_state(random_embeds(base, 5))
@@ -224,12 +217,13 @@ def attention(config: Any, *, eager: bool) -> Iterator[None]:
         config._attn_implementation = before
 
 
-def _config(base: BaseModel) -> Any:
+def config_of(base: BaseModel) -> Any:
+    """The decoder's, which says how attention is computed."""
     return base.model.config.get_text_config(decoder=True)
 
 
 @contextmanager
-def _recorded(
+def recorded(
     base: BaseModel, hand_on: Callable[[int, Tensor], Any] | None = None
 ) -> Iterator[tuple[list[dict[str, Any]], list[Any]]]:
     """Collect the arguments of every call of a block, by their names, and what each returned.
@@ -269,7 +263,7 @@ def _recorded(
 
 def calls_without_computing(base: BaseModel, tokens: int, *, eager: bool) -> list[BlockCall]:
     """How the decoder calls its blocks for ``tokens`` embeddings that are zero, where no block computes anything."""
-    with _recorded(base) as (_, returned), torch.no_grad():
+    with recorded(base) as (_, returned), torch.no_grad():
         base.last_hidden_state(random_embeds(base, 3))
 
     def hand_on(index: int, hidden_states: Tensor) -> Any:
@@ -278,7 +272,7 @@ def calls_without_computing(base: BaseModel, tokens: int, *, eager: bool) -> lis
         return (hidden_states, *(None,) * (len(usual) - 1)) if isinstance(usual, tuple | list) else hidden_states
 
     embeds = torch.zeros(1, tokens, base.embedding_size, dtype=base.dtype, device=base.device)
-    with _recorded(base, hand_on) as (calls, _), torch.no_grad(), attention(_config(base), eager=eager):
+    with recorded(base, hand_on) as (calls, _), torch.no_grad(), attention(config_of(base), eager=eager):
         base.last_hidden_state(embeds)
     return [_call(base, index, kwargs, tokens) for index, kwargs in enumerate(calls)]
 
@@ -301,7 +295,7 @@ def _call(base: BaseModel, index: int, kwargs: dict[str, Any], tokens: int) -> B
                 is_seen = bool(value[..., 0, 0])
         else:
             context[".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in keys[1:])] = leaf
-    return BlockCall(index, path, block, leaves, structure, context, tokens, _config(base), is_seen)
+    return BlockCall(index, path, block, leaves, structure, context, tokens, config_of(base), is_seen)
 
 
 def _is_mask(tensor: Tensor, tokens: int) -> bool:

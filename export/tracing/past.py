@@ -17,7 +17,7 @@ from transformers import DynamicCache
 from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.model.parts import CACHE_ARGUMENTS
 
-from .calls import MASK, BlockCall, CannotRunOnDevice, random_embeds, record_arguments
+from .calls import MASK, BlockCall, CannotRunOnDevice, attention, config_of, random_embeds, recorded
 
 PAST_MASK: Final = "past_mask"
 PAST_KEYS: Final = "past_keys"
@@ -69,7 +69,8 @@ def cache_arguments(base: BaseModel) -> tuple[str, ...]:
     if not argument:
         return ("",) * base.blocks
     cache = DynamicCache()
-    calls = record_arguments(base, random_embeds(base, 3), use_cache=True, **{argument: cache})
+    with recorded(base) as (calls, _), torch.no_grad(), attention(config_of(base), eager=True):
+        base.decoder(inputs_embeds=random_embeds(base, 3), use_cache=True, **{argument: cache})
     return tuple(next((name for name, value in given.items() if value is cache), "") for given in calls)
 
 

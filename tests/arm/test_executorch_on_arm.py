@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 from arm_place import Place
-from arm_root import BINARIES, FROZEN, SHIM, Device, assert_same_steps, losses
-from processes import Finished
+from arm_root import BINARIES, FROZEN, SHIM, Device, assert_same_through_blocks, losses, well
 
 from dlora.export.bundle import export_bundle
 from dlora.export.settings import ExportSettings
@@ -39,28 +38,23 @@ def test_both_engines_agree_or_one_line_says_why_not(place: Place, both: Path) -
         assert done.errors == done.stderr.splitlines()[-1:]
         assert done.errors[0].startswith("error: ExecuTorch engine not installed")
         return
-    report = json.loads(_well(device("selftest", "--bundle", both, "--threads", 1, "--json")))
+    report = json.loads(well(device("selftest", "--bundle", both, "--threads", 1, "--json")))
     assert report["passed"]
     assert set(report["engines"]) == {"onnx", "executorch"}
     found = {}
     for engine in ("onnx", "executorch"):
-        _well(device(*_train(place, both, engine), "--engine", engine))
+        well(device(*_train(place, both, engine), "--engine", engine))
         found[engine] = losses(place.directory / engine)
     assert found["executorch"] == pytest.approx(found["onnx"], abs=1e-4)
 
 
-def test_three_steps_through_blocks_match_this_machine(place: Place, both: Path) -> None:
+def test_blocks_match_this_machine(place: Place, both: Path, tmp_path: Path) -> None:
     if not SHIM.exists():
         pytest.skip("there is no shim for aarch64; make shim ARCH=aarch64")
-    assert_same_steps(place, both, "executorch")
+    assert_same_through_blocks(place, both, "executorch", tmp_path / "here")
 
 
 def _train(place: Place, bundle: Path, name: str) -> list[object]:
     arguments = list(place.train(place.directory / name))
     arguments[arguments.index("--bundle") + 1] = bundle
     return arguments
-
-
-def _well(done: Finished) -> str:
-    assert done.code == 0, done.stderr
-    return done.stdout

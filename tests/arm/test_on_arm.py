@@ -9,7 +9,6 @@ import json
 import shlex
 import signal
 import subprocess
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -17,9 +16,21 @@ from pathlib import Path
 
 import pytest
 from arm_place import Place, train
-from arm_root import COMMANDS, FROZEN, PACKAGE, ROOT, Device, assert_same_steps, entered, losses, run
+from arm_root import (
+    COMMANDS,
+    FROZEN,
+    PACKAGE,
+    ROOT,
+    Device,
+    assert_same_through_blocks,
+    entered,
+    losses,
+    run,
+    wait_until,
+    well,
+)  # fmt: skip
 from drawn import one_in
-from processes import CloudProcess, Finished, cloud_process, run_edge
+from processes import CloudProcess, cloud_process, run_edge
 from without_torch import SUITES
 
 pytestmark = [pytest.mark.arm, pytest.mark.timeout(3600)]
@@ -30,11 +41,6 @@ REAL_BUNDLE = ROOT / "build" / "smollm2-fp32"
 @pytest.fixture(params=one_in(2, list(COMMANDS)))
 def device(request: pytest.FixtureRequest, place: Place) -> Device:
     return Device(COMMANDS[request.param], place.directory)
-
-
-def well(done: Finished) -> str:
-    assert done.code == 0, done.stderr
-    return done.stdout
 
 
 def test_numpy_matrix_product_is_exact(place: Place) -> None:
@@ -68,9 +74,9 @@ def test_training_steps_match_this_machine(
     assert (out / "adapter_model.safetensors").stat().st_size == (here / "adapter_model.safetensors").stat().st_size
 
 
-def test_three_steps_through_blocks_match_this_machine(place: Place) -> None:
+def test_blocks_match_this_machine(place: Place, tmp_path: Path) -> None:
     """On the plain package; ``test_executorch_on_arm.py`` has the same of the other engine."""
-    assert_same_steps(place, place.bundle, "onnx")
+    assert_same_through_blocks(place, place.bundle, "onnx", tmp_path / "here")
 
 
 def test_answers_match_this_machine(device: Device, place: Place) -> None:
@@ -91,10 +97,7 @@ def test_the_binary_chats_and_serves(place: Place) -> None:
         try:
             assert serving.stdout is not None
             url = json.loads(serving.stdout.readline())["url"].removesuffix("/v1")
-            deadline = time.monotonic() + 300
-            while status(f"{url}/health") != 200:
-                assert time.monotonic() < deadline
-                time.sleep(0.2)
+            wait_until(lambda: status(f"{url}/health") == 200, 300)
             body = json.dumps({"messages": [{"role": "user", "content": "w5"}], "max_tokens": 4}).encode()
             with urllib.request.urlopen(f"{url}/v1/chat/completions", body, timeout=300) as answer:
                 assert json.load(answer)["usage"]["completion_tokens"] <= 4
@@ -115,11 +118,7 @@ def test_killed_run_resumes_with_the_same_steps(place: Place) -> None:
     out, whole = place.directory / "killed", place.directory / "whole"
     device = Device((FROZEN,), place.directory)
     with subprocess.Popen(entered([FROZEN, *place.train(out, 8)], place.directory), stdout=subprocess.DEVNULL) as first:
-        deadline = time.monotonic() + 300
-        while not (out / "metrics.jsonl").exists() or len(losses(out)) < 2:
-            assert first.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_until(lambda: (out / "metrics.jsonl").exists() and len(losses(out)) >= 2, 300)
         first.send_signal(signal.SIGKILL)
     well(device(*place.train(out, 8), "--resume"))
     well(device(*place.train(whole, 8)))
