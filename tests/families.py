@@ -27,17 +27,10 @@ CHAT_TEMPLATE: Final = (
 )
 
 _PLAIN: Final[dict[str, Any]] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
+    "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 1,
+    "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
 _WITHOUT_GROUPS: Final = {key: value for key, value in _PLAIN.items() if key != "num_key_value_heads"}
 _GEMMA: Final = {**_PLAIN, "head_dim": 4, "query_pre_attn_scalar": 4, "sliding_window": 4}
 _TOKENS: Final = {key: _PLAIN[key] for key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
@@ -52,28 +45,20 @@ FAMILIES: Final[dict[str, dict[str, Any]]] = {
     "phi3": _PLAIN,
     "gpt2": {**_TOKENS, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 64},
     "opt": {
-        **_TOKENS,
-        "hidden_size": 16,
-        "ffn_dim": 24,
-        "word_embed_proj_dim": 8,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 64,
+        **_TOKENS, "hidden_size": 16, "ffn_dim": 24, "word_embed_proj_dim": 8, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "max_position_embeddings": 64,
     },
     "bloom": {**_TOKENS, "hidden_size": 16, "n_layer": 2, "n_head": 4},
     "gpt_neox": {**_WITHOUT_GROUPS, "rotary_pct": 0.5},
     "falcon": {**_TOKENS, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4},
     "granite": {
-        **_PLAIN,
-        "embedding_multiplier": 3.0,
-        "logits_scaling": 2.0,
-        "residual_multiplier": 0.5,
+        **_PLAIN, "embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5,
         "attention_multiplier": 0.3,
     },
     "cohere": {**_PLAIN, "logit_scale": 0.25},
     "olmo2": _PLAIN,
     "stablelm": {**_PLAIN, "use_qkv_bias": True},
-}
+}  # fmt: skip
 """Hugging Face ``model_type`` to the arguments of its config."""
 
 
@@ -108,15 +93,11 @@ MORE_FAMILIES: Final[dict[str, dict[str, Any]]] = {
     "mamba": {**_PLAIN, **_MAMBA},
     "falcon_mamba": {**_PLAIN, **_MAMBA},
     "falcon_h1": {
-        **_PLAIN,
-        "mamba_d_ssm": 32,
-        "mamba_n_heads": 4,
-        "mamba_d_head": 8,
-        "mamba_d_state": 8,
+        **_PLAIN, "mamba_d_ssm": 32, "mamba_n_heads": 4, **dict.fromkeys(("mamba_d_head", "mamba_d_state"), 8),
         "mamba_chunk_size": 8,
     },
     "jamba": {**_EXPERTS, "mamba_d_state": 4, "mamba_dt_rank": 4, "attn_layer_period": 2, "attn_layer_offset": 1},
-}
+}  # fmt: skip
 """As ``FAMILIES``: those that fewer tests run over."""
 
 _BLT_PART: Final = {
@@ -149,21 +130,12 @@ UNUSUAL_FAMILIES: Final[dict[str, dict[str, Any]]] = {
         **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "index_head_dim", "index_n_heads"), 4),
     },
     "reformer": {
-        **_TOKENS,
-        "hidden_size": 16,
-        "attention_head_size": 4,
-        "num_attention_heads": 4,
-        "feed_forward_size": 24,
-        "max_position_embeddings": 64,
-        "axial_pos_shape": [8, 8],
-        "axial_pos_embds_dim": [8, 8],
-        "attn_layers": ["local", "lsh"],
-        "local_attn_chunk_length": 4,
-        "lsh_attn_chunk_length": 4,
-        "num_buckets": 2,
+        **_TOKENS, "hidden_size": 16, "attention_head_size": 4, "num_attention_heads": 4, "feed_forward_size": 24,
+        "max_position_embeddings": 64, "axial_pos_shape": [8, 8], "axial_pos_embds_dim": [8, 8],
+        "attn_layers": ["local", "lsh"], "local_attn_chunk_length": 4, "lsh_attn_chunk_length": 4, "num_buckets": 2,
         "is_decoder": True,
     },
-}
+}  # fmt: skip
 """As ``FAMILIES``: nothing is promised of them; their code differs so much from others' that it may fail anywhere."""
 
 ALL_FAMILIES: Final = FAMILIES | MORE_FAMILIES | REFUSED_FAMILIES | UNUSUAL_FAMILIES

@@ -21,26 +21,28 @@ from drawn import one_in
 from families import save_tiny, tiny_model
 from processes import run_edge, run_export
 from safetensors.numpy import load_file
+from test_blocks import EXACT_AND_SINGLE, RANK, SCALING, check_each_graph
 from tiny import TinyFactory
 from torch import nn
 
 from dlora.cloud.model.base_model import BaseModel, load_base_model
+from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.onnx_check import check_graph
+from dlora.edge.engine.onnx_engine import OnnxEngine
+from dlora.edge.model.blocks import DeviceBlocks
 from dlora.export.bundle import export_bundle
-from dlora.export.device_blocks import prepare_blocks
-from dlora.export.graphs.block import block_graphs, block_tests, final_norm_tests
+from dlora.export.graphs.block import block_graphs
 from dlora.export.graphs.graph import TrainingGraph
-from dlora.export.selection import select_targets
 from dlora.export.settings import ExportSettings
 from dlora.export.tracing import onnx_products
 from dlora.export.tracing.calls import BlockCall, record_calls
-from dlora.export.tracing.modules import stored_weights, weight_shape
+from dlora.export.tracing.modules import stored_weights
 from dlora.export.tracing.shared import gives_the_same
 from dlora.export.tracing.simplify import simplify
 from dlora.export.tracing.trace import trace_block
-from dlora.export.verify import compile_onnx, verify
+from dlora.export.verify import compile_onnx
 from dlora.protocol.errors import ExportError
-from dlora.protocol.manifest import MANIFEST_NAME, FileSpec, Manifest, encode_manifest, load_manifest
+from dlora.protocol.manifest import MANIFEST_NAME, BlockSpec, FileSpec, Manifest, encode_manifest, load_manifest
 
 # -- errors ------------------------------------------------------------------------------------------------------
 
@@ -88,6 +90,11 @@ def test_values_that_fp16_cannot_hold_name_the_option(tmp_path: Path) -> None:
 
 # -- selftest ----------------------------------------------------------------------------------------------------
 
+def list_of_blocks(bundle: Bundle) -> tuple[BlockSpec, ...]:
+    assert bundle.manifest.device_blocks is not None
+    return bundle.manifest.device_blocks.blocks
+
+
 OF_BLOCKS = {"block_forward", "block_backward", "last_block_forward", "last_block_backward", "block_decode"}
 
 
@@ -103,8 +110,7 @@ def test_selftest_passes_and_notices_a_weight_of_another_block(
     assert kinds >= {*OF_BLOCKS, "final_norm_forward", "final_norm_backward"}
     copy, manifest = tmp_path / "bundle", load_manifest(bundle)
     shutil.copytree(bundle, copy)
-    assert manifest.device_blocks is not None
-    first, last = (block.weights["mlp.up_proj.weight"] for block in manifest.device_blocks.blocks)
+    first, last = (block.weights["mlp.up_proj.weight"] for block in list_of_blocks(Bundle.open(bundle)))
     content = (copy / first).read_bytes()
     (copy / last).write_bytes(content)
     spec = FileSpec(len(content), hashlib.sha256(content).hexdigest())
@@ -120,8 +126,7 @@ def test_golden_vectors_hold_no_weight(tiny: TinyFactory) -> None:
     bundle = block_bundle(tiny)
     manifest = load_manifest(bundle)
     golden = load_file(bundle / manifest.golden)
-    assert manifest.device_blocks is not None
-    (block, *_) = manifest.device_blocks.blocks
+    (block, *_) = list_of_blocks(Bundle.open(bundle))
     names = {name.partition(".in.")[2] for name in golden if name.startswith("block_")}
     assert not names & set(block.weights)
     assert names >= {"x", "mask", "scale", *block.tables}
@@ -244,59 +249,22 @@ def test_weight_of_odd_rows_is_widened_as_far_as_it_comes_out_even() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("dtype", ["fp32", *one_in(3, ["fp16", "int8", "int4"])])
-def test_last_blocks_of_smollm2_match_peft_and_autograd(dtype: Any, smollm2: Path) -> None:
-    """Of the last two, each given the same input and a gradient of its own; and by export's own account."""
-    torch.set_num_threads(2)
-    base = load_base_model(str(smollm2))
-    blocks = prepare_blocks(base, select_targets(base, None).trainable, 2, dtype, lambda _: None)
-    assert [block.call.index for block in blocks.blocks] == [28, 29]
-    assert {block.key for block in blocks.blocks} == {"0"}
-    last = blocks.blocks[-1]
-    for graph in (last.forward, last.backward) if dtype == "fp32" else ():
-        assert verify(graph, block_tests(last, graph)).error <= 1e-4
-    for graph in (blocks.final_norm.forward, blocks.final_norm.backward) if dtype == "fp32" else ():
-        assert verify(graph, final_norm_tests(blocks.final_norm, graph)).error <= 1e-5
-    shapes = {
-        f"{block.call.path}.{name}.lora_{half}": (5, size[1]) if half == "A" else (size[0], 5)
-        for block in blocks.blocks
-        for name in block.targets
-        for half, size in dict.fromkeys("AB", weight_shape(block.weights, name)).items()
-    }
-    assert len(shapes) == 2 * 7 * 2
-    lora = random_lora(shapes)
-    with torch.no_grad():
-        for block in blocks.blocks:
-            stored = {name: tensor.numpy() for name, tensor in block.weights.items()}
-            for name in block.targets:
-                base.model.get_submodule(f"{block.call.path}.{name}").weight.copy_(stored_as(stored, name))
-    lengths = (40, 23)
-    ids = [torch.randint(1000, (length,), generator=torch.Generator().manual_seed(length)) for length in lengths]
-    paths = [block.call.path for block in blocks.blocks]
-    runs: list[Any] = []
-    x = None
-    torchs = TorchBlocks(base.model, paths, lora, 2.0)
-    for torch_dtype in (torch.float32, torch.float64):
-        torchs.peft.to(torch_dtype)
-        if x is None:
-            x = {path: value.numpy() for path, value in torchs.run(ids, None).x.items()}
-        runs.append(torchs.run(ids, None, x))
-    assert x is not None
-    single, exact = runs
-    forward, backward = (compile_onnx(graph) for graph in (blocks.blocks[0].forward, blocks.blocks[0].backward))
-    for block in blocks.blocks:
-        path, names = block.call.path, [f"{name}.lora_{half}" for name in block.targets for half in "AB"]
-        values = {name: tensor.numpy() for name, tensor in {**block.weights, **block.context(lengths)}.items()}
-        values |= {name: lora[f"{path}.{name}"] for name in names} | {"scale": np.array(2.0, np.float32)}
-        values |= {"x": x[path], "grad": exact.grad_y[path].float().numpy()}
-        for graph, compiled in ((block.forward, forward), (block.backward, backward)):
-            found = compiled.run({spec.name: values[spec.name] for spec in graph.inputs})
-            values |= {spec.name: value for spec, value in zip(graph.outputs, found, strict=True)}
-        check(values["y"], exact.y[path], single.y[path], 1e-5)
-        check(values["grad_x"], exact.grad_x[path], single.grad_x[path], 2e-5)
-        for name in names:
-            check(values[f"grad.{name}"], exact.grads[f"{path}.{name}"], single.grads[f"{path}.{name}"], 2e-5)
-
-
-def check(found: np.ndarray, exact: torch.Tensor, single: torch.Tensor, bound: float) -> None:
-    error, torchs = (oracles.relative_error(each, exact.numpy()) for each in (found, single.numpy()))
-    assert error <= max(bound, torchs)
+def test_last_blocks_of_smollm2_match_peft_and_autograd(dtype: Any, smollm2: Path, tmp_path: Path) -> None:
+    """Of the last two, each given the same input and a gradient of its own; torch has the weights that are stored."""
+    export_bundle(ExportSettings(str(smollm2), tmp_path / "bundle", device_blocks=2, block_dtype=dtype))
+    bundle = Bundle.open(tmp_path / "bundle")
+    blocks = list_of_blocks(bundle)
+    assert [(block.index, block.graph) for block in blocks] == [(28, "0"), (29, "0")]
+    engine = OnnxEngine(bundle, 2)
+    lora = random_lora(DeviceBlocks(bundle, engine, 2, RANK).parameter_shapes)
+    assert len(lora) == 2 * 7 * 2
+    models = {}
+    for torch_dtype in EXACT_AND_SINGLE:
+        model = load_base_model(str(smollm2)).model
+        for block in blocks:
+            stored = {name: np.array(bundle.weight(file)) for name, file in block.weights.items()}
+            for full in {name.rpartition(".")[0] for name in lora if name.startswith(f"{block.path}.")}:
+                weight = stored_as(stored, full.removeprefix(f"{block.path}."))
+                model.get_submodule(full).weight.data.copy_(weight)
+        models[torch_dtype] = TorchBlocks(model, [block.path for block in blocks], lora, SCALING, torch_dtype)
+    check_each_graph(bundle, engine, models, lora)
