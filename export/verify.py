@@ -16,7 +16,7 @@ from dlora.cloud.model.base_model import BaseModel, EmbeddingEnd, model_code
 from dlora.export.graphs.arrays import Arrays
 from dlora.export.graphs.golden_case import GoldenCase, Run
 from dlora.export.graphs.graph import TrainingGraph
-from dlora.export.graphs.tolerances import relative_error
+from dlora.export.graphs.tolerances import Rounding, relative_error
 from dlora.protocol.errors import ExportError
 
 from .to_executorch import BOUNDS, load_program, to_executorch
@@ -111,8 +111,10 @@ def verify(graph: TrainingGraph, tests: Iterable[GoldenCase], engines: Engines =
 
 
 def _verify(graph: TrainingGraph, test: GoldenCase, compiled: Mapping[str, Compiled]) -> Verified:
-    golden = dict(test.exact if test.rounding is None else test.rounding.golden)
-    bounds = _check_rounding(graph, test, golden)
+    golden, bounds = dict(test.exact), dict.fromkeys(test.exact, 0.0)
+    if test.rounding is not None:
+        golden, bounds = dict(test.rounding.golden), dict(test.rounding.bounds)
+        _check_rounding(graph, test.exact, test.rounding)
     errors: dict[str, float] = {}
     given: list[Arrays] = []
     found: dict[str, Arrays] = {}
@@ -137,17 +139,13 @@ def _verify(graph: TrainingGraph, test: GoldenCase, compiled: Mapping[str, Compi
     return Verified(graph, models, errors, tolerance, vectors)
 
 
-def _check_rounding(graph: TrainingGraph, test: GoldenCase, golden: Arrays) -> Mapping[str, float]:
-    """How far the golden outputs may be from the exact ones, by the output's name; all of them are within that."""
-    if test.rounding is None:
-        return dict.fromkeys(test.exact, 0.0)
-    dtype, bounds = test.rounding.dtype, test.rounding.bounds
-    for name, value in test.exact.items():
-        error = relative_error(value, golden[name])
-        if not error <= bounds[name]:
-            finer = "fp16 or fp32" if dtype == "int8" else "fp32"
+def _check_rounding(graph: TrainingGraph, exact: Arrays, rounding: Rounding) -> None:
+    """The golden outputs are within the bounds of the exact ones."""
+    for name, value in exact.items():
+        error = relative_error(value, rounding.golden[name])
+        if not error <= rounding.bounds[name]:
+            finer = "fp16 or fp32" if rounding.dtype == "int8" else "fp32"
             raise ExportError(
-                f"{dtype} is too coarse for the head of this model: {name} of {graph.name} is off by "
-                f"{error:.1e}, allowed is {bounds[name]:.0e}; use --head-dtype {finer}"
+                f"{rounding.dtype} is too coarse for the head of this model: {name} of {graph.name} is off by "
+                f"{error:.1e}, allowed is {rounding.bounds[name]:.0e}; use --head-dtype {finer}"
             )
-    return bounds

@@ -105,18 +105,14 @@ def products_of(graph: fx.GraphModule, names: Iterable[str]) -> dict[fx.Node, st
     found: dict[fx.Node, str] = {}
     for node in graph.graph.nodes:
         if node in forward and node.target is aten.mm.default:
-            for operand in node.args[:2]:
-                name = name_of(operand)
+            for name in map(_name_of, node.args[:2]):
                 if name in wanted:
                     found[node] = name
     return found
 
 
-def name_of(operand: Any) -> str | None:
-    """The input that an operand is, transposed or widened perhaps."""
-    while isinstance(operand, fx.Node) and operand.target in (aten.permute.default, aten._to_copy.default, WIDEN):
+def _name_of(operand: Any) -> str:
+    """The input that an operand is, transposed or widened perhaps; empty where it is none."""
+    while operand.target in (aten.permute.default, aten._to_copy.default, WIDEN):
         operand = operand.args[0]
-    if isinstance(operand, fx.Node) and operand.op == "placeholder":
-        name: str = operand.meta["name"]
-        return name
-    return None
+    return str(operand.meta["name"]) if operand.op == "placeholder" else ""

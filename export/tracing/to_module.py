@@ -15,28 +15,24 @@ class TracedModule(nn.Module):
 
     def __init__(self, graph: fx.GraphModule) -> None:
         super().__init__()
-        self.graph_module = _for_kernels(graph)
+        nodes, values = fx.Graph(), dict[fx.Node, Any]()
+        for node in graph.graph.nodes:
+            values[node] = nodes.node_copy(node, lambda each: values[each])
+        for node in list(nodes.nodes):
+            if node.target is aten.view.default:
+                node.target = aten.reshape.default
+            elif node.target is WIDEN:
+                node.target = widened
+            elif node.target is aten.mm.default and is_transposed(node.args[1]) and not is_transposed(node.args[0]):
+                # linear reads a weight as it lies; to mm a transpose is a copy.
+                with nodes.inserting_before(node):
+                    product = nodes.call_function(aten.linear.default, (node.args[0], node.args[1].args[0]))
+                product.meta = dict(node.meta)
+                node.replace_all_uses_with(product)
+                nodes.erase_node(node)
+        nodes.eliminate_dead_code()
+        self.graph_module = fx.GraphModule(graph, nodes)
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """What the graph gives."""
         return tuple(self.graph_module(*tensors))
-
-
-def _for_kernels(graph: fx.GraphModule) -> fx.GraphModule:
-    nodes, values = fx.Graph(), dict[fx.Node, Any]()
-    for node in graph.graph.nodes:
-        values[node] = nodes.node_copy(node, lambda each: values[each])
-    for node in list(nodes.nodes):
-        if node.target is aten.view.default:
-            node.target = aten.reshape.default
-        elif node.target is WIDEN:
-            node.target = widened
-        elif node.target is aten.mm.default and is_transposed(node.args[1]) and not is_transposed(node.args[0]):
-            # linear reads a weight as it lies; to mm a transpose is a copy.
-            with nodes.inserting_before(node):
-                product = nodes.call_function(aten.linear.default, (node.args[0], node.args[1].args[0]))
-            product.meta = dict(node.meta)
-            node.replace_all_uses_with(product)
-            nodes.erase_node(node)
-    nodes.eliminate_dead_code()
-    return fx.GraphModule(graph, nodes)
