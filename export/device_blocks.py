@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from dlora.cloud.model.base_model import BaseModel, quiet
 from dlora.protocol.errors import DloraError
@@ -21,6 +21,7 @@ from .graphs.block_materials import BlockMaterials, DeviceBlocks, FinalNormMater
 from .graphs.graph import TrainingGraph
 from .tracing.calls import (
     MASK,
+    BlockCall,
     CannotRunOnDevice,
     final_modules,
     near,
@@ -34,9 +35,9 @@ from .tracing.calls import (
 from .tracing.entry import find_entry
 from .tracing.modules import linears, stored_weights
 from .tracing.past import PAST_KEYS, PAST_MASK, PAST_VALUES, cache_arguments, call_with_past
-from .tracing.shared import gives_the_same
 from .tracing.simplify import simplify
-from .tracing.trace import trace_block, trace_labelled
+from .tracing.to_module import TracedModule
+from .tracing.trace import passes_of_block, trace_block, trace_labelled
 
 Say = Callable[[str], None]
 
@@ -207,3 +208,31 @@ def _check_chain(base: BaseModel, made: DeviceBlocks) -> None:
         found = nn.Sequential(*made.final_norm.modules)(found[None])
     if not near(found[0], torch.cat(wanted)):
         raise CannotRunOnDevice("its blocks give something else without their decoder")
+
+
+def gives_the_same(
+    traced: fx.GraphModule, call: BlockCall, weights: Mapping[str, Tensor], targets: Sequence[str]
+) -> bool:
+    """Whether the graph of another block, of ``trace_block``, gives this block's output and gradients: both are run.
+
+    Tracing takes seconds a block, and most models have one or two shapes of block. What two blocks may differ in beside
+    their inputs, as where the scores of attention have another scale in each, changes some gradient by far more than
+    rounding does.
+    """
+    named, passes = passes_of_block(call, weights, targets)
+    inputs = traced.graph.find_nodes(op="placeholder")
+    if len(inputs) != len(named) or not all(_takes(*each) for each in zip(inputs, named.items(), strict=True)):
+        return False
+    expected = passes(*named.values())
+    with torch.no_grad():
+        found = TracedModule(traced)(*named.values())
+    return all(one.shape == other.shape and near(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def _takes(node: fx.Node, given: tuple[str, Tensor]) -> bool:
+    """Whether an input of a graph has this name, this dtype, and this shape but for its sizes that are open."""
+    name, tensor = given
+    known, open_sizes = node.meta["val"], node.meta["sizes"]
+    if (node.meta["name"], known.dtype, known.ndim) != (name, tensor.dtype, tensor.ndim):
+        return False
+    return all(axis in open_sizes or known.shape[axis] == size for axis, size in enumerate(tensor.shape))

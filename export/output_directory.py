@@ -40,11 +40,9 @@ def check_output_path(out: Path, force: bool, product: Product = BUNDLE) -> None
         raise UsageError(f"{above} is a file; choose another --out")
     if not os.access(above, os.W_OK | os.X_OK):
         raise StorageError(f"cannot write {out}: {above} is not writable; choose another --out")
-    if not out.exists():
-        return
-    if not out.is_dir():
+    if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file; choose another --out")
-    if not any(out.iterdir()):
+    if not out.exists() or not any(out.iterdir()):
         return
     if not (out / product.marker).is_file():
         raise UsageError(f"{out} is not empty and not {product.name}; choose another --out")

@@ -20,8 +20,6 @@ MERGED_NAME: Final = "dlora_merge.json"
 MERGED: Final = Product("a merged model", MERGED_NAME)
 ENGINES: Final = ("onnx", "executorch")
 
-BLOCKS_HELP: Final = "--device-blocks must be at least 0: a number of blocks, counted from the last; or all, or none"
-
 
 def parse_device_blocks(text: str | None) -> int | Literal["all"] | None:
     """What ``--device-blocks`` says: a number, ``all``, ``none``. Raises ``UsageError``."""
@@ -29,7 +27,9 @@ def parse_device_blocks(text: str | None) -> int | Literal["all"] | None:
     if text is None or text in words:
         return None if text is None else words[text]
     if not (text.isascii() and text.isdecimal() and len(text) < 7):
-        raise UsageError(BLOCKS_HELP)
+        raise UsageError(
+            "--device-blocks must be at least 0: a number of blocks, counted from the last; or all, or none"
+        )
     return int(text)
 
 
@@ -74,8 +74,6 @@ class ExportSettings:
             raise UsageError("--target-modules is empty; name some, separated by commas, or leave it out")
         if self.base_model_name is not None and not one_line(self.base_model_name).strip():
             raise UsageError("--base-model-name is empty; give a hub id (org/name), or leave it out")
-        if isinstance(self.device_blocks, int) and self.device_blocks < 0:
-            raise UsageError(BLOCKS_HELP)
         if self.device_blocks is not None and self.device_memory is not None:
             raise UsageError("--device-blocks and --device-memory both say how many blocks there are to be; give one")
         check_output_path(self.out, self.force)

@@ -31,13 +31,13 @@ from dlora.edge.engine.onnx_check import check_graph
 from dlora.edge.engine.onnx_engine import OnnxEngine
 from dlora.edge.model.blocks import DeviceBlocks
 from dlora.export.bundle import export_bundle
+from dlora.export.device_blocks import gives_the_same
 from dlora.export.graphs.block import block_graphs
 from dlora.export.graphs.graph import TrainingGraph
 from dlora.export.settings import ExportSettings
 from dlora.export.tracing import onnx_products
 from dlora.export.tracing.calls import BlockCall, record_calls
 from dlora.export.tracing.modules import stored_weights
-from dlora.export.tracing.shared import gives_the_same
 from dlora.export.tracing.simplify import simplify
 from dlora.export.tracing.trace import trace_block
 from dlora.export.verify import compile_onnx
