@@ -43,7 +43,7 @@ from .settings import ExportSettings
 from .to_executorch import BOUNDS, bounds_for
 from .tokenizer import load_tokenizer, save_tokenizer
 from .verify import Verified, compilers, real_hidden_states, verify
-from .weights import embedding_dtype, save_device_blocks, save_embedding, save_head
+from .weights import save_device_blocks, save_embedding, save_head
 
 SUFFIXES: Final = {"onnx": "onnx", "executorch": "pte"}
 _GOLDEN: Final = "golden.safetensors"
@@ -77,8 +77,7 @@ def export_bundle(
         note(f"the blocks can be trained on a device, but not generate there: {blocks.without_decode}")
     with interrupts.raise_on_signal(), new_directory_for(settings.out, settings.force) as bundle:
         say("writing weights and tokenizer")
-        dtype = embedding_dtype(settings.head_dtype)
-        embedding_spec, embedding_inputs = save_embedding(bundle, embedding, dtype)
+        embedding_spec, embedding_inputs = save_embedding(bundle, embedding, settings.head_dtype)
         head_spec, head_inputs = save_head(bundle, head, settings.head_dtype, embedding_inputs)
         tokenizer_spec = save_tokenizer(bundle, tokenizer, base)
         materials = Materials(

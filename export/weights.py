@@ -34,13 +34,10 @@ _EMBEDDING: Final = f"{FOLDER}/embedding.npy"
 _HEAD: Final = f"{FOLDER}/head.npy"
 
 
-def embedding_dtype(head_dtype: StoredDtype) -> Literal["fp32", "fp16"]:
-    """A look-up in an int8 table would lose too much, so it stays in half precision."""
-    return "fp32" if head_dtype == "fp32" else "fp16"
-
-
-def save_embedding(bundle: Path, end: EmbeddingEnd, dtype: Literal["fp32", "fp16"]) -> tuple[EmbeddingSpec, Arrays]:
+def save_embedding(bundle: Path, end: EmbeddingEnd, head_dtype: StoredDtype) -> tuple[EmbeddingSpec, Arrays]:
     """Save the table; returns its spec and the inputs that the embedding graph takes from it."""
+    # A look-up in an int8 table would lose too much, so it stays in half precision.
+    dtype: Literal["fp32", "fp16"] = "fp32" if head_dtype == "fp32" else "fp16"
     weight = _save(bundle, _EMBEDDING, _stored(end.weight, dtype))
     return EmbeddingSpec(_EMBEDDING, dtype, end.scale), {"weight": weight}
 
