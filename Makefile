@@ -53,8 +53,8 @@ reference: .venv/.ready ## docs/reference, from the code: seconds
 docs: .venv/.ready ## the documentation as a site in build/docs, without a network: ten seconds
 	$(BIN)/sphinx-build -q -W --keep-going -c docs . build/docs
 
-lint: .venv/.ready ## ruff, mypy, import rules: one minute
-	$(BIN)/ruff check .
+lint: .venv/.ready ## ruff, its formatter, mypy, import rules: one minute
+	$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet .
 	$(BIN)/mypy
 	PYTHONPATH=typings $(BIN)/lint-imports  # where dlora is a namespace, as its roots must be
 

@@ -21,9 +21,7 @@ def delaying_proxy(url: str, round_trip_s: float) -> Iterator[str]:
 
     async def connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         theirs = await asyncio.open_connection(host, int(port))
-        await asyncio.gather(
-            _pump(reader, theirs[1], round_trip_s / 2), _pump(theirs[0], writer, round_trip_s / 2)
-        )
+        await asyncio.gather(_pump(reader, theirs[1], round_trip_s / 2), _pump(theirs[0], writer, round_trip_s / 2))
 
     async def start() -> int:
         server = await asyncio.start_server(connect, "127.0.0.1", 0)

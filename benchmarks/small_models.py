@@ -67,9 +67,7 @@ FAMILIES: Final[dict[str, Callable[[], torch.nn.Module]]] = {
     # Attention and MLP side by side, a head of its own.
     "gpt_neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**{**_LLAMA_LIKE, "intermediate_size": 4 * WIDTH})),
     # Biases of q, k and v, a tied head.
-    "qwen2": lambda: Qwen2ForCausalLM(
-        Qwen2Config(**_LLAMA_LIKE, num_key_value_heads=2, tie_word_embeddings=True)
-    ),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**_LLAMA_LIKE, num_key_value_heads=2, tie_word_embeddings=True)),
 }
 
 

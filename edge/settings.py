@@ -60,80 +60,119 @@ class Device(Section, frozen=True, kw_only=True):
     """This device"""
 
     bundle: Annotated[Path | None, basic("Bundle directory, from dlora-export.")] = None
-    engine: Annotated[EngineChoice, more(
-        "What runs the graphs: onnx, executorch or auto, which is ONNX Runtime, or else what there is.",
-        metavar="ENGINE"
-    )] = "auto"
+    engine: Annotated[
+        EngineChoice,
+        more(
+            "What runs the graphs: onnx, executorch or auto, which is ONNX Runtime, or else what there is.",
+            metavar="ENGINE",
+        ),
+    ] = "auto"
     threads: Annotated[Annotated[int, Meta(ge=0, le=MAX_THREADS)], more("Compute threads; 0: one for each core.")] = 0
-    pause_when: Annotated[tuple[str, ...], more(
-        "Pause between steps while one of these holds, and go on by itself: battery<PERCENT, temperature>CELSIUS, "
-        "memory<SIZE (200MB, 2GB), metered. Several with commas, or the option again; quote it, < and > mean "
-        "something to the shell.", metavar="RULES"
-    )] = ()
+    pause_when: Annotated[
+        tuple[str, ...],
+        more(
+            "Pause between steps while one of these holds, and go on by itself: battery<PERCENT, temperature>CELSIUS, "
+            "memory<SIZE (200MB, 2GB), metered. Several with commas, or the option again; quote it, < and > mean "
+            "something to the shell.",
+            metavar="RULES",
+        ),
+    ] = ()
 
 
 class Data(Section, frozen=True, kw_only=True):
     """Data"""
 
-    data: Annotated[Path | None, basic(
-        "Training data: a .jsonl, .json, .csv, .tsv, .parquet, .txt or .md file, or a directory of them. dlora-edge "
-        "data shows what is learnt of it."
-    )] = None
-    eval: Annotated[Path | None, basic(
-        "Data to evaluate on; without it --hold-out keeps some of --data for that."
-    )] = None
-    hold_out: Annotated[str, basic(
-        "Share of the rows that is held out, where there is no --eval; 0: none. auto: a tenth, at most 200, and none "
-        "of fewer than 20.", metavar="SHARE"
-    )] = "auto"
-    train_on: Annotated[TrainOn, more(
-        "Which tokens are learnt: answers, those of the assistant's turns or of the completion; all, prompts too; "
-        "last, those of the last answer.", metavar="WHAT"
-    )] = "answers"
-    columns: Annotated[str | None, more(
-        "Columns of a table: prompt=COLUMN,completion=COLUMN, text=COLUMN or messages=COLUMN."
-    )] = None
-    max_length: Annotated[Annotated[int, Meta(ge=2, le=MAX_STEPS)] | None, basic(
-        "Longest example, in tokens; 512 by default, or what the model takes."
-    )] = None
-    too_long: Annotated[TooLong, more(
-        "Examples over --max-length: error, truncate or skip them.", metavar="ACTION"
-    )] = "error"
+    data: Annotated[
+        Path | None,
+        basic(
+            "Training data: a .jsonl, .json, .csv, .tsv, .parquet, .txt or .md file, or a directory of them. "
+            "dlora-edge data shows what is learnt of it."
+        ),
+    ] = None
+    eval: Annotated[Path | None, basic("Data to evaluate on; without it --hold-out keeps some of --data for that.")] = (
+        None
+    )
+    hold_out: Annotated[
+        str,
+        basic(
+            "Share of the rows that is held out, where there is no --eval; 0: none. auto: a tenth, at most 200, and "
+            "none of fewer than 20.",
+            metavar="SHARE",
+        ),
+    ] = "auto"
+    train_on: Annotated[
+        TrainOn,
+        more(
+            "Which tokens are learnt: answers, those of the assistant's turns or of the completion; all, prompts too; "
+            "last, those of the last answer.",
+            metavar="WHAT",
+        ),
+    ] = "answers"
+    columns: Annotated[
+        str | None, more("Columns of a table: prompt=COLUMN,completion=COLUMN, text=COLUMN or messages=COLUMN.")
+    ] = None
+    max_length: Annotated[
+        Annotated[int, Meta(ge=2, le=MAX_STEPS)] | None,
+        basic("Longest example, in tokens; 512 by default, or what the model takes."),
+    ] = None
+    too_long: Annotated[
+        TooLong, more("Examples over --max-length: error, truncate or skip them.", metavar="ACTION")
+    ] = "error"
 
 
 class Adapter(Section, frozen=True, kw_only=True):
     """Adapters"""
 
-    kind: Annotated[KindChoice | None, basic(
-        "bottleneck: a small core here, between a frozen A and B on the server: little traffic. lora: A and B here. "
-        "ffa: B here, a frozen A on the server. By default bottleneck, or what --init-adapter is.",
-        metavar="KIND", makes_bits=True
-    )] = None
+    kind: Annotated[
+        KindChoice | None,
+        basic(
+            "bottleneck: a small core here, between a frozen A and B on the server: little traffic. lora: A and B "
+            "here. ffa: B here, a frozen A on the server. By default bottleneck, or what --init-adapter is.",
+            metavar="KIND",
+            makes_bits=True,
+        ),
+    ] = None
     rank: Annotated[Rank | None, basic("By default the bundle's; 96 for a bottleneck.", makes_bits=True)] = None
-    alpha: Annotated[Positive | None, more(
-        "By default the bundle's; the rank for a bottleneck.", makes_bits=True
-    )] = None
-    target_modules: Annotated[str | None, basic(
-        "What gets adapters: names, separated by commas, or all-linear. By default the bundle's; all-linear for a "
-        "bottleneck.", makes_bits=True
-    )] = None
-    blocks: Annotated[str, basic(
-        "Adapters in these blocks only: 0,3,26-29; spread:8, eight over the upper half; last:4; or all. By default "
-        "all; spread:8 for a bottleneck.", makes_bits=True
-    )] = ""
-    active_from: Annotated[ActiveFrom | None, more(
-        "Where adapters act: from the start, or from the answer on, so that what comes before crosses at no block. By"
-        " default start; answer for a bottleneck, where the prompts have a common end.",
-        metavar="WHERE", makes_bits=True
-    )] = None
-    basis: Annotated[Basis | None, more(
-        "A and B of a bottleneck. data, the default: the directions in which hidden states (A) and gradients (B) of "
-        "some of your data vary most; weights: those of the base model's weights; random.",
-        metavar="BASIS", makes_bits=True
-    )] = None
-    basis_steps: Annotated[Count | None, rare(
-        "Steps whose data --basis data takes: by default 8, and no example twice.", makes_bits=True
-    )] = None
+    alpha: Annotated[Positive | None, more("By default the bundle's; the rank for a bottleneck.", makes_bits=True)] = (
+        None
+    )
+    target_modules: Annotated[
+        str | None,
+        basic(
+            "What gets adapters: names, separated by commas, or all-linear. By default the bundle's; all-linear for a "
+            "bottleneck.",
+            makes_bits=True,
+        ),
+    ] = None
+    blocks: Annotated[
+        str,
+        basic(
+            "Adapters in these blocks only: 0,3,26-29; spread:8, eight over the upper half; last:4; or all. By default "
+            "all; spread:8 for a bottleneck.",
+            makes_bits=True,
+        ),
+    ] = ""
+    active_from: Annotated[
+        ActiveFrom | None,
+        more(
+            "Where adapters act: from the start, or from the answer on, so that what comes before crosses at no block."
+            " By default start; answer for a bottleneck, where the prompts have a common end.",
+            metavar="WHERE",
+            makes_bits=True,
+        ),
+    ] = None
+    basis: Annotated[
+        Basis | None,
+        more(
+            "A and B of a bottleneck. data, the default: the directions in which hidden states (A) and gradients (B) "
+            "of some of your data vary most; weights: those of the base model's weights; random.",
+            metavar="BASIS",
+            makes_bits=True,
+        ),
+    ] = None
+    basis_steps: Annotated[
+        Count | None, rare("Steps whose data --basis data takes: by default 8, and no example twice.", makes_bits=True)
+    ] = None
     init_adapter: Annotated[Path | None, more("Start from this PEFT LoRA adapter.")] = None
 
 
@@ -144,9 +183,10 @@ class Training(Section, frozen=True, kw_only=True):
     steps: Annotated[Count | None, basic("Optimizer steps; overrides --epochs.")] = None
     batch_size: Annotated[Count, basic("Sequences of a micro-batch.", makes_bits=True)] = 4
     grad_accum: Annotated[Count, more("Micro-batches of a step.", makes_bits=True)] = 1
-    seed: Annotated[Annotated[int, Meta(ge=0, lt=2**32)] | None, basic(
-        "The same number gives the same run again. By default random, and known to this device only."
-    )] = None
+    seed: Annotated[
+        Annotated[int, Meta(ge=0, lt=2**32)] | None,
+        basic("The same number gives the same run again. By default random, and known to this device only."),
+    ] = None
 
 
 class Optimizer(Section, frozen=True, kw_only=True):
@@ -155,20 +195,28 @@ class Optimizer(Section, frozen=True, kw_only=True):
     ``lr`` None: a run finds its own. ``warmup``: steps of linear warm-up, or a share of all steps where it is below 1.
     """
 
-    lr: Annotated[Annotated[float, Meta(gt=0, le=1000)] | None, basic(
-        "Peak learning rate. By default it is found before the first step, from the size of the first update that "
-        "does best on the examples of the next steps.", makes_bits=True
-    )] = None
-    schedule: Annotated[ScheduleName, more(
-        "Learning rate after warm-up: constant, linear or cosine.", metavar="SHAPE", makes_bits=True
-    )] = "linear"
-    warmup: Annotated[Annotated[float, Meta(ge=0, le=MAX_STEPS)], more(
-        "Warm-up: steps, or a share of them if below 1.", makes_bits=True
-    )] = 0.03
-    weight_decay: Annotated[Annotated[float, Meta(ge=0, le=1000)] | None, more(
-        "Decoupled weight decay; by default 1 for a bottleneck, 0 for other kinds and with --init-adapter.",
-        makes_bits=True
-    )] = None
+    lr: Annotated[
+        Annotated[float, Meta(gt=0, le=1000)] | None,
+        basic(
+            "Peak learning rate. By default it is found before the first step, from the size of the first update that "
+            "does best on the examples of the next steps.",
+            makes_bits=True,
+        ),
+    ] = None
+    schedule: Annotated[
+        ScheduleName, more("Learning rate after warm-up: constant, linear or cosine.", metavar="SHAPE", makes_bits=True)
+    ] = "linear"
+    warmup: Annotated[
+        Annotated[float, Meta(ge=0, le=MAX_STEPS)],
+        more("Warm-up: steps, or a share of them if below 1.", makes_bits=True),
+    ] = 0.03
+    weight_decay: Annotated[
+        Annotated[float, Meta(ge=0, le=1000)] | None,
+        more(
+            "Decoupled weight decay; by default 1 for a bottleneck, 0 for other kinds and with --init-adapter.",
+            makes_bits=True,
+        ),
+    ] = None
     max_grad_norm: Annotated[Amount, more("Clip gradients to this norm; 0: never.", makes_bits=True)] = 1.0
     beta1: Annotated[Annotated[float, Meta(ge=0, lt=1)], rare("Decay of the first moment.", makes_bits=True)] = 0.9
     beta2: Annotated[Annotated[float, Meta(ge=0, lt=1)], rare("Decay of the second moment.", makes_bits=True)] = 0.999
@@ -178,55 +226,79 @@ class Optimizer(Section, frozen=True, kw_only=True):
 class Placement(Section, frozen=True, kw_only=True):
     """Blocks on this device"""
 
-    device_blocks: Annotated[Annotated[str, Meta(pattern=r"\A(auto|all|0|[1-9][0-9]{0,4})\Z")], basic(
-        "How many of the model's last blocks run here. 0: none; the server exchanges with the adapters at every step."
-        " N: the server runs the others, once for each example, and training then needs no server. all: no server. "
-        "auto: what dlora-edge plan recommends.", metavar="N|all|auto"
-    )] = "0"
-    memory: Annotated[str | None, more(
-        "Memory that auto and plan may count on, 2GB or 500MB; by default what is free.", metavar="SIZE"
-    )] = None
-    cache_mb: Annotated[Amount | None, more(
-        "Disk for what the server gave and for what comes out of killed blocks, in MB, by default 4000; what does not"
-        " fit is asked for, or computed, again at each step that needs it."
-    )] = None
-    keep_cache: Annotated[bool, more(
-        "Keep what the server gave when the run is done, for a longer one; it can be turned back into text."
-    )] = False
-    cache_key_file: Annotated[SecretPath | None, more(
-        "Encrypt the hidden states that are kept, with the key in this file (openssl rand -hex 32). Needs the extra "
-        "encryption."
-    )] = None
+    device_blocks: Annotated[
+        Annotated[str, Meta(pattern=r"\A(auto|all|0|[1-9][0-9]{0,4})\Z")],
+        basic(
+            "How many of the model's last blocks run here. 0: none; the server exchanges with the adapters at every "
+            "step. N: the server runs the others, once for each example, and training then needs no server. all: no "
+            "server. auto: what dlora-edge plan recommends.",
+            metavar="N|all|auto",
+        ),
+    ] = "0"
+    memory: Annotated[
+        str | None,
+        more("Memory that auto and plan may count on, 2GB or 500MB; by default what is free.", metavar="SIZE"),
+    ] = None
+    cache_mb: Annotated[
+        Amount | None,
+        more(
+            "Disk for what the server gave and for what comes out of killed blocks, in MB, by default 4000; what does "
+            "not fit is asked for, or computed, again at each step that needs it."
+        ),
+    ] = None
+    keep_cache: Annotated[
+        bool, more("Keep what the server gave when the run is done, for a longer one; it can be turned back into text.")
+    ] = False
+    cache_key_file: Annotated[
+        SecretPath | None,
+        more(
+            "Encrypt the hidden states that are kept, with the key in this file (openssl rand -hex 32). Needs the "
+            "extra encryption."
+        ),
+    ] = None
 
 
 class Server(Section, frozen=True, kw_only=True):
     """Server"""
 
-    server: Annotated[str | None, basic(
-        "HOST:PORT, ws://HOST:PORT or wss://HOST:PORT (TLS); not with --device-blocks all."
-    )] = None
-    token_file: Annotated[SecretPath | None, basic(
-        "File with the token that lets this device in; else DLORA_TOKEN."
-    )] = None
+    server: Annotated[
+        str | None, basic("HOST:PORT, ws://HOST:PORT or wss://HOST:PORT (TLS); not with --device-blocks all.")
+    ] = None
+    token_file: Annotated[
+        SecretPath | None, basic("File with the token that lets this device in; else DLORA_TOKEN.")
+    ] = None
     ca: Annotated[Path | None, more("Trust only servers that this authority signed (PEM).")] = None
     client_cert: Annotated[Path | None, more("This device's certificate (PEM).")] = None
     client_key: Annotated[SecretPath | None, more("Its key, where that is another file (PEM).")] = None
     insecure: Annotated[bool, more("Send the token over plain ws:// all the same.")] = False
-    wire_dtype: Annotated[str | None, more(
-        "Precision on the wire: int8, fp16 or fp32; and others for some roles: int8,embeddings=fp16. By default fp16;"
-        " int8 for a bottleneck.", metavar="DTYPE", makes_bits=True
-    )] = None
-    send: Annotated[Send, more(
-        "What says a text to the server: embeddings, or token-ids, a hundredth of their size. The server can find the"
-        " tokens either way; SECURITY.md says how.", metavar="WHAT", makes_bits=True
-    )] = "embeddings"
-    max_retry_s: Annotated[Amount | None, more(
-        "Seconds that the server may be gone, or say nothing new; 0: give up as soon as it is lost. Without it: for "
-        "ever once the run has begun, but a first connection that fails ends it."
-    )] = None
-    exchange_timeout_s: Annotated[Annotated[float, Meta(ge=1)], rare(
-        "Least seconds of silence after which the server counts as lost."
-    )] = 120.0
+    wire_dtype: Annotated[
+        str | None,
+        more(
+            "Precision on the wire: int8, fp16 or fp32; and others for some roles: int8,embeddings=fp16. By default "
+            "fp16; int8 for a bottleneck.",
+            metavar="DTYPE",
+            makes_bits=True,
+        ),
+    ] = None
+    send: Annotated[
+        Send,
+        more(
+            "What says a text to the server: embeddings, or token-ids, a hundredth of their size. The server can find "
+            "the tokens either way; SECURITY.md says how.",
+            metavar="WHAT",
+            makes_bits=True,
+        ),
+    ] = "embeddings"
+    max_retry_s: Annotated[
+        Amount | None,
+        more(
+            "Seconds that the server may be gone, or say nothing new; 0: give up as soon as it is lost. Without it: "
+            "for ever once the run has begun, but a first connection that fails ends it."
+        ),
+    ] = None
+    exchange_timeout_s: Annotated[
+        Annotated[float, Meta(ge=1)], rare("Least seconds of silence after which the server counts as lost.")
+    ] = 120.0
 
 
 class Saving(Section, frozen=True, kw_only=True):
@@ -234,18 +306,25 @@ class Saving(Section, frozen=True, kw_only=True):
 
     out: Annotated[Path | None, basic("Where the PEFT adapter, checkpoints and metrics go.")] = None
     save_every: Annotated[Count, more("Save checkpoint and adapter every so many steps.")] = 50
-    eval_every: Annotated[Whole | None, more(
-        "Evaluate every so many steps; 0: before and after. By default five times where that costs less than a tenth "
-        "of the run, else before and after; with --keep best or --patience ten times."
-    )] = None
-    keep: Annotated[Keep, more(
-        "Which adapter to save in the end: the last, or the one best on held-out data; auto: the last, and the best "
-        "where the last is worse than none."
-    )] = "auto"
+    eval_every: Annotated[
+        Whole | None,
+        more(
+            "Evaluate every so many steps; 0: before and after. By default five times where that costs less than a "
+            "tenth of the run, else before and after; with --keep best or --patience ten times."
+        ),
+    ] = None
+    keep: Annotated[
+        Keep,
+        more(
+            "Which adapter to save in the end: the last, or the one best on held-out data; auto: the last, and the "
+            "best where the last is worse than none."
+        ),
+    ] = "auto"
     patience: Annotated[Count | None, more("End after so many evaluations in a row that are no better.")] = None
-    on_worse: Annotated[OnWorse, basic(
-        "Where training makes the model worse than it was: say so and go on, or stop there, with exit code 14."
-    )] = "warn"
+    on_worse: Annotated[
+        OnWorse,
+        basic("Where training makes the model worse than it was: say so and go on, or stop there, with exit code 14."),
+    ] = "warn"
     tensorboard: Annotated[bool, more("Write TensorBoard's event files, too, into --out/tensorboard.")] = False
 
 
@@ -255,33 +334,51 @@ class KillRevive(Section, frozen=True, kw_only=True):
     What is not an option is when: see docs/concepts/kill-and-revive.md.
     """
 
-    active_fraction: Annotated[Fraction, basic(
-        "Share of units that stay active; 1: all. Less saves traffic and costs quality.", makes_bits=True
-    )] = 1.0
-    bytes_per_token: Annotated[Count | None, more(
-        "In place of --active-fraction: as many units as keep a step of the steady state within so many bytes a "
-        "token, up and down together."
-    )] = None
-    score: Annotated[ScoreName, more(
-        "Which units are active: static, the same all the time; or those that rank highest by grad or sensitivity; or"
-        " random, to compare with.", option="kr-score", metavar="SCORE", makes_bits=True
-    )] = "static"
-    unit: Annotated[UnitKind, more(
-        "A unit: all adapters of a block, or those of one exchange group.", option="kr-unit", makes_bits=True
-    )] = "block"
-    on_kill: Annotated[OnKill, more(
-        "What becomes of a killed unit's effect: fade or bypass, it ends; hold_forward, it stays, for its forward "
-        "traffic, and always with blocks on this device; give_to_server, the server gets what it has learnt and "
-        "applies it without traffic.", option="kr-on-kill", metavar="STATE", makes_bits=True
-    )] = "fade"
+    active_fraction: Annotated[
+        Fraction,
+        basic("Share of units that stay active; 1: all. Less saves traffic and costs quality.", makes_bits=True),
+    ] = 1.0
+    bytes_per_token: Annotated[
+        Count | None,
+        more(
+            "In place of --active-fraction: as many units as keep a step of the steady state within so many bytes a "
+            "token, up and down together."
+        ),
+    ] = None
+    score: Annotated[
+        ScoreName,
+        more(
+            "Which units are active: static, the same all the time; or those that rank highest by grad or sensitivity;"
+            " or random, to compare with.",
+            option="kr-score",
+            metavar="SCORE",
+            makes_bits=True,
+        ),
+    ] = "static"
+    unit: Annotated[
+        UnitKind,
+        more("A unit: all adapters of a block, or those of one exchange group.", option="kr-unit", makes_bits=True),
+    ] = "block"
+    on_kill: Annotated[
+        OnKill,
+        more(
+            "What becomes of a killed unit's effect: fade or bypass, it ends; hold_forward, it stays, for its forward "
+            "traffic, and always with blocks on this device; give_to_server, the server gets what it has learnt and "
+            "applies it without traffic.",
+            option="kr-on-kill",
+            metavar="STATE",
+            makes_bits=True,
+        ),
+    ] = "fade"
     pin: Annotated[str, more("Units never killed: blocks 0,3,26-29.")] = ""
     static_units: Annotated[str, more("The units of --kr-score static; by default spread over the upper half.")] = ""
-    warmup_steps: Annotated[Whole | None, rare(
-        "Steps before the first kill; by default 20, none for a bottleneck.", makes_bits=True
-    )] = None
-    ramp_fraction: Annotated[Fraction | None, rare(
-        "Share of steps at which the budget is down; by default 0.25, 0 for a bottleneck.", makes_bits=True
-    )] = None
+    warmup_steps: Annotated[
+        Whole | None, rare("Steps before the first kill; by default 20, none for a bottleneck.", makes_bits=True)
+    ] = None
+    ramp_fraction: Annotated[
+        Fraction | None,
+        rare("Share of steps at which the budget is down; by default 0.25, 0 for a bottleneck.", makes_bits=True),
+    ] = None
     kill_every: Annotated[Count, rare("Steps between kills.", makes_bits=True)] = 25
     revive_every: Annotated[Whole, rare("Steps between revivals; 0: never.", makes_bits=True)] = 50
     probation: Annotated[Whole, rare("Steps on trial.", makes_bits=True)] = 25
@@ -465,7 +562,6 @@ def wanted(field: Field) -> str:
     if said and "ge" in field.meta and len(said) == 1:
         said.append("on")
     return " ".join((names.get(kind, "another value"), *said))
-
 
 
 def read_path(kind: type, value: Any) -> Any:

@@ -88,9 +88,7 @@ def main() -> None:
     _show(summary)
 
 
-def _summary(
-    trained: dict[str, Any], check: dict[str, Any], before: str, after: str, wall_s: float
-) -> dict[str, Any]:
+def _summary(trained: dict[str, Any], check: dict[str, Any], before: str, after: str, wall_s: float) -> dict[str, Any]:
     rows = read_metrics(ADAPTER / "metrics.jsonl")
     fewest = min(row.active_units for row in rows)
     steady = [row for row in rows if row.active_units == fewest]  # the budget; killed units that go forward vary

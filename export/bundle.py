@@ -126,9 +126,14 @@ def export_bundle(
 
 
 def _device_blocks(
-    settings: ExportSettings, base: BaseModel, selection: Selection, groups: Sequence[GroupSpec],
-    say: Say, note: Say, tell: Say,
-) -> DeviceBlocks | None:  # fmt: skip
+    settings: ExportSettings,
+    base: BaseModel,
+    selection: Selection,
+    groups: Sequence[GroupSpec],
+    say: Say,
+    note: Say,
+    tell: Say,
+) -> DeviceBlocks | None:
     """Those that were asked for; raises where they cannot be. Else those that a device's memory holds; says where they
     cannot be, and goes on with fewer, or none."""
     count = base.blocks if settings.device_blocks == "all" else settings.device_blocks

@@ -85,9 +85,7 @@ def prepare_blocks(
     blocks = []
     for call in calls[first:]:
         plain = linears(call.block)
-        targets = tuple(
-            name for name in (full.removeprefix(f"{call.path}.") for full in trainable) if name in plain
-        )
+        targets = tuple(name for name in (full.removeprefix(f"{call.path}.") for full in trainable) if name in plain)
         weights = stored_weights(call.block, dtype)
         shape = next((each for each in shapes.values() if gives_the_same(each[0], call, weights, targets)), None)
         if shape is None:

@@ -33,9 +33,7 @@ _TOKENS: Final = 128
 _SEED: Final = 3
 
 
-def with_measured_gains(
-    base: BaseModel, embedding: EmbeddingEnd, groups: Sequence[GroupSpec]
-) -> tuple[GroupSpec, ...]:
+def with_measured_gains(base: BaseModel, embedding: EmbeddingEnd, groups: Sequence[GroupSpec]) -> tuple[GroupSpec, ...]:
     """``groups`` with the gain of each of their target modules, of a base model with this ``embedding``."""
     gains = _measure_gains(base, embedding, [target.name for group in groups for target in group.targets])
     return with_gains(groups, lambda name: relative_gain(gains.get(name, math.nan)))

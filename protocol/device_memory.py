@@ -71,9 +71,7 @@ def training_bytes(model: DeviceModel, count: int, tokens: int, rank: int, train
     head = head_bytes(model.vocabulary_size, model.hidden_size, model.head_dtype)
     backward = _FLOAT * tokens * (_WIDE_COPIES * max(widths.values(), default=0) + _SCORES * scores)
     return (RUNTIME_MB + _WIDENED_MB[model.block_dtype]) * 1e6 + _SLACK * (
-        round(weights)
-        + _FLOAT * (row_scales + TRAINED_COPIES * trained + tokens * kept)
-        + max(head, backward)
+        round(weights) + _FLOAT * (row_scales + TRAINED_COPIES * trained + tokens * kept) + max(head, backward)
     )
 
 

@@ -345,9 +345,26 @@ class Error(Message, frozen=True):
 
 
 AnyMessage = (
-    Hello | Welcome | OpenSession | SessionOpened | ResumeSession | SessionResumed | SessionGone
-    | MakeAdapterState | AdapterState | GroupParameters
-    | Embeddings | GroupInput | GroupDelta | LabelledHiddenStates | EncodedHiddenStates
-    | GradHiddenStates | GroupGrad | GroupInputGrad
-    | StepReport | Signal | CloseSession | Error
-)  # fmt: skip
+    Hello
+    | Welcome
+    | OpenSession
+    | SessionOpened
+    | ResumeSession
+    | SessionResumed
+    | SessionGone
+    | MakeAdapterState
+    | AdapterState
+    | GroupParameters
+    | Embeddings
+    | GroupInput
+    | GroupDelta
+    | LabelledHiddenStates
+    | EncodedHiddenStates
+    | GradHiddenStates
+    | GroupGrad
+    | GroupInputGrad
+    | StepReport
+    | Signal
+    | CloseSession
+    | Error
+)

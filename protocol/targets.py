@@ -79,9 +79,7 @@ def groups_of(manifest: Manifest, names: Collection[str]) -> tuple[GroupSpec, ..
     return _filter(manifest, lambda _, target: target.name in names)
 
 
-def names_selecting(
-    manifest: Manifest, groups: tuple[GroupSpec, ...], blocks: Collection[int] = ()
-) -> tuple[str, ...]:
+def names_selecting(manifest: Manifest, groups: tuple[GroupSpec, ...], blocks: Collection[int] = ()) -> tuple[str, ...]:
     """Names that select the modules of ``groups``, as ``groups_of`` gives them, and no others: as short as can be.
     ``blocks``: where they will be looked for; none: in all."""
     short = tuple(module_names(groups))

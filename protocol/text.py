@@ -9,9 +9,7 @@ from typing import Any, Final
 
 # What steers a terminal (all controls but tab and line feed), or shows text in another order than it has; and halves of
 # characters, which cannot be printed.
-_STEERING: Final = re.compile(
-    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
-)
+_STEERING: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def first_line(error: BaseException, max_characters: int = 200) -> str:
@@ -47,6 +45,4 @@ def visible(text: str) -> str:
 def visible_json(value: Any, indent: int | None = None) -> str:
     """``value`` as JSON that can be read, and is safe to print: the same characters as ``\\u001b``, which is the same
     JSON."""
-    return _STEERING.sub(
-        lambda found: f"\\u{ord(found[0]):04x}", json.dumps(value, ensure_ascii=False, indent=indent)
-    )
+    return _STEERING.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(value, ensure_ascii=False, indent=indent))

@@ -72,7 +72,10 @@ Files = Mapping[str, np.ndarray[Any, Any] | bytes]
 
 
 def changed(
-    bundle: Path, copy: Path, change: Callable[[Manifest], Manifest] = lambda manifest: manifest, files: Files = {}  # noqa: B006
+    bundle: Path,
+    copy: Path,
+    change: Callable[[Manifest], Manifest] = lambda manifest: manifest,
+    files: Files = {},  # noqa: B006
 ) -> Path:
     """A copy with another manifest and other files, arrays among them, whose digests are right."""
     shutil.copytree(bundle, copy)

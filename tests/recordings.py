@@ -36,9 +36,7 @@ def record_trunk(model: Tiny, url: str, directory: Path, dataset: Dataset, block
         recorder.add_examples((each.ids, each.label_positions) for each in dataset)
         run = trunk_config(blocks, total_steps=3)
         connecting = ConnectSettings(recorder=recorder)
-        with trunk_training(
-            model.bundle, url, run, dataset, directory / "cache.bin", connecting=connecting
-        ) as trainer:
+        with trunk_training(model.bundle, url, run, dataset, directory / "cache.bin", connecting=connecting) as trainer:
             trainer.run_step()
     return directory
 

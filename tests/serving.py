@@ -170,7 +170,11 @@ def training(
 
 @contextmanager
 def served_training(
-    base: BaseModel, bundle: Path, run: Resolved, dataset: Dataset, connecting: ConnectSettings | None = None,
+    base: BaseModel,
+    bundle: Path,
+    run: Resolved,
+    dataset: Dataset,
+    connecting: ConnectSettings | None = None,
     **settings: Any,
 ) -> Iterator[Trainer]:
     """A device's trainer at a server of its own, with these ``settings``."""
@@ -187,9 +191,7 @@ def open_model(
 
 def final_weights(trainer: Trainer) -> dict[str, np.ndarray]:
     """Every adapter's A and B, by name."""
-    return {
-        name.replace(".lora_", "."): parameter.value for name, parameter in trainer.adapters.parameters().items()
-    }
+    return {name.replace(".lora_", "."): parameter.value for name, parameter in trainer.adapters.parameters().items()}
 
 
 def randomize(trainer: Trainer, seed: int = 5) -> None:

@@ -42,7 +42,10 @@ WAYS: dict[State, list[m.AnyMessage]] = {
     State.MAKING_STATE: [*SETTING_UP, m.MakeAdapterState(group=0)],
     State.TAKING_STATE: [*SETTING_UP, state_of()],
     State.TAKING_PARAMETERS: [
-        *c.opening(kill_revive=c.GIVES), c.report(), c.signal(units=b"\3\1"), c.parameters(),
+        *c.opening(kill_revive=c.GIVES),
+        c.report(),
+        c.signal(units=b"\3\1"),
+        c.parameters(),
     ],
     State.IDLE: c.opening(),
     State.FORWARD: [*c.opening(), c.embeddings()],

@@ -200,7 +200,11 @@ class TestAnswer:
         assert wrong.headers()["WWW-Authenticate"] == 'Bearer realm="dlora", error="invalid_token"'
         assert "Retry-After" not in wrong.headers()
         assert msgspec.json.decode(wrong.body()) == {
-            "type": "error", "code": "token_wrong", "message": str(wrong), "retryable": False, "retry_after_s": None
+            "type": "error",
+            "code": "token_wrong",
+            "message": str(wrong),
+            "retryable": False,
+            "retry_after_s": None,
         }
         assert wrong.body().count(b"\n") == 1
 
@@ -275,8 +279,13 @@ class TestCredentials:
     @pytest.mark.parametrize(
         "url",
         [
-            "wss://me:hunter2@h:1", "wss://hunter2@h", "wss://h/?t=dlora_0123abcd_hunter2", "wss://me:hunter2@[h:1",
-            "wss://h/?token=hunter2", "ws://localhost:1?hunter2", "wss://h/#hunter2",
+            "wss://me:hunter2@h:1",
+            "wss://hunter2@h",
+            "wss://h/?t=dlora_0123abcd_hunter2",
+            "wss://me:hunter2@[h:1",
+            "wss://h/?token=hunter2",
+            "ws://localhost:1?hunter2",
+            "wss://h/#hunter2",
         ],
     )
     def test_a_secret_on_the_url_is_refused_and_not_repeated(self, url: str) -> None:

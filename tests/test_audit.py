@@ -127,9 +127,10 @@ def test_of_trunk_the_text_is_exposed_and_what_is_trained_is_not(audits: dict[st
 
 
 def test_a_run_without_an_adapter_has_none_to_find(model: Tiny, data: Dataset, url: str, tmp_path: Path) -> None:
-    with Recorder(tmp_path) as recorder, training(
-        model.bundle, url, config(), data, ConnectSettings(recorder=recorder)
-    ) as trainer:
+    with (
+        Recorder(tmp_path) as recorder,
+        training(model.bundle, url, config(), data, ConnectSettings(recorder=recorder)) as trainer,
+    ):
         trainer.run_step()
     audit = run_audit(*opened(tmp_path), model.base)
     assert finding(audit, "adapter").verdict is None  # B is still zero
@@ -257,9 +258,10 @@ def test_a_full_recording_goes_no_further(
 ) -> None:
     monkeypatch.setattr("dlora.edge.wire.recorder.MOST_BYTES", 100_000)
     lines: list[str] = []
-    with Recorder(tmp_path, lines.append) as recorder, training(
-        model.bundle, url, config(total_steps=50), data, ConnectSettings(recorder=recorder)
-    ) as trainer:
+    with (
+        Recorder(tmp_path, lines.append) as recorder,
+        training(model.bundle, url, config(total_steps=50), data, ConnectSettings(recorder=recorder)) as trainer,
+    ):
         while not recorder.is_full:
             trainer.run_step()
         trainer.run_step()
@@ -556,9 +558,11 @@ def test_a_lost_server_does_not_hide_an_adapter(model: Tiny, data: Dataset, tmp_
     run = config(kind="bottleneck", total_steps=STEPS, batch_size=4, target_modules=("all-linear",), basis_steps=2)
     settings = ConnectSettings(recorder=Recorder(tmp_path), retry=Retry(max_s=30.0, first_s=0.01, ceiling_s=0.1))
     assert settings.recorder is not None
-    with serving(model.base, timeouts=SessionTimeouts(park_s=0.0)) as server, settings.recorder, training(
-        model.bundle, server.url, run, data, settings
-    ) as trainer:
+    with (
+        serving(model.base, timeouts=SessionTimeouts(park_s=0.0)) as server,
+        settings.recorder,
+        training(model.bundle, server.url, run, data, settings) as trainer,
+    ):
         for step in range(STEPS):
             if step == 2:
                 trainer.side.crossed._disconnect()

@@ -145,8 +145,10 @@ TOKENIZERS: dict[str, tuple[type[DloraError], dict[str, object], str]] = {
         BundleError,
         {
             "post_processor": {
-                "type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}],
-                "pair": [], "special_tokens": {},
+                "type": "TemplateProcessing",
+                "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}],
+                "pair": [],
+                "special_tokens": {},
             }
         },
         "does not work",

@@ -90,6 +90,7 @@ def test_values_that_fp16_cannot_hold_name_the_option(tmp_path: Path) -> None:
 
 # -- selftest ----------------------------------------------------------------------------------------------------
 
+
 def list_of_blocks(bundle: Bundle) -> tuple[BlockSpec, ...]:
     assert bundle.manifest.device_blocks is not None
     return bundle.manifest.device_blocks.blocks
@@ -99,9 +100,7 @@ OF_BLOCKS = {"block_forward", "block_backward", "last_block_forward", "last_bloc
 
 
 @pytest.mark.parametrize("dtype", one_in(2, ("int8", "int4")))
-def test_selftest_passes_and_notices_a_weight_of_another_block(
-    dtype: str, tiny: TinyFactory, tmp_path: Path
-) -> None:
+def test_selftest_passes_and_notices_a_weight_of_another_block(dtype: str, tiny: TinyFactory, tmp_path: Path) -> None:
     bundle = block_bundle(tiny, block_dtype=dtype)
     done = run_edge("selftest", "--bundle", bundle, "--json")
     report = json.loads(done.stdout)

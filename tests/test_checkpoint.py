@@ -112,8 +112,9 @@ def test_damaged_checkpoint_is_skipped_with_a_warning(tmp_path: Path) -> None:
     found = load_latest(tmp_path, said.append)
     assert found is not None
     assert found.step == 10
-    assert said == [f"{tmp_path / 'checkpoint-000020.safetensors'} is damaged (its SHA-256 differs); "
-                    "trying the one before"]
+    assert said == [
+        f"{tmp_path / 'checkpoint-000020.safetensors'} is damaged (its SHA-256 differs); trying the one before"
+    ]
     damage(tmp_path, 10)
     with pytest.raises(CheckpointError, match=r"no checkpoint in .* is whole \(2 damaged\)"):
         load_latest(tmp_path)

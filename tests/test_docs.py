@@ -221,6 +221,7 @@ def test_traffic_example_matches_the_formula() -> None:
 
 # -- docs/reference/bundle.md --------------------------------------------------------------------------------------
 
+
 def test_manifest_defaults_match_the_docs() -> None:
     for kind in MANIFEST_TYPES:
         defaults = {field.name: field.default for field in msgspec.structs.fields(kind)}

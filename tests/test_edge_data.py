@@ -107,9 +107,7 @@ def learned(dataset: Dataset, index: int = 0) -> str:
 @pytest.mark.parametrize("prompt", [False, True])
 def test_template_renders_as_transformers_does(template: str, tools: list[object] | None, prompt: bool) -> None:
     transformers = pytest.importorskip("transformers")
-    theirs = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=train_tokenizer(), bos_token="<s>", eos_token="</s>"
-    )
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=train_tokenizer(), bos_token="<s>", eos_token="</s>")
     messages = [*TALK[:3], {"role": "assistant", "content": "x", "tool_calls": [{"f": "é<"}], "name": None}]
     expected = theirs.apply_chat_template(
         messages, chat_template=template, tools=tools, add_generation_prompt=prompt, tokenize=False
@@ -167,9 +165,7 @@ def test_completion_is_labelled_and_ends_with_eos(tmp_path: Path, prompt: str, c
 
 def test_eos_added_by_the_tokenizer_is_not_added_twice(tmp_path: Path) -> None:
     inner = train_tokenizer()
-    inner.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
-    )
+    inner.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
     tokenizer = EdgeTokenizer(inner, TokenizerSpec(file="", eos_token="</s>", eos_token_id=1))
     dataset = load(write(tmp_path / "d.jsonl", {"prompt": "what", "completion": " is"}), tokenizer)
     assert learned(dataset) == " is</s>"
@@ -177,10 +173,13 @@ def test_eos_added_by_the_tokenizer_is_not_added_twice(tmp_path: Path) -> None:
 
 
 def test_too_long_example_is_refused_skipped_or_cut(tmp_path: Path) -> None:
-    path = write(tmp_path / "d.jsonl", *(
-        {"prompt": prompt, "completion": completion}
-        for prompt, completion in (("", "no"), ("", "yes " * 50), ("a" * 90, "b"))
-    ))
+    path = write(
+        tmp_path / "d.jsonl",
+        *(
+            {"prompt": prompt, "completion": completion}
+            for prompt, completion in (("", "no"), ("", "yes " * 50), ("a" * 90, "b"))
+        ),
+    )
     with pytest.raises(DataError, match=r":2: \d+ tokens, the limit is 20; raise --max-length"):
         load(path, max_length=20)
     cut = load(path, max_length=20, too_long="truncate")

@@ -108,8 +108,9 @@ def test_blocks_that_a_server_does_not_have_are_refused(model: Tiny) -> None:
     blocks, width = model.base.blocks, model.base.hidden_size
     with serving(model.base) as server:
         for purpose in ({"blocks": blocks + 1}, {"width": width + 1}, {"blocks": 1 << 20}):
-            with pytest.raises(RefusedError, match=r"first blocks of .* give hidden states of width"), encoder(
-                server.url, model, **purpose
+            with (
+                pytest.raises(RefusedError, match=r"first blocks of .* give hidden states of width"),
+                encoder(server.url, model, **purpose),
             ):
                 pass
         with encoder(server.url, model) as ask, pytest.raises(DataError, match="set --max-length"):

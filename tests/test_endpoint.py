@@ -292,7 +292,8 @@ BAD_CHATS: dict[str, tuple[dict[str, Any], str]] = {
     "a forced tool without a name": (forced("required", {"function": {}}), "needs a function with a name"),
     "a forced tool of no schema": (forced_schema(5), "a JSON schema as parameters"),
     "a forced tool of an impossible schema": (
-        forced_schema({"properties": {"x": {"type": "odd"}}}), "this JSON schema cannot be obeyed"
+        forced_schema({"properties": {"x": {"type": "odd"}}}),
+        "this JSON schema cannot be obeyed",
     ),
     "many forced tools": (forced("required", *[{"function": {"name": "f"}}] * 129), "at most 128 tools"),
     "a forced tool without end": (forced_schema({"enum": [10**9] * 13_000}), "have 128 KB"),

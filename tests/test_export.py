@@ -248,9 +248,7 @@ def test_the_command_prints_one_json_object_or_a_table(tmp_path: Path) -> None:
         (["{model}", "--target-modules", "nope"], 11, "has no module 'nope'"),
     ],
 )
-def test_user_error_is_one_line_and_an_exit_code(
-    tmp_path: Path, arguments: list[str], code: int, text: str
-) -> None:
+def test_user_error_is_one_line_and_an_exit_code(tmp_path: Path, arguments: list[str], code: int, text: str) -> None:
     settings = _settings(tmp_path)
     arguments = [argument.format(model=settings.model) for argument in arguments]
     done = run_export(*arguments, "--out", settings.out)

@@ -238,8 +238,7 @@ def test_an_adapter_of_another_tool_has_its_effect(plain: Place) -> None:
     random = np.random.default_rng(0)
     adapters = LoraGroup.create(AdapterSpec(r=2), group, scaling=2.0, random=random)
     lora_a, lora_b = (
-        random.standard_normal(shape).astype(np.float32)
-        for shape in ((2, group.in_features), (target.out_features, 2))
+        random.standard_normal(shape).astype(np.float32) for shape in ((2, group.in_features), (target.out_features, 2))
     )
     adapters.load_factors({target.name: SavedModule(target.name, lora_a, lora_b)}, {target.name: 3.0})
     found = adapters.factors()[0]

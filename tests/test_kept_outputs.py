@@ -72,9 +72,10 @@ def test_backward_ends_at_the_lowest_active_unit(
     grads = []
     for name, kill_revive in (("some", {**LAST_ONLY, "static": (1,)}), ("all", {})):
         settings = trunk_config(BLOCKS, kill_revive=kill_revive)
-        with serving(model.base) as server, trunk_training(
-            model.bundle, server.url, settings, data, tmp_path / name
-        ) as trainer:
+        with (
+            serving(model.base) as server,
+            trunk_training(model.bundle, server.url, settings, data, tmp_path / name) as trainer,
+        ):
             randomize(trainer)
             passes.clear()
             batches = trainer.batches.step_batches(0)
@@ -204,9 +205,10 @@ def test_data_that_are_passed_over_once_are_not_held(
     model: Tiny, data: Dataset, passes: Counter[tuple[str, int]], tmp_path: Path
 ) -> None:
     settings = trunk_config(BLOCKS, kill_revive=LAST_ONLY, total_steps=4, keeps_outputs=True)
-    with serving(model.base) as server, trunk_training(
-        model.bundle, server.url, settings, data, tmp_path / "cache"
-    ) as trainer:
+    with (
+        serving(model.base) as server,
+        trunk_training(model.bundle, server.url, settings, data, tmp_path / "cache") as trainer,
+    ):
         passes.clear()
         for _ in range(4):
             trainer.run_step()

@@ -138,8 +138,13 @@ def test_ticket_is_valid_for_its_own_run_only() -> None:
     ticket = ticket_of(controller, KEY)
     open_again(ticket)
     others: list[dict[str, Any]] = [
-        {"key": b"another"}, {"config": KillReviveConfig()}, {"groups": make_groups(8, 2)},
-        {"groups": make_groups(9)}, {"seed": 2}, {"total_steps": 61}, {"next_step": 29},
+        {"key": b"another"},
+        {"config": KillReviveConfig()},
+        {"groups": make_groups(8, 2)},
+        {"groups": make_groups(9)},
+        {"seed": 2},
+        {"total_steps": 61},
+        {"next_step": 29},
     ]
     for other in others:
         with pytest.raises(RefusedError) as caught:

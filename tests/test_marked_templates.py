@@ -53,9 +53,7 @@ def test_there_are_templates_with_marks() -> None:
 def test_labels_are_what_the_template_marks(path: Path, talk: str, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     source, messages, tools = path.read_text(), TALKS[talk], TOOLS if talk == "a tool" else None
-    theirs = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=train_tokenizer(), bos_token="<s>", eos_token="</s>"
-    )
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=train_tokenizer(), bos_token="<s>", eos_token="</s>")
     spec = TokenizerSpec(file="", bos_token="<s>", eos_token="</s>", eos_token_id=1)
     tokenizer = EdgeTokenizer(train_tokenizer(), spec, source)
     file = write(tmp_path / "d.jsonl", {"messages": messages, "tools": tools})

@@ -299,7 +299,9 @@ def test_parked_session_in_a_step_frees_its_memory_for_others(model: Model) -> N
         largest = max(seen)
     with (
         serving(
-            model.base, live_limit=largest + largest // 2, quotas=NO_QUOTA_OF_MEMORY,
+            model.base,
+            live_limit=largest + largest // 2,
+            quotas=NO_QUOTA_OF_MEMORY,
             timeouts=SessionTimeouts(park_s=3600.0),
         ) as server,
         training(model.bundle, server.url, run, dataset, away) as stalls,

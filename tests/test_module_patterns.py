@@ -58,8 +58,11 @@ def test_what_is_more_than_names_is_refused(pattern: str) -> None:
 
 def test_alternatives_count_as_patterns() -> None:
     with pytest.raises(CheckpointError, match="has 5120 patterns"):
-        read_patterns(HERE, {"rank_pattern": {f"{at}{'|' * 1020}": 1 for at in range(5)} | {"q" * at: 1 for at in
-                      range(1, 16)}}, "rank_pattern")
+        read_patterns(
+            HERE,
+            {"rank_pattern": {f"{at}{'|' * 1020}": 1 for at in range(5)} | {"q" * at: 1 for at in range(1, 16)}},
+            "rank_pattern",
+        )
 
 
 def test_as_many_patterns_as_modules_are_no_matter_and_hostile_ones_are() -> None:

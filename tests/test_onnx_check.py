@@ -169,9 +169,7 @@ def three_dimensions_of_one() -> str:
 @pytest.mark.parametrize("body", [
     three_dimensions_of_one(), "s = Shape (x) all = Concat <axis = 0> (s, s, s) y = Expand (x, all)"
 ], ids=["products", "expanded"])  # fmt: skip
-def test_graph_that_needs_a_terabyte_is_an_error(
-    body: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_graph_that_needs_a_terabyte_is_an_error(body: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """10,000 numbers become 10^12."""
     model = parsed(body, "(float[n] x) => (float[a,b,c] y)")
     cube = msgspec.structs.replace(Y, shape=("a", "b", "c"))

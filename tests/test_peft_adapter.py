@@ -75,8 +75,11 @@ def test_peft_loads_what_we_save(tmp_path: Path, make: Any, targets: dict[str, t
         warnings.simplefilter("error")
         warnings.simplefilter("ignore", FutureWarning)  # transformers' own
         loaded = PeftModel.from_pretrained(make(), tmp_path)
-    live = {name.removeprefix("base_model.model.").split(".lora_A")[0] for name, _ in loaded.named_modules() if
-            name.endswith("lora_A.default")}
+    live = {
+        name.removeprefix("base_model.model.").split(".lora_A")[0]
+        for name, _ in loaded.named_modules()
+        if name.endswith("lora_A.default")
+    }
     assert live == set(targets)
     with torch.no_grad():
         theirs = loaded(IDS).logits

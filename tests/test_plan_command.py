@@ -145,7 +145,10 @@ def test_auto_takes_what_the_other_options_leave(served: Place, tmp_path: Path) 
     ((), ["--memory is for --device-blocks auto, which chooses by it"]),
 ], ids=["nothing fits", "no need"])  # fmt: skip
 def test_auto_that_cannot_be_is_one_line(
-    place: Place, options: tuple[str, ...], said: list[str], tmp_path: Path  # noqa: F811
+    place: Place,  # noqa: F811
+    options: tuple[str, ...],
+    said: list[str],
+    tmp_path: Path,
 ) -> None:
     done = run_edge(*local(place, tmp_path / "out", *options, "--memory", "2MB"))
     assert_fails(done, UsageError.exit_code, *said)
@@ -166,9 +169,7 @@ SPLIT, TRUNK, LOCAL = row(0, wire_mb=90.0), row(4, wire_mb=5.0), row(8)
     ([row(0, fits=False), TRUNK, row(2)], TRUNK, ""),
     ([row(0, fits=False)], None, ""),
 ], ids=["local", "split", "trunk", "nothing"])  # fmt: skip
-def test_all_blocks_here_are_taken_where_they_fit_and_else_none(
-    rows: list[Row], taken: Row | None, other: str
-) -> None:
+def test_all_blocks_here_are_taken_where_they_fit_and_else_none(rows: list[Row], taken: Row | None, other: str) -> None:
     found = recommend(rows)
     assert (found and found.row) is taken
     assert found is None or other in found.other

@@ -77,9 +77,7 @@ def leak(tiny: TinyFactory, tmp_path_factory: pytest.TempPathFactory) -> Leak:
     with cloud_process(model.model, server) as cloud:
         with recording_proxy(cloud.url) as proxy:
             for (kind, wire_dtype), seed in zip(RUNS, SEEDS, strict=True):
-                run = config(
-                    kind=kind, total_steps=STEPS, rank=RANK, wire_dtype=wire_dtype, basis_steps=2, seed=seed
-                )
+                run = config(kind=kind, total_steps=STEPS, rank=RANK, wire_dtype=wire_dtype, basis_steps=2, seed=seed)
                 with training(path, proxy.url, run, dataset) as trainer:
                     for step in range(STEPS):
                         trainer.run_step()

@@ -101,9 +101,7 @@ def listening(process: subprocess.Popen[str]) -> subprocess.Popen[str]:
 
 
 @pytest.mark.slow
-def test_every_command_of_the_readme_and_the_how_tos(
-    tmp_path: Path, started: list[subprocess.Popen[str]]
-) -> None:
+def test_every_command_of_the_readme_and_the_how_tos(tmp_path: Path, started: list[subprocess.Popen[str]]) -> None:
     shell, of_readme = Shell(tmp_path, "ws://127.0.0.1:8765"), commands(README)
     assert [" ".join(line.split()[:2]) for line in of_readme] == [
         "dlora-export smollm2-135m", "dlora-cloud serve", "dlora-edge train", "dlora-edge evaluate", "dlora-edge chat",

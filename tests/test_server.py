@@ -211,8 +211,19 @@ UP = TargetSpec("model.layers.0.mlp.up_proj", 24)
         ({"next_step": 2, "ticket": b"forged"}, m.ErrorCode.TICKET),
     ],
     ids=[
-        "unknown", "two inputs in one", "width", "block", "twice", "order", "output width",
-        "pinned", "static", "no groups", "no groups to give", "no ticket", "forged ticket",
+        "unknown",
+        "two inputs in one",
+        "width",
+        "block",
+        "twice",
+        "order",
+        "output width",
+        "pinned",
+        "static",
+        "no groups",
+        "no groups to give",
+        "no ticket",
+        "forged ticket",
     ],
 )
 def test_invalid_session_settings_are_refused(

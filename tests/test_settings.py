@@ -141,11 +141,11 @@ def test_values_and_files_that_cannot_be(tmp_path: Path) -> None:
 
 # -- one field -------------------------------------------------------------------------------------------------
 
-NEW = '''
+NEW = """
     made_up: Annotated[
         Annotated[int, Meta(ge=1, le=9)], more("A setting that a test made up.", makes_bits=True)
     ] = 3
-'''
+"""
 WITH_NEW_FIELD = """
 import importlib.util, runpy, sys
 

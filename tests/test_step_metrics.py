@@ -41,9 +41,10 @@ def check_sums(step: StepMetrics) -> None:
 def test_a_step_has_its_bytes_by_role_and_its_time_by_side(model: Tiny, kind: str, window: int) -> None:
     run = config(kind=kind, grad_accum=2, basis="weights")
     data = random_dataset(model.base.vocabulary_size)
-    with serving(model.base, window=window) as server, training(
-        model.bundle, server.url, run, data, window=window
-    ) as trainer:
+    with (
+        serving(model.base, window=window) as server,
+        training(model.bundle, server.url, run, data, window=window) as trainer,
+    ):
         first, second, _ = steps_of(trainer)
         groups = len(trainer.adapters.groups)
     for step in (first, second):

@@ -36,9 +36,10 @@ def data(model: Tiny) -> Dataset:
 
 def test_a_step_is_that_of_peft(model: Tiny, data: Dataset, tmp_path: Path) -> None:
     """Losses and gradients of the first step, and the weights after some, of LoRA on every linear module."""
-    with serving(model.base) as server, trunk_training(
-        model.bundle, server.url, trunk_config(BLOCKS), data, tmp_path / "cache"
-    ) as trainer:
+    with (
+        serving(model.base) as server,
+        trunk_training(model.bundle, server.url, trunk_config(BLOCKS), data, tmp_path / "cache") as trainer,
+    ):
         randomize(trainer)
         reference = with_adapters(AutoModelForCausalLM.from_pretrained(model.model), trainer.adapters, 4, 8.0)
         assert len(trainer.adapters.parameters()) == 2 * 2 * 7

@@ -284,15 +284,17 @@ def test_an_adapter_that_reaches_too_far_down_is_one_line(
 ) -> None:
     save_lora(model.bundle, tmp_path / "all", blocks=(0, 2))
     save_lora(model.bundle, tmp_path / "upper", blocks=LAST)
-    with pytest.raises(UsageError, match="block 0, which the server runs; use --device-blocks 0"), opening(
-        model, server, tmp_path / "all"
+    with (
+        pytest.raises(UsageError, match="block 0, which the server runs; use --device-blocks 0"),
+        opening(model, server, tmp_path / "all"),
     ):
         pass
     fewer, none = with_last_blocks(model.bundle, tmp_path / "fewer", 1), tiny(blocks=3, head_dtype="fp32").bundle
     for other, text in ((fewer, "has 1 blocks for a device, and the adapter reaches down to block 1"),
                         (none, "has 0 blocks for a device, and the adapter reaches down to block 1")):  # fmt: skip
-        with pytest.raises(BundleError, match=f"{text}; export it again with --device-blocks 2"), opening(
-            other, server, tmp_path / "upper"
+        with (
+            pytest.raises(BundleError, match=f"{text}; export it again with --device-blocks 2"),
+            opening(other, server, tmp_path / "upper"),
         ):
             pass
     with pytest.raises(BundleError, match="has no blocks for a device; export it again"), opening(none, server, None):

@@ -131,9 +131,12 @@ class Access:
                 raise AccessDeniedError(str(error), error.code, status=401) from None
             text = f"too many failures from this address, the last one: {error}"
             raise AccessDeniedError(
-                text, ErrorCode.TOO_MANY_FAILURES, status=429, retry_after_s=retry_after_s,
+                text,
+                ErrorCode.TOO_MANY_FAILURES,
+                status=429,
+                retry_after_s=retry_after_s,
                 should_log=failures == FAILURES_PER_WINDOW + 1,
-            ) from None  # fmt: skip
+            ) from None
 
     def recheck(self, callers: Collection[Caller]) -> dict[Caller, AccessDeniedError]:
         """The callers whose token has expired or was revoked, and what they are told. From any thread.

@@ -40,9 +40,7 @@ def product_from_forward(inputs: Tensor, deltas: Sequence[Tensor], rank: int) ->
     return [each @ part for each, part in zip(columns, solved.split(rank), strict=True)]
 
 
-def product_from_both(
-    inputs: Tensor, deltas: Sequence[Tensor], input_grads: Tensor, rank: int
-) -> list[Tensor]:
+def product_from_both(inputs: Tensor, deltas: Sequence[Tensor], input_grads: Tensor, rank: int) -> list[Tensor]:
     """Each target module's M, (out, in): two-sided, from at least ``rank`` rows a target module.
 
     Args:
@@ -105,4 +103,3 @@ def _singular(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     others = (exact.T if is_wide else exact) @ vectors / values
     others = torch.where(values > _LOST_SINGULAR_VALUE * values[-1], others, 0.0)
     return (values, vectors, others) if is_wide else (values, others, vectors)
-

@@ -119,9 +119,7 @@ class Truth:
         return self.tokenizer.decode(numbers)
 
 
-def load_truth(
-    directory: Path, recording_id: bytes, seen: Observed, tokenizer: TruthTokenizer | None = None
-) -> Truth:
+def load_truth(directory: Path, recording_id: bytes, seen: Observed, tokenizer: TruthTokenizer | None = None) -> Truth:
     """The truth in ``directory``, or in its ``truth``; it may be the file itself.
 
     Raises ``DataError`` where there is none, it is damaged, or it belongs to other frames than ``seen``, those of

@@ -62,9 +62,7 @@ def serve(
     tls_client_ca: Annotated[
         Path | None, door(help="Let devices in whose certificate this authority signed (PEM).")
     ] = None,
-    insecure: Annotated[
-        bool, door("--insecure", help="Listen on a network without TLS, or let everybody in.")
-    ] = False,
+    insecure: Annotated[bool, door("--insecure", help="Listen on a network without TLS, or let everybody in.")] = False,
     quota_sessions: Annotated[int | None, quota(help="Sessions of one device at a time.", metavar="N", min=1)] = None,
     quota_tokens_per_minute: Annotated[
         int | None, quota(help="Tokens of one device in a minute.", metavar="N", min=1)
@@ -92,13 +90,9 @@ def serve(
     exchange_timeout_s: Annotated[
         float, timeout(help="Least seconds for one answer of a device; slow ones get more.", min=0.1)
     ] = 120.0,
-    step_timeout_s: Annotated[
-        float, timeout(help="Least seconds for all answers of a micro-batch.", min=0.1)
-    ] = 900.0,
+    step_timeout_s: Annotated[float, timeout(help="Least seconds for all answers of a micro-batch.", min=0.1)] = 900.0,
     idle_timeout_s: Annotated[float, timeout(help="Seconds that a session may do nothing.", min=0.1)] = 3600.0,
-    drain_s: Annotated[
-        float, timeout(help="Seconds that running steps may take when the server stops.", min=0)
-    ] = 30.0,
+    drain_s: Annotated[float, timeout(help="Seconds that running steps may take when the server stops.", min=0)] = 30.0,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object once it listens.")] = False,
 ) -> None:
     """Serve one base model over a websocket until SIGINT, SIGTERM or SIGHUP.

@@ -30,8 +30,19 @@ from .loading import load_model, quiet
 from .source import ModelSource, find_source, public_name
 
 __all__ = [
-    "BaseModel", "EmbeddingEnd", "HeadEnd", "ModelSource", "TargetModule", "find_embedding", "find_head",
-    "find_source", "load_base_model", "load_model", "model_code", "quiet", "reach",
+    "BaseModel",
+    "EmbeddingEnd",
+    "HeadEnd",
+    "ModelSource",
+    "TargetModule",
+    "find_embedding",
+    "find_head",
+    "find_source",
+    "load_base_model",
+    "load_model",
+    "model_code",
+    "quiet",
+    "reach",
 ]
 
 TRACE_TOKENS = 4

@@ -131,9 +131,10 @@ class CloudServer:
             raise cannot_listen(host, port, error) from None
         self.port = next(iter(self._server.sockets)).getsockname()[1]
         regularly = (
-            (RECHECK_EVERY_S, self._recheck_access), (RELEASE_EVERY_S, self._release_memory),
+            (RECHECK_EVERY_S, self._recheck_access),
+            (RELEASE_EVERY_S, self._release_memory),
             (END_PARKED_EVERY_S, self._end_parked),
-        )  # fmt: skip
+        )
         self._housekeeping = [asyncio.create_task(_repeat(every_s, work)) for every_s, work in regularly]
 
     async def serve_until_stopped(self, host: str, port: int, on_listening: Callable[[], None]) -> None:
@@ -149,15 +150,21 @@ class CloudServer:
             loop.add_signal_handler(number, stop)
         await self.start(host, port)
         logger.info(
-            "listening on %s://%s:%d, health at http%s://%s:%d/healthz", self.scheme, host, self.port,
-            self.scheme.removeprefix("ws"), host, self.port,
-        )  # fmt: skip
+            "listening on %s://%s:%d, health at http%s://%s:%d/healthz",
+            self.scheme,
+            host,
+            self.port,
+            self.scheme.removeprefix("ws"),
+            host,
+            self.port,
+        )
         on_listening()
         await stopped.wait()
         logger.info(
             "stopping: %d sessions may finish their step, for at most %.0f s",
-            len(self.service.sessions), self.service.settings.drain_s,
-        )  # fmt: skip
+            len(self.service.sessions),
+            self.service.settings.drain_s,
+        )
         await self.stop()
 
     async def stop(self) -> None:

@@ -68,12 +68,16 @@ def about_loaded(loaded: LoadedAdapter, path: Path) -> AdapterAbout:
     return AdapterAbout(
         name=path.absolute().name,
         kind=record.kind if record is not None else loaded.parts.kind if loaded.parts is not None else "lora",
-        rank=loaded.r, alpha=loaded.lora_alpha, modules=len(loaded.modules),
+        rank=loaded.r,
+        alpha=loaded.lora_alpha,
+        modules=len(loaded.modules),
         blocks=number_ranges({int(part) for each in loaded.modules for part in each.split(".") if part.isdecimal()}),
         parameters=sum(module.lora_A.size + module.lora_B.size for module in loaded.modules.values()),
         acts_on="answers" if loaded.invocation else "everything",
         base_model=loaded.base_model_name or (record.base_model if record is not None else None),
-        base_fingerprint=record.base_fingerprint if record is not None else None, bytes=size,
-        weights_sha256=loaded.weights_sha256, config_sha256=config,
+        base_fingerprint=record.base_fingerprint if record is not None else None,
+        bytes=size,
+        weights_sha256=loaded.weights_sha256,
+        config_sha256=config,
         training=record.training if record is not None else None,
-    )  # fmt: skip
+    )

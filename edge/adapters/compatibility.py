@@ -72,9 +72,13 @@ def load_weights(adapters: AdapterSet, loaded: LoadedAdapter, invocation: tuple[
     ``invocation``: the tokens from which on ``adapters`` act; none: everywhere.
     """
     if loaded.invocation != invocation:
-        where = "everywhere; train with --active-from start" if not loaded.invocation else (
-            f"from its own invocation on (tokens {', '.join(map(str, loaded.invocation))}); train with --active-from "
-            "answer, on data whose answers begin so"
+        where = (
+            "everywhere; train with --active-from start"
+            if not loaded.invocation
+            else (
+                f"from its own invocation on (tokens {', '.join(map(str, loaded.invocation))}); train with "
+                "--active-from answer, on data whose answers begin so"
+            )
         )
         raise CheckpointError(f"the adapter acts {where}")
     spec, parts = adapters.adapter_spec, loaded.parts

@@ -34,9 +34,11 @@ class AdapterCompute:
     """
 
     def __init__(
-        self, engine: Engine, adapters: AdapterSet,
+        self,
+        engine: Engine,
+        adapters: AdapterSet,
         took: Callable[[str, float, float], None] = lambda what, started, ended: None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._adapters = adapters
         self._took = took
         self.seconds = 0.0

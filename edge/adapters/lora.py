@@ -87,9 +87,13 @@ class LoraGroup(GroupAdapters):
         return reduce(np.add, all_dx), all_dz
 
     def weight_grads(
-        self, x: FloatArray, forward: Sequence[FloatArray], grads: Sequence[FloatArray],
-        backward: Sequence[Array], scale: float,
-    ) -> dict[str, FloatArray]:  # fmt: skip
+        self,
+        x: FloatArray,
+        forward: Sequence[FloatArray],
+        grads: Sequence[FloatArray],
+        backward: Sequence[Array],
+        scale: float,
+    ) -> dict[str, FloatArray]:
         found = {}
         for index, (module, (_, _, graph)) in enumerate(zip(self.modules, self._graphs, strict=True)):
             given = {"x": x, "z": forward[index], "grad": grads[index], "dz": backward[index]}

@@ -19,9 +19,15 @@ _MAX_TEXT: Final = 300
 
 
 def model_card(
-    modules: int, r: int, lora_alpha: float, base_model_name: str, target_modules: Sequence[str] = (), *,
-    acts_on_answers: bool, record: AdapterRecord | None = None,
-) -> str:  # fmt: skip
+    modules: int,
+    r: int,
+    lora_alpha: float,
+    base_model_name: str,
+    target_modules: Sequence[str] = (),
+    *,
+    acts_on_answers: bool,
+    record: AdapterRecord | None = None,
+) -> str:
     """The card's text.
 
     Args:
@@ -136,7 +142,6 @@ def recipe_line(training: TrainingRecord) -> str:
         if value is not True:
             words.append(f"{value:g}" if isinstance(value, float) else str(value))
     return shlex.join(words)
-
 
 
 def _yaml(text: str) -> str:

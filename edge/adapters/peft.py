@@ -88,10 +88,19 @@ class LoadedAdapter:
 
 
 def save_adapter(
-    directory: Path, modules: Sequence[SavedModule], *, r: int, lora_alpha: float, base_model_name: str,
-    target_modules: Sequence[str] = (), fan_in_fan_out: bool = False, parts: Parts | None = None,
-    invocation: tuple[int, ...] = (), base_fingerprint: str | None = None, training: TrainingRecord | None = None,
-) -> None:  # fmt: skip
+    directory: Path,
+    modules: Sequence[SavedModule],
+    *,
+    r: int,
+    lora_alpha: float,
+    base_model_name: str,
+    target_modules: Sequence[str] = (),
+    fan_in_fan_out: bool = False,
+    parts: Parts | None = None,
+    invocation: tuple[int, ...] = (),
+    base_fingerprint: str | None = None,
+    training: TrainingRecord | None = None,
+) -> None:
     """Write an adapter that ``PeftModel.from_pretrained`` loads.
 
     Args:
@@ -113,9 +122,13 @@ def save_adapter(
     assert all(module.lora_A.shape[0] == r == module.lora_B.shape[1] for module in modules)
     make_directory(directory)
     config = _config(
-        sorted(module.name for module in modules), r=r, lora_alpha=lora_alpha, base_model_name=base_model_name,
-        fan_in_fan_out=fan_in_fan_out, invocation=invocation,
-    )  # fmt: skip
+        sorted(module.name for module in modules),
+        r=r,
+        lora_alpha=lora_alpha,
+        base_model_name=base_model_name,
+        fan_in_fan_out=fan_in_fan_out,
+        invocation=invocation,
+    )
     tensors = {}
     for module in modules:
         tensors[f"{_PREFIX}{module.name}.lora_A.weight"] = np.ascontiguousarray(module.lora_A, np.float32)
@@ -126,10 +139,15 @@ def save_adapter(
     record = None
     if base_fingerprint is not None:
         record = AdapterRecord(
-            format=ADAPTER_FORMAT, software=SOFTWARE_VERSION, base_model=base_model_name,
-            base_fingerprint=base_fingerprint, kind=parts.kind if parts is not None else "lora", rank=r,
-            weights_sha256=digest, training=training,
-        )  # fmt: skip
+            format=ADAPTER_FORMAT,
+            software=SOFTWARE_VERSION,
+            base_model=base_model_name,
+            base_fingerprint=base_fingerprint,
+            kind=parts.kind if parts is not None else "lora",
+            rank=r,
+            weights_sha256=digest,
+            training=training,
+        )
 
     old = _replaced_config(config_path)
     if old is not None and {**old, "target_modules": None} == {**config, "target_modules": None}:
@@ -214,9 +232,14 @@ def _write_record(directory: Path, record: AdapterRecord | None, *, replaces: Pa
 
 
 def _config(
-    names: list[str], *, r: int, lora_alpha: float, base_model_name: str, fan_in_fan_out: bool,
+    names: list[str],
+    *,
+    r: int,
+    lora_alpha: float,
+    base_model_name: str,
+    fan_in_fan_out: bool,
     invocation: tuple[int, ...],
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     # Defaults of whatever PEFT reads this are right for all else; keys that some version lacks would make it warn.
     return ({"alora_invocation_tokens": list(invocation)} if invocation else {}) | {
         "base_model_name_or_path": base_model_name,

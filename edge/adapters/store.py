@@ -26,7 +26,6 @@ def is_name(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
 
 
-
 class AdapterStore:
     """The adapters in a directory, which need not exist."""
 
@@ -61,4 +60,3 @@ class AdapterStore:
         if not path.is_dir():
             raise UsageError(f"there is no adapter {name} in {self.directory}; see dlora-edge adapters list")
         return path
-

@@ -26,8 +26,10 @@ from .kind import GroupAdapters, Parameter
 from .lora import LoraGroup
 
 DEVICE_KINDS: Final[dict[str, type[GroupAdapters]]] = {
-    "lora": LoraGroup, "ffa": FfaGroup, "bottleneck": BottleneckGroup,
-}  # fmt: skip
+    "lora": LoraGroup,
+    "ffa": FfaGroup,
+    "bottleneck": BottleneckGroup,
+}
 """By the names of ``dlora.protocol.adapters.KINDS``."""
 
 
@@ -70,9 +72,17 @@ class AdapterSet:
 
     @classmethod
     def create(
-        cls, adapter_spec: AdapterSpec, groups: Sequence[GroupSpec], *, scaling: float, seed: Seed,
-        unit: UnitKind, kill_every: int, draws_state: bool = False, state_dtype: WireDtype = "fp32",
-    ) -> AdapterSet:  # fmt: skip
+        cls,
+        adapter_spec: AdapterSpec,
+        groups: Sequence[GroupSpec],
+        *,
+        scaling: float,
+        seed: Seed,
+        unit: UnitKind,
+        kill_every: int,
+        draws_state: bool = False,
+        state_dtype: WireDtype = "fp32",
+    ) -> AdapterSet:
         """Fresh adapters. Raises ``UsageError`` for a kind that there is not, or a rank that its groups cannot have.
 
         Args:
@@ -157,7 +167,6 @@ class AdapterSet:
     def states(self) -> ByteArray:
         """uint8 (units,), a ``UnitState`` each."""
         return np.array([unit.state for unit in self.units], np.uint8)
-
 
     def zero_grad(self) -> None:
         for parameter in self.parameters().values():

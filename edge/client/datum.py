@@ -59,7 +59,6 @@ class Datum:
         targets[example.label_positions] = example.labels
         return cls(example.ids, targets)
 
-
     @property
     def labels(self) -> npt.NDArray[np.int64]:
         """The targets that count, int64 (labelled,)."""

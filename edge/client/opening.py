@@ -20,13 +20,14 @@ from dlora.edge.engine.engine import Engine
 from dlora.edge.model.embedding_source import EmbeddingSource
 from dlora.edge.seeds import draw_seed
 from dlora.edge.settings import Settings
-from dlora.edge.training.adapter_training import AdapterTraining, trainer_state
+from dlora.edge.training.adapter_training import AdapterTraining
 from dlora.edge.training.checkpoint import Checkpoint, load_latest
 from dlora.edge.training.defaults import DEFAULT_KIND, DEFAULTS
 from dlora.edge.training.resolve import resolve
 from dlora.edge.training.resolved import Resolved
 from dlora.edge.training.side import DeviceSide, MakeSide, ServerSide
 from dlora.edge.training.trainer import Trainer
+from dlora.edge.training.trainer_state import trainer_state
 from dlora.edge.wire.connecting import ConnectSettings
 from dlora.edge.wire.connection import Connection
 from dlora.protocol.errors import CheckpointError, UsageError
@@ -79,10 +80,16 @@ class Opening:
         """A client that samples with a saved adapter."""
         device, server, connecting = self.config.device, self.config.server, self.connecting
         return SamplingClient.create(
-            self.bundle.path, server.server,
-            adapter=adapter, wire_dtype=server.wire_dtype, threads=device.threads, engine=device.engine,
-            credentials=connecting.credentials, max_retry_s=connecting.retry.max_s, tokenizer=tokenizer,
-        )  # fmt: skip
+            self.bundle.path,
+            server.server,
+            adapter=adapter,
+            wire_dtype=server.wire_dtype,
+            threads=device.threads,
+            engine=device.engine,
+            credentials=connecting.credentials,
+            max_retry_s=connecting.retry.max_s,
+            tokenizer=tokenizer,
+        )
 
 
 def datasets_of(settings: Settings, bundle: Bundle, data: Sequence[Datum] | None) -> list[Dataset]:

@@ -32,9 +32,7 @@ T = TypeVar("T")
 
 def connect_settings(credentials: Credentials | None, max_retry_s: float | None) -> ConnectSettings:
     """How a client reaches its server."""
-    return ConnectSettings(
-        credentials or Credentials(), load_device_id(warn=lambda _: None), Retry(max_s=max_retry_s)
-    )
+    return ConnectSettings(credentials or Credentials(), load_device_id(warn=lambda _: None), Retry(max_s=max_retry_s))
 
 
 def in_thread(method: Callable[P, T]) -> Callable[P, Coroutine[Any, Any, T]]:
@@ -70,11 +68,19 @@ class SamplingClient:
     @classmethod
     @contextmanager
     def create(
-        cls, bundle: Path | str, server: str | None = None, *, adapter: Path | str | None = None,
-        wire_dtype: str = "fp16", context_length: int = 2048, threads: int = 0, engine: EngineChoice = "auto",
-        credentials: Credentials | None = None, max_retry_s: float | None = None,
+        cls,
+        bundle: Path | str,
+        server: str | None = None,
+        *,
+        adapter: Path | str | None = None,
+        wire_dtype: str = "fp16",
+        context_length: int = 2048,
+        threads: int = 0,
+        engine: EngineChoice = "auto",
+        credentials: Credentials | None = None,
+        max_retry_s: float | None = None,
         tokenizer: PromptTokenizer | None = None,
-    ) -> Iterator[Self]:  # fmt: skip
+    ) -> Iterator[Self]:
         """A client of a bundle; ``server``: None: all blocks run here.
 
         Args:
@@ -96,10 +102,18 @@ class SamplingClient:
             yield cls(model, words)
 
     def sample(
-        self, prompt: str | Sequence[dict[str, Any]] | Sequence[int], *, max_new_tokens: int = 256,
-        temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int | None = None,
-        stop: Sequence[str] = (), logprobs: bool = False, as_it_is: bool = False,
-    ) -> Sample:  # fmt: skip
+        self,
+        prompt: str | Sequence[dict[str, Any]] | Sequence[int],
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+        logprobs: bool = False,
+        as_it_is: bool = False,
+    ) -> Sample:
         """One answer to a text (a user's turn, where there is a chat template), a chat, or token ids.
 
         ``as_it_is``: continue a text, and leave the chat template out.

@@ -40,6 +40,7 @@ from .sampling_client import Sample, SamplingClient, connect_settings, in_thread
 Progress = Callable[[int, int], None]
 """Called with how many sequences are through, and of how many."""
 
+
 @dataclass(frozen=True)
 class ForwardBackward:
     """What came out of a forward pass, with a backward pass or without.
@@ -79,9 +80,14 @@ class TrainingClient:
     @classmethod
     @contextmanager
     def create(
-        cls, settings: Settings, *, data: Sequence[Datum] | None = None, state: Path | str | None = None,
-        credentials: Credentials | None = None, on_progress: Progress = lambda done, total: None,
-    ) -> Iterator[Self]:  # fmt: skip
+        cls,
+        settings: Settings,
+        *,
+        data: Sequence[Datum] | None = None,
+        state: Path | str | None = None,
+        credentials: Credentials | None = None,
+        on_progress: Progress = lambda done, total: None,
+    ) -> Iterator[Self]:
         """A client that trains new adapters, or those of ``init_adapter``, or goes on from ``state``.
 
         What settings leave open is chosen as ``dlora-edge train`` chooses it. That takes data: those of
@@ -337,4 +343,3 @@ def _weights(data: Sequence[Datum]) -> FloatArray:
 def _result(data: Sequence[Datum], losses: FloatArray, total: float) -> ForwardBackward:
     value = float((losses.astype(np.float64) * _weights(data)).sum())
     return ForwardBackward(value / total if total else math.nan, _split(data, -losses))
-

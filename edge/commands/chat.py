@@ -116,9 +116,7 @@ def _path(text: str) -> Path:
 class _Talk:
     """What is said, and the model that answers: opened when it is needed, and again after a failure."""
 
-    def __init__(
-        self, said: Chat, used: UsedModel, adapter: Path | None, adapters: Path, context_length: int
-    ) -> None:
+    def __init__(self, said: Chat, used: UsedModel, adapter: Path | None, adapters: Path, context_length: int) -> None:
         self._said = said
         self._used = used
         self._adapter = adapter

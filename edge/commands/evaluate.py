@@ -41,7 +41,7 @@ def evaluate(
         typer.Option(
             metavar="HOW",
             help="Score answers too. Generated ones: exact, the reference but for blanks; contains it; regex: "
-            "--pattern finds the same in both. Or likelihood: of --choices, the reference is the likeliest."
+            "--pattern finds the same in both. Or likelihood: of --choices, the reference is the likeliest.",
         ),
     ] = None,
     pattern: Annotated[

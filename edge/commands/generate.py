@@ -85,9 +85,14 @@ def generate(
         context_length = len(asked.encode(tokenizer)) + max_new_tokens
         with used.open_generating(context_length=context_length, recorder=recorder) as model:
             answer = TextAnswer(
-                Context(model), tokenizer, asked.encode(tokenizer, model.invocation, warn), sampling,
-                max_new_tokens=max_new_tokens, stop=stop or (), draft_length=draft,
-            )  # fmt: skip
+                Context(model),
+                tokenizer,
+                asked.encode(tokenizer, model.invocation, warn),
+                sampling,
+                max_new_tokens=max_new_tokens,
+                stop=stop or (),
+                draft_length=draft,
+            )
             for piece in answer:
                 if not json_output:
                     print_answer(piece)

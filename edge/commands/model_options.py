@@ -174,9 +174,13 @@ class UsedModel:
         if not is_all:
             longest_s = longest_outage_s if server.max_retry_s is None else server.max_retry_s
             connecting = ConnectSettings(
-                self.credentials, load_device_id(warn=warn), Retry(max_s=longest_s, at_start=bool(server.max_retry_s)),
-                say=warn, should_stop=should_stop, recorder=recorder,
-            )  # fmt: skip
+                self.credentials,
+                load_device_id(warn=warn),
+                Retry(max_s=longest_s, at_start=bool(server.max_retry_s)),
+                say=warn,
+                should_stop=should_stop,
+                recorder=recorder,
+            )
         assert server.wire_dtype is not None
         return Opening(
             self.bundle, None if is_all else server.server, adapter, None if is_open else count, server.wire_dtype,

@@ -32,9 +32,7 @@ def train(
     settings: Settings,
     resume: Annotated[
         bool,
-        typer.Option(
-            "--resume", help="Go on from the last checkpoint in --out.", rich_help_panel=_SAVING, hidden=True
-        ),
+        typer.Option("--resume", help="Go on from the last checkpoint in --out.", rich_help_panel=_SAVING, hidden=True),
     ] = False,
     record: RecordOption = None,
     profile: Annotated[

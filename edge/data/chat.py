@@ -143,8 +143,8 @@ class ChatTemplate:
             if len(before) >= end:
                 return spans
             is_last = index + 1 == len(said.messages)
-            through = text if is_last else self.render(
-                said.messages[: index + 1], tools=said.tools, settings=said.settings
+            through = (
+                text if is_last else self.render(said.messages[: index + 1], tools=said.tools, settings=said.settings)
             )
             if not (text.startswith(through) and through.startswith(before)):
                 one = "" if index == answers[-1] else "--train-on last learns from the last answer only; else "

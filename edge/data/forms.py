@@ -27,14 +27,22 @@ KEYS: Final[dict[Form, str]] = {
     "documents": ".txt and .md files",
 }
 _NEEDED: Final[dict[Form, set[str]]] = {
-    "chat messages": {"messages"}, "ShareGPT": {"conversations"}, "prompt and completion": {"prompt", "completion"},
-    "Alpaca": {"instruction", "output"}, "text": {"text"},
-}  # fmt: skip
+    "chat messages": {"messages"},
+    "ShareGPT": {"conversations"},
+    "prompt and completion": {"prompt", "completion"},
+    "Alpaca": {"instruction", "output"},
+    "text": {"text"},
+}
 # ShareGPT's words, and those of LLaMA-Factory for tools, as roles of chat templates.
 _ROLES: Final = {
-    "human": "user", "gpt": "assistant", "bing": "assistant", "bard": "assistant", "chatgpt": "assistant",
-    "model": "assistant", "observation": "tool",
-}  # fmt: skip
+    "human": "user",
+    "gpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "observation": "tool",
+}
 _KEYS: Final = {"from": "role", "value": "content"}
 # What Alpaca's models read (Stanford Alpaca, Apache-2.0), for base models without a chat template.
 _ALPACA: Final = (

@@ -18,9 +18,14 @@ class RequestError(Exception):
     """
 
     def __init__(
-        self, status: int, text: str, *, code: str | None = None, param: str | None = None,
+        self,
+        status: int,
+        text: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
         retry_after_s: int | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(text)
         self.status = status
         self.code = code

@@ -35,9 +35,7 @@ class EventStream(Response):
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             async for text in self._texts():
                 # A client that does not read fills the socket's buffer, and then this waits.
-                await asyncio.wait_for(
-                    send({"type": "http.response.body", "body": text, "more_body": True}), UNREAD_S
-                )
+                await asyncio.wait_for(send({"type": "http.response.body", "body": text, "more_body": True}), UNREAD_S)
             await send({"type": "http.response.body", "body": b"", "more_body": False})
             self._log()
         except (TimeoutError, OSError):

@@ -89,27 +89,41 @@ MEASURES: Final = (
     Measure("set_up_bytes", "  of it set-up's", lambda run: run.steps.set_up_bytes, numbers.mb, "lowest", _length),
     Measure("eval_bytes", "evaluations' traffic", lambda run: run.evaluation_bytes, numbers.mb, "lowest", _length),
     Measure(
-        "bytes_per_token", "bytes a token", lambda run: _ratio(run.steps.bytes, run.steps.tokens), numbers.count,
+        "bytes_per_token",
+        "bytes a token",
+        lambda run: _ratio(run.steps.bytes, run.steps.tokens),
+        numbers.count,
         "lowest",
     ),
     Measure(
-        "round_trips_per_step", "round trips a step", lambda run: _ratio(run.steps.round_trips, run.steps.count),
-        numbers.short, "lowest",
+        "round_trips_per_step",
+        "round trips a step",
+        lambda run: _ratio(run.steps.round_trips, run.steps.count),
+        numbers.short,
+        "lowest",
     ),
     Measure(
-        "tokens_per_s", "tokens a second", lambda run: _ratio(run.steps.tokens, run.steps.step_s), numbers.count,
-        "highest", _machine,
+        "tokens_per_s",
+        "tokens a second",
+        lambda run: _ratio(run.steps.tokens, run.steps.step_s),
+        numbers.count,
+        "highest",
+        _machine,
     ),
     Measure(
-        "s_per_step", "time of a step", lambda run: _ratio(run.steps.step_s, run.steps.count), numbers.seconds,
-        "lowest", _machine,
+        "s_per_step",
+        "time of a step",
+        lambda run: _ratio(run.steps.step_s, run.steps.count),
+        numbers.seconds,
+        "lowest",
+        _machine,
     ),
     *(_time_measure(key, name) for key, name in NAMES.items()),
     Measure("steps_s", "time of all steps", lambda run: run.steps.step_s, numbers.seconds, "lowest", _length),
     Measure(
         "peak_rss_mb", "peak memory", lambda run: run.steps.peak_rss_mb or None, "{:,.0f} MB".format, "lowest", _machine
     ),
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)

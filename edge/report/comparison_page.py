@@ -20,22 +20,36 @@ def comparison_page(comparison: Comparison) -> bytes:
     names = comparison.names
     plots = [
         _plot(
-            comparison, "held-out", "Held-out loss", "loss",
-            lambda run: {each.step: each.loss for each in run.evaluations}, look="points",
+            comparison,
+            "held-out",
+            "Held-out loss",
+            "loss",
+            lambda run: {each.step: each.loss for each in run.evaluations},
+            look="points",
         ),
         _plot(
-            comparison, "loss", "Loss of the steps", "mean of some steps",
+            comparison,
+            "loss",
+            "Loss of the steps",
+            "mean of some steps",
             lambda run: {step.step: mean for step, mean in run.steps.by_loss.with_means},
         ),
         _plot(
-            comparison, "traffic", "Traffic", "MB a step",
-            lambda run: {step.step: step.bytes_up + step.bytes_down for step in run.steps.by_traffic.kept}, factor=1e-6,
+            comparison,
+            "traffic",
+            "Traffic",
+            "MB a step",
+            lambda run: {step.step: step.bytes_up + step.bytes_down for step in run.steps.by_traffic.kept},
+            factor=1e-6,
         ),
         _plot(
-            comparison, "time", "Time", "seconds a step",
+            comparison,
+            "time",
+            "Time",
+            "seconds a step",
             lambda run: {step.step: step.step_s for step in run.steps.by_time.kept},
         ),
-    ]  # fmt: skip
+    ]
     plots = [plot for plot in plots if plot.steps]
     rows = [
         (name.replace("  ", "\N{EM SPACE}"), *(Best(value) if is_best else value for value, is_best in values))

@@ -13,10 +13,17 @@ from .run_data import RunData
 from .time_split import names_of
 
 _OF_DATA: Final = (
-    "examples", "tokens", "labels among them", "examples that were cut", "examples that were left out",
-    "tokens of the shortest example", "a quarter have at most", "half have at most", "three quarters have at most",
+    "examples",
+    "tokens",
+    "labels among them",
+    "examples that were cut",
+    "examples that were left out",
+    "tokens of the shortest example",
+    "a quarter have at most",
+    "half have at most",
+    "three quarters have at most",
     "tokens of the longest example",
-)  # fmt: skip
+)
 
 
 class Best(str):

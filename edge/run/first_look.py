@@ -19,8 +19,7 @@ from .directory import CACHE, CHECKPOINTS, KEPT_OUTPUTS, check_free, run_directo
 
 
 def check_place(out: Path, *, resume: bool) -> None:
-    """Raise ``UsageError`` or ``StorageError`` where a run may not, or cannot, write into ``out``; nothing stays there.
-    """
+    """Raise ``UsageError`` or ``StorageError`` where a run may not or cannot write into ``out``; nothing stays."""
     with run_directory(out), locked(out):
         check_free(out, resume=resume)
         check_writable(out)

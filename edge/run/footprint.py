@@ -62,9 +62,7 @@ def tokens_that_fit(manifest: Manifest, available_mb: float) -> int:
     return max(0, int(left // _token_bytes(manifest, *adapters)))
 
 
-def _fixed_bytes(
-    manifest: Manifest, head_dtype: StoredDtype, spec: AdapterSpec, groups: Sequence[GroupSpec]
-) -> float:
+def _fixed_bytes(manifest: Manifest, head_dtype: StoredDtype, spec: AdapterSpec, groups: Sequence[GroupSpec]) -> float:
     base = manifest.base_model
     trained = parameter_count(spec, groups)
     kept = sum(math.prod(shape) for group in groups for shape in kind_of(spec).state_shapes(spec, group))

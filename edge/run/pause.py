@@ -232,7 +232,9 @@ def _hottest_c(psutil: Any) -> float | None:
 
 
 _READ: Final[dict[str, Callable[[Any], float | None]]] = {
-    "battery": _charge, "temperature": _hottest_c, "memory": lambda psutil: float(psutil.virtual_memory().available)
+    "battery": _charge,
+    "temperature": _hottest_c,
+    "memory": lambda psutil: float(psutil.virtual_memory().available),
 }
 
 

@@ -15,7 +15,7 @@ from dlora.edge.training.expected import (
     expected_mb,
     first_rate_mb,
     set_up_mb,
-)  # fmt: skip
+)
 from dlora.edge.training.resolved import Resolved
 from dlora.protocol.adapters import kind_of, parameter_count
 from dlora.protocol.groups import group_units

@@ -19,10 +19,10 @@ from dlora.edge.engine.choose import load_libraries, make_engine
 from dlora.edge.files import locked
 from dlora.edge.model.cache_key import CacheKey
 from dlora.edge.seeds import draw_seed
-from dlora.edge.training.adapter_training import trainer_state
 from dlora.edge.training.checkpoint import Checkpoint, list_checkpoints
 from dlora.edge.training.resolved import Resolved, RunIdentity, check_identity, continued
 from dlora.edge.training.trainer import SetUpPiece, Trainer
+from dlora.edge.training.trainer_state import trainer_state
 from dlora.edge.wire.connecting import ConnectSettings
 from dlora.edge.wire.recorder import Recorder
 from dlora.edge.wire.spans import Spans

@@ -28,6 +28,7 @@ from dlora.protocol.version import PROTOCOL_VERSIONS, SOFTWARE_VERSION
 RUN_FILE = "run.json"
 LIBRARIES = ("numpy", "onnxruntime", "tokenizers", "safetensors", "websockets", "msgspec")
 
+
 class DataDigest(msgspec.Struct, frozen=True):
     """What was made of a data file: its token ids' fingerprint and its size.
 

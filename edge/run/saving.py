@@ -15,9 +15,15 @@ from dlora.protocol.adapter_record import TrainingRecord
 from .run_file import LIBRARIES, versions
 
 _SUMMED: Final = (
-    "tokens", "labelled", "bytes_up", "bytes_down", "set_up_bytes_up", "set_up_bytes_down", "round_trips",
+    "tokens",
+    "labelled",
+    "bytes_up",
+    "bytes_down",
+    "set_up_bytes_up",
+    "set_up_bytes_down",
+    "round_trips",
     "edge_compute_s",
-)  # fmt: skip
+)
 
 
 class AdapterSaver:

@@ -58,8 +58,7 @@ MakeWatchers = Callable[[Settings, Start, Display, Spans], list[RunWatcher]]
 
 
 def start_run(settings: Settings, start: Start, display: Display, make_watchers: MakeWatchers) -> None:
-    """Check, read, train, save, show the summary. Raises any ``DloraError``, for what is wrong before anything is made.
-    """
+    """Check, read, train, save, show the summary. Raises any ``DloraError`` for what is wrong before that."""
     out = settings.saving.out
     bundle_path = settings.device.bundle
     assert out is not None  # the command asks for it

@@ -71,17 +71,26 @@ class ScoredModel:
 
 
 def generate_answers(
-    model: GeneratingModel, tokenizer: PromptTokenizer, questions: Sequence[Question], *, max_new_tokens: int,
-    stop: Sequence[str] = (), on_answer: Callable[[], None] = lambda: None,
-) -> list[str]:  # fmt: skip
+    model: GeneratingModel,
+    tokenizer: PromptTokenizer,
+    questions: Sequence[Question],
+    *,
+    max_new_tokens: int,
+    stop: Sequence[str] = (),
+    on_answer: Callable[[], None] = lambda: None,
+) -> list[str]:
     """What the model answers, always the likeliest token. Raises what ``TextAnswer`` does."""
     found = []
     context = Context(model)
     for question in questions:
         answer = TextAnswer(
-            context, tokenizer, np.frombuffer(question.prompt, np.int32).astype(np.int64), Sampling(),
-            max_new_tokens=max_new_tokens, stop=stop,
-        )  # fmt: skip
+            context,
+            tokenizer,
+            np.frombuffer(question.prompt, np.int32).astype(np.int64),
+            Sampling(),
+            max_new_tokens=max_new_tokens,
+            stop=stop,
+        )
         for _ in answer:
             pass
         found.append(answer.text)
@@ -90,9 +99,11 @@ def generate_answers(
 
 
 def likeliest_choices(
-    model: TrainableModel, questions: Sequence[Question], batch_size: int,
+    model: TrainableModel,
+    questions: Sequence[Question],
+    batch_size: int,
     on_examples: Callable[[int], None] = lambda _: None,
-) -> list[str]:  # fmt: skip
+) -> list[str]:
     """Of each question the choice whose tokens are the likeliest together, given the question; of equals the first."""
     candidates = [candidate for question in questions for candidate in question.candidates]
     dataset = Dataset.of(

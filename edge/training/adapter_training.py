@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-import msgspec
 import numpy as np
 
 from dlora.edge.adapters.compatibility import load_weights, with_saved_gains
@@ -27,9 +26,8 @@ from dlora.edge.model.evaluation import Evaluation, evaluate
 from dlora.edge.wire.spans import COMPUTE
 from dlora.protocol.adapter_record import TrainingRecord
 from dlora.protocol.errors import CheckpointError, DloraError, NonFiniteError
-from dlora.protocol.groups import Gain, with_gains
+from dlora.protocol.groups import with_gains
 from dlora.protocol.kill_revive import UnitState
-from dlora.protocol.structure_words import structure_words
 from dlora.protocol.targets import target_names
 from dlora.protocol.tensors import FloatArray
 
@@ -39,29 +37,9 @@ from .resolved import Resolved, RunIdentity, check_identity, check_units
 from .scores import unit_score
 from .selection import target_modules_of
 from .side import BasisSteps, MakeSide
+from .trainer_state import TrainerState, trainer_state
 
 _SCORES: Final = "unanswered.scores"
-
-
-class TrainerState(msgspec.Struct, frozen=True, kw_only=True):
-    """What a checkpoint holds beside the tensors.
-
-    Attributes:
-        run: whose step comes next.
-        ticket: the controller's state, before the report of the last step where that is ``unanswered``.
-        fade_ages, adam_steps, states: one a unit.
-        unanswered: whether the last step's report must be sent again; its scores are among the tensors.
-        gains: of target modules, by name.
-    """
-
-    next_step: int
-    run: RunIdentity
-    ticket: bytes
-    unanswered: bool = False
-    states: list[int]
-    fade_ages: list[int]
-    adam_steps: list[int]
-    gains: dict[str, Gain]
 
 
 @dataclass(frozen=True)
@@ -95,9 +73,16 @@ class AdapterTraining:
 
     # Seven parameters: four that a run is made of, where its blocks are, and two that most runs leave out.
     def __init__(
-        self, bundle: Bundle, engine: Engine, make_side: MakeSide, config: Resolved, data: str, *,
-        init: LoadedAdapter | None = None, checkpoint: Checkpoint | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        bundle: Bundle,
+        engine: Engine,
+        make_side: MakeSide,
+        config: Resolved,
+        data: str,
+        *,
+        init: LoadedAdapter | None = None,
+        checkpoint: Checkpoint | None = None,
+    ) -> None:
         manifest = bundle.manifest
         self.bundle = bundle
         self.config = config
@@ -106,10 +91,15 @@ class AdapterTraining:
             gains = trainer_state(checkpoint).gains
             self.groups = with_gains(self.groups, lambda name: gains.get(name, 1.0))
         self.adapters = AdapterSet.create(
-            config.spec, self.groups,
-            scaling=config.scaling, seed=config.seed, unit=config.units.unit, kill_every=config.units.kill_every,
-            draws_state=config.adapter.basis == "random", state_dtype=config.codecs.adapter_state,
-        )  # fmt: skip
+            config.spec,
+            self.groups,
+            scaling=config.scaling,
+            seed=config.seed,
+            unit=config.units.unit,
+            kill_every=config.units.kill_every,
+            draws_state=config.adapter.basis == "random",
+            state_dtype=config.codecs.adapter_state,
+        )
         check_units(config.units, len(self.adapters.units))
         if init is not None:
             load_weights(self.adapters, init, config.invocation)
@@ -134,9 +124,11 @@ class AdapterTraining:
         self.open(self.config.data.max_length)
 
     def open(
-        self, longest: int | None, basis_steps: BasisSteps | None = None,
+        self,
+        longest: int | None,
+        basis_steps: BasisSteps | None = None,
         before_group: Callable[[int, int], None] = lambda done, groups: None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Begin, or go on.
 
         Args:
@@ -269,11 +261,15 @@ class AdapterTraining:
         units, session = self.adapters.units, self.session
         assert session.ticket is not None
         state = TrainerState(
-            next_step=self.next_step, run=self.identity, ticket=session.ticket,
-            states=[int(unit.state) for unit in units], fade_ages=[unit.fade_age for unit in units],
-            adam_steps=[unit.adam_steps for unit in units], unanswered=session.unanswered is not None,
+            next_step=self.next_step,
+            run=self.identity,
+            ticket=session.ticket,
+            states=[int(unit.state) for unit in units],
+            fade_ages=[unit.fade_age for unit in units],
+            adam_steps=[unit.adam_steps for unit in units],
+            unanswered=session.unanswered is not None,
             gains=self.adapters.gains,
-        )  # fmt: skip
+        )
         tensors = self.adapters.state()
         if session.unanswered is not None:
             tensors[_SCORES] = session.unanswered
@@ -291,8 +287,7 @@ class AdapterTraining:
             scale = np.float32(self.adapters.scale(index))
             if scale > 0:
                 modules += [
-                    replace(module, lora_B=module.lora_B * scale) if scale < 1 else module
-                    for module in group.factors()
+                    replace(module, lora_B=module.lora_B * scale) if scale < 1 else module for module in group.factors()
                 ]
         tensors, config = self.adapters.parts(), self.config
         parts = None
@@ -314,11 +309,18 @@ class AdapterTraining:
         config, manifest = self.config, self.bundle.manifest
         asked = target_modules_of(config.adapter.target_modules or None) or manifest.defaults.target_modules
         save_adapter(
-            directory, modules, r=config.adapter.rank, lora_alpha=config.adapter.alpha,
-            base_model_name=manifest.base_model.name, target_modules=asked,
-            fan_in_fan_out=manifest.base_model.architecture == "gpt2", parts=parts, invocation=config.invocation,
-            base_fingerprint=manifest.base_model.fingerprint, training=training,
-        )  # fmt: skip
+            directory,
+            modules,
+            r=config.adapter.rank,
+            lora_alpha=config.adapter.alpha,
+            base_model_name=manifest.base_model.name,
+            target_modules=asked,
+            fan_in_fan_out=manifest.base_model.architecture == "gpt2",
+            parts=parts,
+            invocation=config.invocation,
+            base_fingerprint=manifest.base_model.fingerprint,
+            training=training,
+        )
 
     @contextmanager
     def _raising(self) -> Iterator[None]:
@@ -387,12 +389,3 @@ def _finishing(gradient: LossGradient, failures: list[Exception]) -> LossGradien
             return np.zeros_like(logprobs)
 
     return safe
-
-
-def trainer_state(checkpoint: Checkpoint) -> TrainerState:
-    """What a checkpoint holds beside the tensors. Raises ``CheckpointError`` for one of another version."""
-    try:
-        return msgspec.convert(checkpoint.state, TrainerState)
-    except msgspec.ValidationError as error:
-        reason = structure_words(error)
-        raise CheckpointError(f"{checkpoint.path} is of another version ({reason}); start anew") from None

@@ -93,9 +93,12 @@ def _on_device(settings: Adapter, manifest: Manifest, init: LoadedAdapter | None
             f"{number_ranges(outside)}; name others, or raise --device-blocks"
         )
     return msgspec.structs.replace(
-        settings, kind="lora", active_from="start", blocks=number_ranges(blocks),
+        settings,
+        kind="lora",
+        active_from="start",
+        blocks=number_ranges(blocks),
         target_modules=settings.target_modules or ALL_LINEAR,
-    )  # fmt: skip
+    )
 
 
 def _basis(settings: Adapter, kind: KindChoice, *, has_one: bool) -> dict[str, Any]:
@@ -117,9 +120,14 @@ def _basis(settings: Adapter, kind: KindChoice, *, has_one: bool) -> dict[str, A
 
 
 def choose_where_adapters_act(
-    settings: Adapter, chosen: ChosenAdapter, manifest: Manifest, init: LoadedAdapter | None,
-    datasets: Sequence[Dataset], known: tuple[int, ...], say: Callable[[str], None],
-) -> tuple[ActiveFrom, tuple[int, ...], list[Dataset]]:  # fmt: skip
+    settings: Adapter,
+    chosen: ChosenAdapter,
+    manifest: Manifest,
+    init: LoadedAdapter | None,
+    datasets: Sequence[Dataset],
+    known: tuple[int, ...],
+    say: Callable[[str], None],
+) -> tuple[ActiveFrom, tuple[int, ...], list[Dataset]]:
     """What ``--active-from`` is, the invocation, and the data as it is trained on.
 
     ``chosen``: of ``settings``, by ``choose_adapter``. The first of ``datasets`` is trained on. ``known`` is the

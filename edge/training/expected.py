@@ -181,9 +181,7 @@ def evaluations_mb(config: Resolved, manifest: Manifest, evaluations: Evaluation
     )
 
 
-def _by_share(
-    config: Resolved, manifest: Manifest, cost: Callable[[Sequence[int]], float]
-) -> Callable[[float], float]:
+def _by_share(config: Resolved, manifest: Manifest, cost: Callable[[Sequence[int]], float]) -> Callable[[float], float]:
     """What something costs by the share of the units that are active, of what it costs with these live groups."""
     none, everything = (cost(live) for live in ((), range(len(config.groups(manifest)))))
     return lambda share: none + share * (everything - none)
@@ -206,9 +204,15 @@ def _mean_bytes(config: Resolved, manifest: Manifest, dataset: Dataset, live: Se
 
 
 def _mean_traffic(
-    config: Resolved, manifest: Manifest, dataset: Dataset, live: Sequence[int], *, grad_accum: int | None = None,
-    trains: bool = True, is_basis: bool = False,
-) -> Traffic:  # fmt: skip
+    config: Resolved,
+    manifest: Manifest,
+    dataset: Dataset,
+    live: Sequence[int],
+    *,
+    grad_accum: int | None = None,
+    trains: bool = True,
+    is_basis: bool = False,
+) -> Traffic:
     """Of a mean step in which the groups ``live`` take part, or that a basis is made of."""
     per_step = config.training.batch_size * (grad_accum or config.training.grad_accum)
     # Of a step: the last one of an epoch may be smaller.
@@ -231,8 +235,12 @@ def _mean_traffic(
         traffic = micro_batch_traffic(is_basis=True, rows=rows, **mean_micro_batch)
     else:
         traffic = micro_batch_traffic(
-            crossings(config.spec, config.groups(manifest)), live=live, with_grads=live if trains else (),
-            answered=live[1:] if trains else (), rows=rows, **mean_micro_batch,
-        )  # fmt: skip
+            crossings(config.spec, config.groups(manifest)),
+            live=live,
+            with_grads=live if trains else (),
+            answered=live[1:] if trains else (),
+            rows=rows,
+            **mean_micro_batch,
+        )
     count = int(micro_batches)
     return Traffic(count * traffic.bytes_up, count * traffic.bytes_down, count * traffic.round_trips)

@@ -33,9 +33,12 @@ class AdamW:
         config = self.config
         assert config.lr is not None, "Trainer.find_rate comes before the first step"
         return learning_rate(
-            step, base=config.lr, schedule=config.schedule, warmup_steps=config.warmup_steps(self._total_steps),
+            step,
+            base=config.lr,
+            schedule=config.schedule,
+            warmup_steps=config.warmup_steps(self._total_steps),
             total_steps=self._total_steps,
-        )  # fmt: skip
+        )
 
     def step(self, adapters: AdapterSet, *, lr: float) -> float:
         """Clip, then step every active unit with this learning rate; returns the gradients' norm before clipping.
@@ -70,8 +73,11 @@ class AdamW:
             "eps": config.eps,
         }
         tensors = {
-            "param": parameter.value, "grad": grad, "exp_avg": parameter.exp_avg, "exp_avg_sq": parameter.exp_avg_sq,
-        }  # fmt: skip
+            "param": parameter.value,
+            "grad": grad,
+            "exp_avg": parameter.exp_avg,
+            "exp_avg_sq": parameter.exp_avg_sq,
+        }
         flat = {name: tensor.reshape(-1) for name, tensor in tensors.items()}
         outputs = self._graph({**flat, **{name: scalar(value) for name, value in scalars.items()}})
         parameter.value, parameter.exp_avg, parameter.exp_avg_sq = (output.reshape(shape) for output in outputs)

@@ -37,9 +37,14 @@ _CHEAP: Final = 0.1  # of the run
 
 
 def resolve(
-    settings: Settings, manifest: Manifest, init: LoadedAdapter | None, loaded: Sequence[Dataset], *,
-    known: tuple[int, ...] = (), say: Callable[[str], None] = lambda _: None,
-) -> tuple[Resolved, list[Dataset]]:  # fmt: skip
+    settings: Settings,
+    manifest: Manifest,
+    init: LoadedAdapter | None,
+    loaded: Sequence[Dataset],
+    *,
+    known: tuple[int, ...] = (),
+    say: Callable[[str], None] = lambda _: None,
+) -> tuple[Resolved, list[Dataset]]:
     """A run, and its data as they are trained and evaluated on.
 
     Args:
@@ -131,10 +136,13 @@ def check_together(settings: Settings) -> None:
 def option_that_evaluates(settings: Settings) -> str | None:
     """One that needs held-out data."""
     saving = settings.saving
-    return _given({
-        "--eval-every": bool(saving.eval_every), "--keep best": saving.keep == "best",
-        "--patience": saving.patience is not None,
-    })  # fmt: skip
+    return _given(
+        {
+            "--eval-every": bool(saving.eval_every),
+            "--keep best": saving.keep == "best",
+            "--patience": saving.patience is not None,
+        }
+    )
 
 
 def _given(options: Mapping[str, bool]) -> str | None:
@@ -157,11 +165,13 @@ def choose_device_blocks(settings: Settings, manifest: Manifest) -> int:
     if wanted < last and settings.server.server is None:
         raise UsageError(f"{word} needs --server, which runs the other blocks; --device-blocks all needs none")
     if not wanted:
-        option = _given({
-            "--cache-mb": placement.cache_mb is not None,
-            "--cache-key-file": placement.cache_key_file is not None,
-            "--keep-cache": placement.keep_cache,
-        })  # fmt: skip
+        option = _given(
+            {
+                "--cache-mb": placement.cache_mb is not None,
+                "--cache-key-file": placement.cache_key_file is not None,
+                "--keep-cache": placement.keep_cache,
+            }
+        )
         if option is not None:
             raise UsageError(f"{option} needs --device-blocks, with which hidden states are kept here")
         return 0

@@ -244,8 +244,14 @@ def check_identity(mine: RunIdentity, theirs: RunIdentity, out: Path = Path("DIR
 
 
 _AS_RESOLVED: Final = (
-    "units", "device_blocks", "total_steps", "part_begins", "seed", "invocation", "keeps_outputs",
-)  # fmt: skip
+    "units",
+    "device_blocks",
+    "total_steps",
+    "part_begins",
+    "seed",
+    "invocation",
+    "keeps_outputs",
+)
 _MODULES: Final = ("target_modules", "blocks")  # words for what ``groups`` is the digest of
 # Digests say nothing to people.
 _WHOLE: Final = {

@@ -35,4 +35,3 @@ def unit_score(score: ScoreName, groups: Iterable[GroupAdapters]) -> float:
         total = math.fsum(float(np.abs(weights * grad).sum(dtype=np.float64)) for weights, grad in pairs)
         return total / max(1, sum(grad.size for _, grad in pairs))
     return 0.0
-

@@ -75,9 +75,15 @@ class ServerSide(Side):
     model: SplitModel
 
     def __init__(
-        self, bundle: Bundle, engine: Engine, adapters: AdapterSet, config: Resolved, *, connection: Connection,
+        self,
+        bundle: Bundle,
+        engine: Engine,
+        adapters: AdapterSet,
+        config: Resolved,
+        *,
+        connection: Connection,
         window: int = 1,
-    ) -> None:  # fmt: skip
+    ) -> None:
         fingerprint = bundle.manifest.base_model.fingerprint
         self.crossed = connection
         self.recorder = connection.recorder

@@ -52,8 +52,11 @@ class TrainSession(ModelSession):
             codecs=config.codecs,
             evaluation_codecs=config.codecs.for_evaluation(),
             purpose=m.Train(
-                kill_revive=config.units, seed=seed_for_server(config.seed), total_steps=config.steps,
-                next_step=self.step - (self.unanswered is not None), ticket=self.ticket,
+                kill_revive=config.units,
+                seed=seed_for_server(config.seed),
+                total_steps=config.steps,
+                next_step=self.step - (self.unanswered is not None),
+                ticket=self.ticket,
                 learnt=tuple(index for index, unit in enumerate(self.adapters.units) if unit.has_learnt),
             ),
             window=min(self._window, self.connection.welcome.window),

@@ -45,10 +45,18 @@ class Trainer(AdapterTraining):
 
     # Nine parameters: four that a run is made of, where its blocks are, and four that most runs leave out.
     def __init__(
-        self, bundle: Bundle, engine: Engine, make_side: MakeSide, config: Resolved, dataset: Dataset, *,
-        init: LoadedAdapter | None = None, checkpoint: Checkpoint | None = None,
-        before_set_up: Callable[[SetUpPiece, int, int], None] = lambda piece, done, total: None, begins: bool = True,
-    ) -> None:  # fmt: skip
+        self,
+        bundle: Bundle,
+        engine: Engine,
+        make_side: MakeSide,
+        config: Resolved,
+        dataset: Dataset,
+        *,
+        init: LoadedAdapter | None = None,
+        checkpoint: Checkpoint | None = None,
+        before_set_up: Callable[[SetUpPiece, int, int], None] = lambda piece, done, total: None,
+        begins: bool = True,
+    ) -> None:
         dataset = dataset.acting_on_answers(config.invocation)
         super().__init__(bundle, engine, make_side, config, dataset.fingerprint, init=init, checkpoint=checkpoint)
         self._dataset = dataset
@@ -141,18 +149,28 @@ class Trainer(AdapterTraining):
         after, usage = self.model.counters, self.side.crossed.usage.since(usage_before)
         bytes_up, bytes_down = after[0] - before[0], after[1] - before[1]
         return StepMetrics(
-            step=step, total_steps=self.config.total_steps, loss=total / labelled,
-            learning_rate=stepped.learning_rate, grad_norm=stepped.grad_norm,
-            tokens=sum(len(batch.ids) for batch in batches), labelled=labelled, bytes_up=bytes_up,
-            bytes_down=bytes_down, round_trips=after[2] - before[2],
+            step=step,
+            total_steps=self.config.total_steps,
+            loss=total / labelled,
+            learning_rate=stepped.learning_rate,
+            grad_norm=stepped.grad_norm,
+            tokens=sum(len(batch.ids) for batch in batches),
+            labelled=labelled,
+            bytes_up=bytes_up,
+            bytes_down=bytes_down,
+            round_trips=after[2] - before[2],
             active_units=int((states == UnitState.ACTIVE).sum()),
             live_units=int(np.isin(states, list(LIVE)).sum()),
             edge_compute_s=self.model.compute_seconds - computed + stepped.seconds,
-            step_s=time.perf_counter() - started, units="".join(map(str, states)),
-            up=with_other(usage.up, bytes_up), down=with_other(usage.down, bytes_down), waiting_s=usage.waited_s,
-            server_compute_s=usage.computed_s, server_queued_s=usage.queued_s,
+            step_s=time.perf_counter() - started,
+            units="".join(map(str, states)),
+            up=with_other(usage.up, bytes_up),
+            down=with_other(usage.down, bytes_down),
+            waiting_s=usage.waited_s,
+            server_compute_s=usage.computed_s,
+            server_queued_s=usage.queued_s,
             peak_rss_mb=round(peak_rss_mb(), 1),
-        )  # fmt: skip
+        )
 
     def _basis_steps(self) -> Iterator[Sequence[MicroBatch]]:
         steps = self.config.basis_pass_steps(self.batches.examples)

@@ -31,7 +31,7 @@ from dlora.protocol.recording import (
     TRUTH_FILE,
     TRUTH_FORMAT,
     FramesWriter,
-)  # fmt: skip
+)
 from dlora.protocol.tensors import FloatArray, IntArray
 from dlora.protocol.version import SOFTWARE_VERSION
 

@@ -74,9 +74,17 @@ def adamw_graph() -> TrainingGraph:
 
 
 def adamw_step(
-    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, decay: Tensor, beta1: Tensor, beta2: Tensor,
-    step_size: Tensor, sqrt_bias_correction2: Tensor, eps: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    decay: Tensor,
+    beta1: Tensor,
+    beta2: Tensor,
+    step_size: Tensor,
+    sqrt_bias_correction2: Tensor,
+    eps: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
     """One step on flat parameters, in the order of operations of ``adamw_graph``."""
     new_exp_avg = exp_avg + (grad - exp_avg) * _complement(beta1)
     new_exp_avg_sq = exp_avg_sq * beta2 + grad * _complement(beta2) * grad

@@ -68,9 +68,12 @@ _DTYPES: Final[dict[torch.dtype, Any]] = {
 
 
 def block_graphs(
-    whole: fx.GraphModule, weights: Mapping[str, Tensor], targets: Sequence[str], key: str,
+    whole: fx.GraphModule,
+    weights: Mapping[str, Tensor],
+    targets: Sequence[str],
+    key: str,
     kinds: Sequence[str] = KINDS[:2],
-) -> tuple[TrainingGraph, TrainingGraph]:  # fmt: skip
+) -> tuple[TrainingGraph, TrainingGraph]:
     """A graph of both passes, simplified, as one of each, and what is kept from one to the other.
 
     Args:
@@ -148,8 +151,7 @@ def block_tests(block: BlockMaterials, graph: TrainingGraph) -> Iterator[GoldenC
         given = values | single  # what is kept from the forward pass
         inputs = {spec.name: _of_rows(given, spec, rows).numpy() for spec in graph.inputs}
         golden, rounded = (
-            to_floats(**{spec.name: _of_rows(found, spec, rows) for spec in graph.outputs})
-            for found in (exact, single)
+            to_floats(**{spec.name: _of_rows(found, spec, rows) for spec in graph.outputs}) for found in (exact, single)
         )
         yield GoldenCase(inputs, golden, allowed(golden, rounded, BLOCK_FLOOR))
 

@@ -47,21 +47,39 @@ def core_graphs(width: int | None) -> tuple[TrainingGraph, ...]:
         return TrainingGraph(kind, inputs, (output,), body, partial(Computed, function), core_key(width))
 
     return (
-        graph("core_forward", (z, core, scale), out, core_forward, """
+        graph(
+            "core_forward",
+            (z, core, scale),
+            out,
+            core_forward,
+            """
             scaled_z = Mul (z, scale)
             out = Gemm <transB = 1> (scaled_z, core)
-        """),
-        graph("core_input_grad", (grad, core, scale), dz, core_input_grad, """
+        """,
+        ),
+        graph(
+            "core_input_grad",
+            (grad, core, scale),
+            dz,
+            core_input_grad,
+            """
             grad_core = MatMul (grad, core)
             dz = Mul (grad_core, scale)
-        """),
-        graph("core_weight_grad", (z, grad, scale), grad_core, core_weight_grad, """
+        """,
+        ),
+        graph(
+            "core_weight_grad",
+            (z, grad, scale),
+            grad_core,
+            core_weight_grad,
+            """
             z_by_rank = Transpose <perm = [1, 0]> (z)
             zgrad = MatMul (z_by_rank, grad)
             scaled_zgrad = Mul (zgrad, scale)
             grad_core = Transpose <perm = [1, 0]> (scaled_zgrad)
-        """),
-    )  # fmt: skip
+        """,
+        ),
+    )
 
 
 def core_forward(z: Tensor, core: Tensor, scale: Tensor) -> Tensor:

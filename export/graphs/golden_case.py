@@ -41,9 +41,7 @@ class GoldenCase:
     choose: Callable[[Mapping[str, Arrays]], Arrays] | None = None
 
     @classmethod
-    def of(
-        cls, graph: TrainingGraph, values: Arrays, reference: Callable[[Arrays, torch.dtype], Arrays]
-    ) -> GoldenCase:
+    def of(cls, graph: TrainingGraph, values: Arrays, reference: Callable[[Arrays, torch.dtype], Arrays]) -> GoldenCase:
         """``values`` has every input of the graph, and ``reference`` gives every output in a precision of torch."""
         exact, single = (reference(values, dtype) for dtype in (torch.float64, torch.float32))
         exact = {spec.name: exact[spec.name] for spec in graph.outputs}

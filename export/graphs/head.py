@@ -104,9 +104,7 @@ def head_graphs(head: HeadShape) -> tuple[TrainingGraph, ...]:
     of_loss = labelled + _walk(head, "best") + _LOSS + "predictions = Squeeze (best, axis_1)\n"
     of_train = labelled + _walk(head, "weighted_rows") + _LOSS + _gradient(head)
 
-    def graph(
-        kind: str, inputs: Specs, outputs: Specs, body: str, function: Callable[..., Any]
-    ) -> TrainingGraph:
+    def graph(kind: str, inputs: Specs, outputs: Specs, body: str, function: Callable[..., Any]) -> TrainingGraph:
         module = partial(Computed, partial(function, head))
         names = frozenset(spec.name for spec in weights)
         return TrainingGraph(kind, (*weights, *inputs), outputs, _constants(head) + body, module, weights=names)
@@ -252,6 +250,7 @@ _LOSS: Final = """
         losses_wide = Sub (log_sum, label_logits)
         losses = Squeeze (losses_wide, axis_1)
 """
+
 
 def _gradient(head: HeadShape) -> str:
     lines = "expected = Div (weighted_rows, total)\n" + _backward(head, "label_", "label_wide", "label_row")

@@ -51,26 +51,44 @@ def adapter_graphs(in_features: int, out_features: int) -> tuple[TrainingGraph, 
         return TrainingGraph(kind, inputs, outputs, body, partial(Computed, function), key)
 
     return (
-        graph("adapter_forward", (x, lora_a, lora_b, scale), (z, delta), adapter_forward, """
+        graph(
+            "adapter_forward",
+            (x, lora_a, lora_b, scale),
+            (z, delta),
+            adapter_forward,
+            """
             z_by_rank = Gemm <transB = 1> (lora_A, x)
             z = Transpose <perm = [1, 0]> (z_by_rank)
             scaled_z = Mul (z, scale)
             delta = Gemm <transB = 1> (scaled_z, lora_B)
-        """),
-        graph("adapter_input_grad", (grad, lora_a, lora_b, scale), (dz, grad_x), adapter_input_grad, """
+        """,
+        ),
+        graph(
+            "adapter_input_grad",
+            (grad, lora_a, lora_b, scale),
+            (dz, grad_x),
+            adapter_input_grad,
+            """
             gradB = MatMul (grad, lora_B)
             dz = Mul (gradB, scale)
             grad_x = MatMul (dz, lora_A)
-        """),
-        graph("adapter_weight_grad", (x, z, grad, dz, scale), (grad_a, grad_b), adapter_weight_grad, """
+        """,
+        ),
+        graph(
+            "adapter_weight_grad",
+            (x, z, grad, dz, scale),
+            (grad_a, grad_b),
+            adapter_weight_grad,
+            """
             dz_by_rank = Transpose <perm = [1, 0]> (dz)
             grad_A = MatMul (dz_by_rank, x)
             z_by_rank = Transpose <perm = [1, 0]> (z)
             zgrad = MatMul (z_by_rank, grad)
             scaled_zgrad = Mul (zgrad, scale)
             grad_B = Transpose <perm = [1, 0]> (scaled_zgrad)
-        """),
-    )  # fmt: skip
+        """,
+        ),
+    )
 
 
 def adapter_forward(x: Tensor, lora_a: Tensor, lora_b: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

@@ -244,13 +244,22 @@ def _is_in_place(node: fx.Node) -> bool:
 
 def _decompositions() -> dict[Any, Any]:
     others = (
-        aten.addmm, aten._softmax_backward_data, aten.gelu, aten.silu, aten._unsafe_view,
+        aten.addmm,
+        aten._softmax_backward_data,
+        aten.gelu,
+        aten.silu,
+        aten._unsafe_view,
         aten.native_layer_norm_backward,
-    )  # fmt: skip
+    )
     table: dict[Any, Any] = {**torch._decomp.core_aten_decompositions(), **torch._decomp.get_decompositions(others)}
     for kept in (
-        aten.slice_backward.default, aten.select_backward.default, aten.native_layer_norm.default, aten.split.Tensor,
-        aten.split_with_sizes.default, aten.unbind.int, aten.index_select.default,
-    ):  # fmt: skip
+        aten.slice_backward.default,
+        aten.select_backward.default,
+        aten.native_layer_norm.default,
+        aten.split.Tensor,
+        aten.split_with_sizes.default,
+        aten.unbind.int,
+        aten.index_select.default,
+    ):
         table.pop(kept, None)
     return table

@@ -171,14 +171,14 @@ BEFORE_HELLO: dict[str, tuple[bytes, tuple[Outcome, ...]]] = {
     ),
     "header_that_claims_too_much": (frame(BINARY, raw_frame(b"", header_length=(1 << 32) - 1)), ("error limit",)),
     "unknown_field": (
-        packed_frame({"type": "hello", "protocol_versions": [1], "software": "x", "admin": True}), ("error protocol",)
+        packed_frame({"type": "hello", "protocol_versions": [1], "software": "x", "admin": True}),
+        ("error protocol",),
     ),
     "hundred_hellos": (frame(BINARY, HELLO) * 100, ("error protocol", "close 1008 flood")),
-    "no_version_of_ours": (
-        frame(BINARY, encode(m.Hello(protocol_versions=[999], software="x"))), ("error version",)
-    ),
+    "no_version_of_ours": (frame(BINARY, encode(m.Hello(protocol_versions=[999], software="x"))), ("error version",)),
     "version_that_was_never_released": (
-        frame(BINARY, encode(m.Hello(protocol_versions=[1], software="x"))), ("error version",)
+        frame(BINARY, encode(m.Hello(protocol_versions=[1], software="x"))),
+        ("error version",),
     ),
     "session_before_hello": (frame(BINARY, encode(m.CloseSession())), ("error protocol",)),
 }
@@ -186,14 +186,13 @@ BEFORE_HELLO: dict[str, tuple[bytes, tuple[Outcome, ...]]] = {
 AFTER_HELLO: dict[str, tuple[Callable[[HostileDevice], bytes], Outcome]] = {
     "oversized_frame_after_hello": (lambda _: frame(BINARY, length=1 << 20), "close 1009"),
     # 3.6 MB of target modules, each of them in order by itself.
-    "huge_open_session": (
-        lambda device: opening(device, groups=(GroupSpec(0, 1, MANY_TARGETS),)), "close 1009"
-    ),
+    "huge_open_session": (lambda device: opening(device, groups=(GroupSpec(0, 1, MANY_TARGETS),)), "close 1009"),
     "other_base_model": (lambda device: opening(device, base_fingerprint="0" * 64), "error base_model_mismatch"),
     "groups_twice": (lambda device: opening(device, groups=device.target.groups * 2), "error unknown_target"),
     "run_without_groups": (lambda device: opening(device, groups=()), "error limit"),
     "forged_line_in_the_log": (
-        lambda device: opening(device, groups=(GroupSpec(0, 1, (TargetSpec(FORGED_LINE, 1),)),)), "error unknown_target"
+        lambda device: opening(device, groups=(GroupSpec(0, 1, (TargetSpec(FORGED_LINE, 1),)),)),
+        "error unknown_target",
     ),
     "forged_ticket": (lambda device: opening(device, next_step=3, ticket=bytes(300)), "error ticket"),
 }
@@ -399,7 +398,11 @@ IDLE_ATTACKS_IN_A_SESSION: dict[str, IdleAttack] = {
     **{
         attack.__name__: attack
         for attack in (
-            silent_in_a_step, slow_in_a_step, repeats_itself_in_a_session, repeats_itself_in_a_step, reads_nothing
+            silent_in_a_step,
+            slow_in_a_step,
+            repeats_itself_in_a_session,
+            repeats_itself_in_a_step,
+            reads_nothing,
         )
     },
 }

@@ -92,8 +92,15 @@ def manifest_of(files: dict[str, bytes]) -> bytes:
     """A manifest as small as can be, of files with this content; the first is graph and golden vectors."""
     tensor = schema.TensorSpec("ids", "int64", ("tokens",))
     base = schema.BaseModelSpec(
-        name="tiny", architecture="llama", fingerprint="ab" * 32, blocks=1, embedding_size=4, hidden_size=4,
-        vocabulary_size=5, max_sequence_length=8, parameters=99,
+        name="tiny",
+        architecture="llama",
+        fingerprint="ab" * 32,
+        blocks=1,
+        embedding_size=4,
+        hidden_size=4,
+        vocabulary_size=5,
+        max_sequence_length=8,
+        parameters=99,
     )
     graph = schema.GraphSpec(
         kind="embedding", files={"onnx": "graph.onnx"}, inputs=(tensor,), outputs=(tensor,), error=0.0, tolerance=1e-5

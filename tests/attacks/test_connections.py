@@ -259,7 +259,7 @@ def test_small_server_serves_among_many_hostile_connections(
 ) -> None:
     """With room for four strangers, and all kinds of them at once."""
     limits = ConnectionLimits(sessions=4, unfinished=4, unfinished_bytes=16 << 20)
-    with (serving(base, max_sessions=4, max_tokens=64, limits=limits) as running, ExitStack() as held):
+    with serving(base, max_sessions=4, max_tokens=64, limits=limits) as running, ExitStack() as held:
         target = Target(running.url, groups, source=ELSEWHERE)
         for sitting in IDLE_ATTACKS.values():
             held.enter_context(idle_connections(target, sitting, 9))

@@ -100,6 +100,7 @@ def echoing(
     """An echo server in a thread of its own."""
     guard = Guard(ConnectionLimits(**{"sessions": 2, **limits}), tls=tls, clock=clock or StandingClock())
     server = EchoServer(guard)
+
     async def start() -> Any:
         listening = await serve(server.handle, "127.0.0.1", 0, ping_interval=None, **guard.settings())
         port = next(iter(listening.sockets)).getsockname()[1]

@@ -30,9 +30,7 @@ from dlora.protocol.errors import RefusedError
 STEPS = 4
 RUN = config(total_steps=STEPS, kill_revive={"active_fraction": 0.5, "warmup_steps": 0})
 YEAR_S = 366 * 86_400.0
-WALL_CLOCK = re.compile(
-    r"\btime\.(time|gmtime|localtime)\b|from time import|\bdatetime\.(now|today|utcnow)\b"
-)
+WALL_CLOCK = re.compile(r"\btime\.(time|gmtime|localtime)\b|from time import|\bdatetime\.(now|today|utcnow)\b")
 MAY_READ_IT = {  # on the device for dates that are shown
     "cloud": {"admission/tokens.py", "commands/tokens.py"},
     "edge": {"report/tensorboard.py", "data/tokenizer.py", "data/chat.py", "endpoint/formats.py"},

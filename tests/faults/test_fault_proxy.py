@@ -19,9 +19,9 @@ from websockets.sync.server import ServerConnection, serve
 
 from dlora.edge.adapters.parts import PARTS_NAME
 from dlora.edge.adapters.peft import WEIGHTS_NAME
-from dlora.edge.training.adapter_training import TrainerState
 from dlora.edge.training.checkpoint import save_checkpoint
 from dlora.edge.training.resolved import RunIdentity
+from dlora.edge.training.trainer_state import TrainerState
 from dlora.protocol import messages as m
 from dlora.protocol.frames import encode
 from dlora.protocol.tensors import WireTensor
@@ -141,9 +141,7 @@ def run_of(out: Path, *, steps: list[int], weight: float, adam_steps: int) -> Pa
         settings={}, units=chosen.units, device_blocks=0, total_steps=2, part_begins=0, seed=(0,), invocation=(),
         keeps_outputs=False, base_model="", head="", block_dtype="", groups="", data="",
     )  # fmt: skip
-    state = TrainerState(
-        next_step=2, run=run, ticket=b"", states=[1], fade_ages=[0], adam_steps=[adam_steps], gains={}
-    )
+    state = TrainerState(next_step=2, run=run, ticket=b"", states=[1], fade_ages=[0], adam_steps=[adam_steps], gains={})
     save_checkpoint(out / "checkpoints", 2, {"a": np.full(3, weight, np.float32)}, state)
     for name in (WEIGHTS_NAME, PARTS_NAME):
         (out / name).write_bytes(np.float32(weight).tobytes())
