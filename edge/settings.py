@@ -292,8 +292,8 @@ class Server(Section, frozen=True, kw_only=True):
     max_retry_s: Annotated[
         Amount | None,
         more(
-            "Seconds that the server may be gone, or say nothing new; 0: give up as soon as it is lost. Without it: "
-            "for ever once the run has begun, but a first connection that fails ends it."
+            "Seconds that the server may be gone, or say nothing new; 0: give up as soon as it is lost. Without it "
+            "a run that has begun waits for ever, and serve a minute; a first connection that fails ends it."
         ),
     ] = None
     exchange_timeout_s: Annotated[
