@@ -47,9 +47,9 @@ def _meta(depth: Depth, text: str, **about: Any) -> Meta:
     return Meta(description=text, extra={"depth": depth, **about})
 
 
-basic = partial(_meta, "basic")
-more = partial(_meta, "more")
-rare = partial(_meta, "rare")
+basic = partial(_meta, "basic")  # of a field that --help shows
+more = partial(_meta, "more")  # of one that only --help-all shows
+rare = partial(_meta, "rare")  # of one without an option
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -292,8 +292,9 @@ class Server(Section, frozen=True, kw_only=True):
     max_retry_s: Annotated[
         Amount | None,
         more(
-            "Seconds that the server may be gone, or say nothing new; 0: give up as soon as it is lost. Without it "
-            "a run that has begun waits for ever, and serve a minute; a first connection that fails ends it."
+            "Seconds that the server may be gone, or say nothing new; 0: give up as soon as it is lost. Without it: "
+            "for ever once the run has begun (dlora-edge serve: one minute), but a first connection that fails ends "
+            "it."
         ),
     ] = None
     exchange_timeout_s: Annotated[

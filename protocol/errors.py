@@ -1,4 +1,4 @@
-"""Every error that dlora raises on purpose, and the exit code of each.
+"""Every error that dlora raises on purpose, and the exit code of each; and the codes that an error has on the wire.
 
 Each says below what it means and whether the same may go well later; docs/reference/exit-codes.md is made of that.
 A command prints ``error: <one line>`` on stderr and exits with the code. Codes never change meaning.
@@ -48,7 +48,8 @@ class ErrorCode(StrEnum):
 
 
 class ViolationError(Exception):
-    """A message breaks a rule. Whoever sent or received it decides whose fault that is."""
+    """A message breaks a rule. Whoever sent or received it makes a ``LocalProtocolError`` or ``RemoteProtocolError`` of
+    it, so it never leaves a session."""
 
     def __init__(self, text: str, code: ErrorCode = ErrorCode.PROTOCOL) -> None:
         super().__init__(text)
@@ -140,7 +141,8 @@ class RefusedError(DloraError):
     """The server refused, and why.
 
     Nobody broke a rule: it is full, stops, has its limits, does not know who calls, or has a bug itself. ``code`` is an
-    ``ErrorCode``; ``retryable``: whether the same request may succeed later, after so many seconds where it said so.
+    ``ErrorCode``; ``retryable``: whether the same request may succeed later; ``retry_after_s``: after how many seconds,
+    where the server said so.
     """
 
     exit_code = 8

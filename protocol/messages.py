@@ -131,7 +131,8 @@ class SessionOpened(Message, frozen=True):
 
     Attributes:
         session: a name for logs; token: resumes the session once, over another connection.
-        units, ticket: as in ``Signal``; only for the purpose ``train``.
+        units, ticket: only for the purpose ``train``; uint8 (units,), a ``UnitState`` each, and uint8, the controller's
+            state, opaque and signed.
     """
 
     session: ShortText

@@ -1,9 +1,9 @@
 """How floating-point tensors are stored on the wire: one codec a storage, chosen by what a tensor is.
 
 A codec has the ``dtype`` of what it stores, a key of ``DTYPES``. ``encode`` takes a float32 array, and raises
-``NonFiniteError`` on NaN or infinity; ``decode`` gives float32, maybe a view of the frame, so do not write into it;
-``nbytes`` are those of the stored array of (rows, width) values. The server has a twin of each codec in torch
-(``dlora.cloud.exchange.torch_codecs``), which gives the same bits.
+``NonFiniteError`` on NaN or infinity; ``is_finite`` says whether what is stored has neither; ``decode`` gives float32,
+maybe a view of the frame, so do not write into it; ``nbytes`` are those of the stored array of (rows, width) values.
+The server has a twin of each codec in torch (``dlora.cloud.exchange.torch_codecs``), which gives the same bits.
 """
 
 from __future__ import annotations

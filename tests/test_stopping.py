@@ -19,7 +19,8 @@ from tiny import TinyFactory
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.run.display import Display
 from dlora.edge.run.file_names import EVALUATIONS, SUMMARY
-from dlora.edge.run.run import TrainRun, train
+from dlora.edge.run.run import train
+from dlora.edge.run.train_run import TrainRun
 from dlora.edge.settings import Device, Saving
 from dlora.edge.training.checkpoint import list_checkpoints
 from dlora.edge.wire.connecting import ConnectSettings, Retry

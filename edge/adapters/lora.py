@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
 from typing import Self
 
 import numpy as np
@@ -78,13 +77,15 @@ class LoraGroup(GroupAdapters):
 
     def input_grad(self, grads: Sequence[FloatArray], scale: float) -> tuple[FloatArray, list[Array]]:
         """dx (rows, in_features), summed over target modules, and each module's dz."""
-        all_dz, all_dx = [], []
+        all_dz: list[Array] = []
+        total: FloatArray | None = None  # so that no more than one dx is held beside it
         for module, (_, graph, _), grad in zip(self.modules, self._graphs, grads, strict=True):
             weights = {"lora_A": module.lora_A.value, "lora_B": module.lora_B.value}
             dz, dx = graph({"grad": grad, **weights, "scale": scalar(self.scaling * scale)})
             all_dz.append(dz)
-            all_dx.append(dx)
-        return reduce(np.add, all_dx), all_dz
+            total = dx if total is None else total + dx
+        assert total is not None
+        return total, all_dz
 
     def weight_grads(
         self,

@@ -119,7 +119,9 @@ def save_adapter(
     Raises ``StorageError``.
     """
     assert modules
-    assert all(module.lora_A.shape[0] == r == module.lora_B.shape[1] for module in modules)
+    for module in modules:  # they may be of a file
+        if module.lora_A.shape[0] != r or module.lora_B.shape[1] != r:
+            raise ValueError(f"{module.name} has not rank {r}")
     make_directory(directory)
     config = _config(
         sorted(module.name for module in modules),

@@ -26,6 +26,7 @@ class Datum:
 
     Attributes:
         rows: the rows whose target counts, int32 (labelled,), ascending.
+
     Raises ``DataError`` where their lengths differ, or nothing counts.
     """
 

@@ -40,7 +40,7 @@ _NO_DATA: Final = "of a loop of one's own"
 
 
 @dataclass(frozen=True)
-class Opening:
+class ClientOpening:
     """How connections are opened: more than once, where a state is loaded or the adapters are sampled from."""
 
     bundle: Bundle
@@ -128,7 +128,7 @@ def resolve_settings(
     return msgspec.structs.replace(config, seed=drawn), None
 
 
-def load_state(directory: Path) -> Checkpoint:
+def read_state(directory: Path) -> Checkpoint:
     """The newest checkpoint in a directory of ``save_state``. Raises ``CheckpointError`` where there is none."""
     checkpoint = load_latest(directory)
     if checkpoint is None:

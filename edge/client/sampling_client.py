@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -36,11 +37,15 @@ def connect_settings(credentials: Credentials | None, max_retry_s: float | None)
 
 
 def in_thread(method: Callable[P, T]) -> Callable[P, Coroutine[Any, Any, T]]:
-    """A method's twin for asyncio: the same in a thread."""
+    """The method for asyncio, whose name ends in ``_async``: the same in a thread."""
 
+    @functools.wraps(method)
     async def twin(*arguments: P.args, **options: P.kwargs) -> T:
-        return await asyncio.to_thread(method, *arguments, **options)
+        client, *others = arguments
+        return await asyncio.to_thread(getattr(client, method.__name__), *others, **options)
 
+    twin.__name__ = f"{method.__name__}_async"
+    twin.__qualname__ = f"{method.__qualname__}_async"
     twin.__doc__ = f"``{method.__name__}`` in a thread."
     return twin
 

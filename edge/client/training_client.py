@@ -34,7 +34,7 @@ from dlora.protocol.tensors import FloatArray
 
 from .datum import Datum, pack_data
 from .losses import LossFunction
-from .opening import Opening, datasets_of, load_state, resolve_settings
+from .opening import ClientOpening, datasets_of, read_state, resolve_settings
 from .sampling_client import Sample, SamplingClient, connect_settings, in_thread
 
 Progress = Callable[[int, int], None]
@@ -66,7 +66,7 @@ class TrainingClient:
     """
 
     def __init__(
-        self, opening: Opening, tokenizer: PromptTokenizer, checkpoint: Checkpoint | None, on_progress: Progress
+        self, opening: ClientOpening, tokenizer: PromptTokenizer, checkpoint: Checkpoint | None, on_progress: Progress
     ) -> None:
         self.bundle = opening.bundle
         self.tokenizer = tokenizer
@@ -113,11 +113,11 @@ class TrainingClient:
         init_path = settings.adapter.init_adapter
         init = None if init_path is None else load_adapter(init_path)
         config, dataset = resolve_settings(settings, bundle.manifest, init, datasets_of(settings, bundle, data))
-        checkpoint = None if state is None else load_state(Path(state))
+        checkpoint = None if state is None else read_state(Path(state))
         with prompt_tokenizer(bundle) as tokenizer:  # before there is an engine
             engine = make_engine(bundle, settings.device.engine, settings.device.threads)
             connecting = connect_settings(credentials or Credentials.of(settings.server), settings.server.max_retry_s)
-            opening = Opening(bundle, engine, config, init, dataset, connecting)
+            opening = ClientOpening(bundle, engine, config, init, dataset, connecting)
             with closing(cls(opening, tokenizer, checkpoint, on_progress)) as client:
                 yield client
 
@@ -244,7 +244,7 @@ class TrainingClient:
 
         Raises ``CheckpointError`` for a state of other adapters; nothing has changed then.
         """
-        checkpoint = load_state(Path(directory))
+        checkpoint = read_state(Path(directory))
         with self._lock:
             self._training = self._open_training(checkpoint)
 

@@ -170,7 +170,8 @@ def _score(
     from dlora.edge.model.evaluation import evaluate_examples
     from dlora.edge.scoring.scored_model import ScoredModel, generate_answers, likeliest_choices, rights_of
 
-    answers, batch_size = list[str](), used.settings.training.batch_size
+    answers: list[str] = []
+    batch_size = used.settings.training.batch_size
     longest = max([int(dataset.lengths.max()), *(len(each.ids) // 4 for one in questions for each in one.candidates)])
     with used.open_to_evaluate(longest, recorder) as model:
         if model.invocation:

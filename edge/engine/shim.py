@@ -85,9 +85,10 @@ class Program:
             raise BundleError(f"{self._path} fails on ExecuTorch: {_text_of(message)}; {_WHAT_TO_DO}")
 
     def _describe(self, side: int, index: int) -> tuple[str, tuple[int, ...]]:
-        tensor, names = _Tensor(), list(DTYPES)
+        tensor = _Tensor()
         if self._library.dlora_et_describe(self._handle, side, index, ctypes.byref(tensor)) != _OK:
             return "", ()
+        names = list(DTYPES)
         name = names[tensor.dtype] if 0 <= tensor.dtype < len(names) else ""
         return name, tuple(tensor.sizes[: tensor.dims])
 

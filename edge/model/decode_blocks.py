@@ -140,14 +140,20 @@ class _Block(BlockWeights):
         y, keys, values = self._graph(self._inputs(self._graph_spec, own, lora, _SCALE))
         if 1 + position + new > len(self._keys):
             rows = max(1 + position + new, 2 * len(self._keys))
-            more = ((0, rows - len(self._keys)), (0, 0), (0, 0))
-            self._keys, self._values = np.pad(self._keys, more), np.pad(self._values, more)
+            self._keys, self._values = _with_room(self._keys, rows), _with_room(self._values, rows)
         for kept, found in ((self._keys, keys), (self._values, values)):
             place = kept[1 + position : 1 + position + new]
             if found.shape != place.shape:
                 raise BundleError(f"{self._where('block_decode')} gives other keys than it takes; export it again")
             place[:] = found
         return y
+
+
+def _with_room(array: FloatArray, rows: int) -> FloatArray:
+    """With zeros after it, which nobody has written: they take no memory before they are used (``np.pad`` writes)."""
+    grown = np.zeros((rows, *array.shape[1:]), np.float32)
+    grown[: len(array)] = array
+    return grown
 
 
 def _past_mask(new: int, position: int, first: int, window: int | None) -> FloatArray:

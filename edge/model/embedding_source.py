@@ -10,7 +10,7 @@ import numpy as np
 from dlora.edge.data.batches import MicroBatch
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.engine import Engine
-from dlora.edge.wire.usage import CrossedBefore
+from dlora.edge.wire.usage import CrossedSoFar
 from dlora.protocol.errors import BundleError, DataError
 from dlora.protocol.tensors import FloatArray
 
@@ -36,7 +36,7 @@ class EmbeddingSource:
             text = f"{bundle.path} has not all blocks of its model"
             raise BundleError(f"{text}; export it again with --device-blocks all, or use --device-blocks 0")
         self.kept = kept
-        self.crossed = CrossedBefore()
+        self.crossed = CrossedSoFar()
         self._embedding = Embedding(bundle, engine)
         self._scale = np.float32(spec.entry.scale)
         table = spec.entry.positions

@@ -14,7 +14,7 @@ from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.engine import Engine
 from dlora.edge.memory import MANY_TOKENS, release_freed_memory
 from dlora.edge.wire.connection import Connection
-from dlora.edge.wire.usage import Crossed, CrossedBefore, WireCounters, WireUsage
+from dlora.edge.wire.usage import Crossed, CrossedSoFar, WireCounters, WireUsage
 from dlora.protocol import messages as m
 from dlora.protocol.choices import Send
 from dlora.protocol.errors import UsageError
@@ -52,7 +52,6 @@ class EncodingServer:
         send: Send = "embeddings",
         context_length: int = 0,
     ) -> None:
-        self.crossed = self
         self._bundle = bundle
         self._engine = engine
         self._connect = connect
@@ -63,6 +62,11 @@ class EncodingServer:
         self._asked: list[Crossed] = []  # the connections so far; of those that are closed, what they came to
         self._connection: Connection | None = None
         self._encoder: Encoder | None = None
+
+    @property
+    def crossed(self) -> Crossed:
+        """What crossed so far."""
+        return self  # not an attribute: that would keep it, and its engine, until garbage is collected
 
     @property
     def counters(self) -> WireCounters:
@@ -157,6 +161,7 @@ class EncodingServer:
         """Hang up; who asks again opens another connection."""
         if self._connection is None:
             return
-        connection, self._connection, self._encoder = self._connection, None, None
-        self._asked[-1] = CrossedBefore.of(connection)  # what the close itself takes is not counted
+        connection = self._connection
+        self._connection = self._encoder = None
+        self._asked[-1] = CrossedSoFar.of(connection)  # what the close itself takes is not counted
         connection.close()

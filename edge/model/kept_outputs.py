@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
@@ -52,9 +52,9 @@ class KeptOutputs:
     examples_a_step: int
     most_tokens: int
     unchanged_steps: Callable[[int], range]
-    _packs: TextPacks | None = None
-    _kept_for: tuple[int, int] | None = None  # how many blocks, and from which step on
-    _cache: TrunkCache | None = None
+    _packs: TextPacks | None = field(init=False, default=None)
+    _kept_for: tuple[int, int] | None = field(init=False, default=None)  # how many blocks, and from which step on
+    _cache: TrunkCache | None = field(init=False, default=None)
 
     def count(self, step: int, trained: Collection[str]) -> int:
         """How many of the lowest blocks are skipped in this step: those below all that is ``trained``, where that will

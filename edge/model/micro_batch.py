@@ -77,8 +77,8 @@ class DeviceMicroBatch:
     hidden_states: FloatArray | None = None
     losses: FloatArray | None = None
     grads: dict[str, FloatArray] = field(default_factory=dict)
-    _saved: dict[int, Saved] = field(default_factory=dict)
-    _to_come: int = 0
+    _saved: dict[int, Saved] = field(init=False, default_factory=dict)
+    _to_come: int = field(init=False, default=0)
 
     def begin(self) -> None:
         """Send the embeddings, or the tokens."""

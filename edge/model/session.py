@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -18,10 +19,8 @@ from dlora.protocol.wire_codecs import Codecs, decode_floats
 T = TypeVar("T")
 
 
-class ModelSession:
+class ModelSession(ABC):
     """What a model does with a server goes through ``run``, so that a lost session is nobody else's concern.
-
-    As it stands here, nothing is trained: no units, no reports, no signals, nothing that is learnt from data.
 
     Attributes:
         before_group: called before the server makes what it keeps of each group, with how many groups are done and how
@@ -33,19 +32,26 @@ class ModelSession:
         self.adapters = adapters
         self.before_group: Callable[[int, int], None] = lambda done, groups: None
 
+    @abstractmethod
     def opening_message(self) -> m.OpenSession:
         """The message that opens a session where we stand now."""
-        raise NotImplementedError
 
+    @abstractmethod
     def handle_opened(self, opened: m.SessionOpened) -> None:
         """Take what the server says of the session that it has opened."""
 
+    @abstractmethod
     def handle_signal(self, signal: m.Signal) -> None:
         """Take a signal, before anything of the next step is computed."""
-        raise RemoteProtocolError("a signal where nothing is trained")
 
+    @abstractmethod
     def send_unanswered(self) -> None:
         """Send again what the server must know before the next micro-batch, once a session is open."""
+
+    @abstractmethod
+    def run_basis_pass(self) -> int:
+        """Let the server learn from gradients what it will keep of the groups, where it is to make that from them; how
+        many micro-batches that were."""
 
     def open(self) -> None:
         """Open a session where we stand, or another in place of one that the server has forgotten."""
@@ -65,11 +71,6 @@ class ModelSession:
                 return work()
             except SessionLostError:
                 self.open()
-
-    def run_basis_pass(self) -> int:
-        """Let the server learn from gradients what it will keep of the groups, where it is to make that from them; how
-        many micro-batches that were."""
-        return 0
 
     def _set_up(self) -> None:
         """Let the server make what it keeps of each group, or give it to one that has not made it, or has lost it."""
@@ -98,7 +99,7 @@ class ModelSession:
 
 
 class UntrainedSession(ModelSession):
-    """A session of the purpose ``use`` or ``encode``.
+    """A session of the purpose ``use`` or ``encode``: no units, no reports, nothing that is learnt from data.
 
     Args:
         adapters: of the groups that have one; all of them are live.
@@ -135,3 +136,15 @@ class UntrainedSession(ModelSession):
             purpose=msgspec.structs.replace(self._purpose, context_length=context_length),
             window=min(self._window, welcome.window),
         )
+
+    def handle_opened(self, opened: m.SessionOpened) -> None:
+        pass
+
+    def handle_signal(self, signal: m.Signal) -> None:
+        raise RemoteProtocolError("a signal where nothing is trained")
+
+    def send_unanswered(self) -> None:
+        pass
+
+    def run_basis_pass(self) -> int:
+        return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -77,10 +78,11 @@ class SplitModel:
         the server knows nothing of it any more.
         """
         first = self.connection.session.next_micro_batch
-        runs = deque(self._micro_batch(batch, (step, first + index), "train") for index, batch in enumerate(batches))
         own: Sequence[LossGradient | None] = gradients or [None] * len(batches)
-        for run, gradient in zip(runs, own, strict=True):
-            run.grad_scale, run.gradient = grad_scale, gradient
+        runs = deque(
+            self._micro_batch(batch, (step, first + index), "train", grad_scale=grad_scale, gradient=gradient)
+            for index, (batch, gradient) in enumerate(zip(batches, own, strict=True))
+        )
         parameters = self.adapters.parameters()
         losses: list[FloatArray] = []
         for run in self._run_all(runs):
@@ -98,8 +100,7 @@ class SplitModel:
         """
         parts = [part for batch in batches for part in self.cut(batch)]
         for part in parts:
-            run = self._micro_batch(part, self._next_key(), "basis")
-            run.grad_scale = 1.0 / len(part.labels)
+            run = self._micro_batch(part, self._next_key(), "basis", grad_scale=1.0 / len(part.labels))
             for _ in self._run_all(deque([run])):
                 pass
         return len(parts)
@@ -156,7 +157,7 @@ class SplitModel:
         most = self.connection.welcome.max_sequence_length
         hidden_states: FloatArray | None = None
         for part in decode_parts(ids, position, wanted_from=wanted_from, count=count, most=most, acts_from=acts_from):
-            run = self._micro_batch(part, self._next_key(), "decode", end)
+            run = self._micro_batch(part, self._next_key(), "decode", position=end)
             for _ in self._run_all(deque([run])):
                 hidden_states = run.hidden_states
             end += len(part.ids)
@@ -184,10 +185,11 @@ class SplitModel:
 
         return self.session.run(attempt)
 
-    def _micro_batch(self, batch: MicroBatch, key: Key, mode: m.Mode, position: int | None = None) -> DeviceMicroBatch:
+    def _micro_batch(self, batch: MicroBatch, key: Key, mode: m.Mode, **more: Any) -> DeviceMicroBatch:
+        """``more``: fields of ``DeviceMicroBatch``."""
         opening = self.connection.session.opened_with
         assert opening is not None
-        return DeviceMicroBatch(self._parts, batch, key, mode, opening.codecs_of(mode), position)
+        return DeviceMicroBatch(self._parts, batch, key, mode, opening.codecs_of(mode), **more)
 
     def _next_key(self) -> Key:
         self._evaluated = (self._evaluated + 1) % 2**31

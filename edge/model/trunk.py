@@ -67,7 +67,13 @@ class TrunkModel:
         kept = self._source.kept
         assert kept is not None  # whoever wants it makes a place for it
         self._kept = KeptOutputs(
-            self._blocks, self._source, kept, dataset, examples_a_step, self._most_tokens, unchanged_steps
+            self._blocks,
+            self._source,
+            kept,
+            dataset,
+            examples_a_step=examples_a_step,
+            most_tokens=self._most_tokens,
+            unchanged_steps=unchanged_steps,
         )
 
     @property

@@ -105,12 +105,15 @@ def curve_plot(run: RunData, name: str, title: str, y: str, value: Callable[[Ste
 def traffic_plot(run: RunData) -> Plot:
     """What each step put on the wire, by role."""
     kept = run.steps.by_traffic.kept
-    up = [(role, "↑", colour, [step.up.get(role, 0) for step in kept]) for role, colour in _COLOURS_UP.items()]
-    down = [(role, "↓", colour, [step.down.get(role, 0) for step in kept]) for role, colour in _COLOURS_DOWN.items()]
     series = [
-        Series(f"{role_name(role)}\N{NO-BREAK SPACE}{arrow}", "area", colour, sizes)
-        for role, arrow, colour, sizes in (*up, *down)
-        if role in (run.steps.up if arrow == "↑" else run.steps.down)
+        Series(f"{role_name(role)}\N{NO-BREAK SPACE}↑", "area", colour, [step.up.get(role, 0) for step in kept])
+        for role, colour in _COLOURS_UP.items()
+        if role in run.steps.up
+    ]
+    series += [
+        Series(f"{role_name(role)}\N{NO-BREAK SPACE}↓", "area", colour, [step.down.get(role, 0) for step in kept])
+        for role, colour in _COLOURS_DOWN.items()
+        if role in run.steps.down
     ]
     steps = [step.step for step in kept]
     return Plot("traffic", "Traffic", "MB a step", steps, series, factor=1e-6, starts_at_zero=True)

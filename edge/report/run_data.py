@@ -102,7 +102,8 @@ def read_run(out: Path) -> RunData:
 def read_evaluations(path: Path) -> tuple[EvaluationLine, ...]:
     """Of an ``evaluations.jsonl``, ascending; none where there is none. Raises ``CheckpointError``."""
     try:
-        lines = msgspec.json.Decoder(EvaluationLine).decode_lines(read_regular(path))
+        decoder = msgspec.json.Decoder(EvaluationLine)
+        lines = [decoder.decode(line) for line in read_regular(path).splitlines()]  # each is one object, and whole
         return tuple(sorted(lines, key=lambda each: each.step))
     except FileNotFoundError:
         return ()

@@ -5,25 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Final
+from typing import Any
+
+from dlora.edge.run.run_file import DataDigest
 
 from .numbers import count, loss, mb, seconds, share
 from .plots import Plot, picked, role_name
 from .run_data import RunData
 from .time_split import names_of
-
-_OF_DATA: Final = (
-    "examples",
-    "tokens",
-    "labels among them",
-    "examples that were cut",
-    "examples that were left out",
-    "tokens of the shortest example",
-    "a quarter have at most",
-    "half have at most",
-    "three quarters have at most",
-    "tokens of the longest example",
-)
 
 
 class Best(str):
@@ -105,11 +94,8 @@ def evaluations_table(run: RunData) -> Table:
 def data_table(run: RunData) -> Table:
     """Counts and lengths of the data, and nothing of what they say."""
     sets = {"trained on": run.file.data, **({"held out": run.file.eval_data} if run.file.eval_data else {})}
-    columns = [
-        (data.examples, data.tokens, data.labelled, data.truncated, data.skipped, *data.lengths)
-        for data in sets.values()
-    ]
-    rows = [(name, *(f"{value:,.6g}" for value in values)) for name, *values in zip(_OF_DATA, *columns, strict=True)]
+    columns = [_data_column(data) for data in sets.values()]
+    rows = [(name, *(f"{column[name]:,.6g}" for column in columns)) for name in columns[0]]
     return Table("What was read", ("what", *sets), rows)
 
 
@@ -118,6 +104,22 @@ def versions(run: RunData) -> dict[str, str]:
     device = {name: _version(value) for name, value in run.file.versions.items() if value is not None}
     server = {f"server: {name}": _version(value) for name, value in (run.file.server or {}).items()}
     return {**server, **device}
+
+
+def _data_column(data: DataDigest) -> dict[str, float]:
+    shortest, quarter, half, three_quarters, longest = data.lengths
+    return {
+        "examples": data.examples,
+        "tokens": data.tokens,
+        "labels among them": data.labelled,
+        "examples that were cut": data.truncated,
+        "examples that were left out": data.skipped,
+        "tokens of the shortest example": shortest,
+        "a quarter have at most": quarter,
+        "half have at most": half,
+        "three quarters have at most": three_quarters,
+        "tokens of the longest example": longest,
+    }
 
 
 def _version(value: Any) -> str:

@@ -127,7 +127,12 @@ class Display:
     def asking_server(self, texts: int) -> Iterator[Callable[[int], None]]:
         """Show progress inside, in a terminal; what it yields is called with how many more texts are there."""
         with self._live("texts from the server", texts, 0):
-            yield lambda count: None if self._line is None else self._line.go_on(count)
+
+            def go_on(count: int) -> None:
+                if self._line is not None:
+                    self._line.go_on(count)
+
+            yield go_on
 
     @contextmanager
     def training(

@@ -4,28 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from dlora.edge.adapters.peft import LoadedAdapter
-from dlora.edge.data.examples import Dataset
-from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.choose import load_libraries, make_engine
 from dlora.edge.files import locked
-from dlora.edge.model.cache_key import CacheKey
 from dlora.edge.seeds import draw_seed
 from dlora.edge.training.checkpoint import Checkpoint, list_checkpoints
 from dlora.edge.training.resolved import Resolved, RunIdentity, check_identity, continued
 from dlora.edge.training.trainer import SetUpPiece, Trainer
 from dlora.edge.training.trainer_state import trainer_state
 from dlora.edge.wire.connecting import ConnectSettings
-from dlora.edge.wire.recorder import Recorder
-from dlora.edge.wire.spans import Spans
 from dlora.protocol import interrupts
 from dlora.protocol.errors import StoppedError, StorageError
 
@@ -38,46 +32,7 @@ from .run_file import RunFile, save_run_file
 from .steps import RunSteps
 from .stop import StopRequest
 from .summary import finished_line, finished_summary
-from .watcher import RunWatcher
-
-
-@dataclass(frozen=True)
-class TrainRun:
-    """What to run, and with what.
-
-    Attributes:
-        config: all settings.
-        dataset, eval_dataset: as ``resolve`` gives them.
-        init: an adapter to start from.
-        resume: whether it goes on from the last checkpoint.
-        connecting: how its server is reached when it begins.
-        cache_key: what hidden states that are kept are encrypted with.
-        recorder: keeps what crosses, and the truth beside it.
-        watchers: who follow the run; spans: what happens when, where one of them wants to know.
-    """
-
-    bundle: Bundle
-    config: Resolved
-    dataset: Dataset
-    eval_dataset: Dataset | None = None
-    init: LoadedAdapter | None = None
-    resume: bool = False
-    connecting: ConnectSettings = field(default_factory=ConnectSettings)
-    cache_key: CacheKey | None = None
-    recorder: Recorder | None = None
-    watchers: Sequence[RunWatcher] = ()
-    spans: Spans = field(default_factory=Spans)
-
-    @property
-    def out(self) -> Path:
-        """Its directory."""
-        assert self.config.saving.out is not None
-        return self.config.saving.out
-
-    @property
-    def datasets(self) -> list[Dataset]:
-        """What is trained on, and what is held out where something is."""
-        return [self.dataset, *([] if self.eval_dataset is None else [self.eval_dataset])]
+from .train_run import TrainRun
 
 
 def train(run: TrainRun, display: Display) -> dict[str, Any]:

@@ -58,7 +58,7 @@ MakeWatchers = Callable[[Settings, Start, Display, Spans], list[RunWatcher]]
 
 
 def start_run(settings: Settings, start: Start, display: Display, make_watchers: MakeWatchers) -> None:
-    """Check, read, train, save, show the summary. Raises any ``DloraError`` for what is wrong before that."""
+    """Check, read, train, save, show the summary. Raises any ``DloraError``: of most, before it begins."""
     out = settings.saving.out
     bundle_path = settings.device.bundle
     assert out is not None  # the command asks for it
@@ -105,7 +105,8 @@ def start_run(settings: Settings, start: Start, display: Display, make_watchers:
         settings, loaded = _load(settings, bundle, display, begun)
     # Not before: data sets are read while this process is small and has no threads.
     from .guard import check_outcome
-    from .run import TrainRun, train
+    from .run import train
+    from .train_run import TrainRun
 
     invocation = begun.invocation if begun is not None else ()
     config, (dataset, *evaluated) = resolve(settings, manifest, init, loaded, known=invocation, say=display.say)

@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dlora.edge.files import write_atomically
 from dlora.edge.training.metrics import MetricsLog, iterate_metrics
@@ -24,10 +24,8 @@ from .pause import PauseRules, SystemSensors, wait_while_paused
 from .run_file import block_numbers
 from .saving import AdapterSaver
 from .summary import summary_of
+from .train_run import TrainRun
 from .watcher import Watchers
-
-if TYPE_CHECKING:
-    from .run import TrainRun
 
 
 class RunSteps:

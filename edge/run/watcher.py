@@ -11,8 +11,8 @@ from dlora.protocol.errors import DloraError, StorageError
 
 
 class RunWatcher:
-    """What is told of a run, in this order; where it cannot write, it raises ``StorageError`` and is told no more. Each
-    kind of watcher has what it does at some of these."""
+    """Is told of a run, in this order: a kind of watcher overrides what it needs. One that cannot write raises
+    ``StorageError`` and is told no more."""
 
     def begin(self, first_step: int) -> None:
         """The run begins, or goes on, at ``first_step``; what ``metrics.jsonl`` has of later steps will go."""

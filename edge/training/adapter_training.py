@@ -120,7 +120,7 @@ class AdapterTraining:
         self.optimizer = AdamW(engine, config.optimizer, config.steps)
 
     def begin(self) -> None:
-        """Begin, or go on, with sequences as long as ``--max-length`` says. Raises as ``open`` does."""
+        """Begin, or go on, with sequences of at most ``--max-length`` tokens. Raises as ``open`` does."""
         self.open(self.config.data.max_length)
 
     def open(
@@ -138,7 +138,7 @@ class AdapterTraining:
         Raises for what the server or this device would refuse at an unlucky step hours later.
         """
         self.side.check(longest)
-        with self._raising():
+        with self._naming_step():
             self.side.open(basis_steps, before_group)
 
     @property
@@ -184,7 +184,7 @@ class AdapterTraining:
                 self._recorder.add_gradients({name: parameter.grad for name, parameter in named})
             return losses
 
-        with self._raising(), self.all_or_nothing() as forget:
+        with self._naming_step(), self.all_or_nothing() as forget:
             losses = self.session.run(attempt)
             if failures:
                 raise failures[0]
@@ -215,7 +215,7 @@ class AdapterTraining:
 
         Raises ``NonFiniteError`` where they are not finite; nothing has changed then.
         """
-        with self._raising():
+        with self._naming_step():
             rate = self.optimizer.lr(self.session.step) if learning_rate is None else learning_rate
             started = time.perf_counter()
             scores = self._scores()
@@ -232,18 +232,18 @@ class AdapterTraining:
 
     def evaluate_batch(self, batch: MicroBatch) -> FloatArray:
         """Cross-entropies float32 (labelled,) of a micro-batch, with the adapters as they are. Raises likewise."""
-        with self._raising():
+        with self._naming_step():
             return self.model.evaluate(batch)[0]
 
     def evaluate(self, dataset: Dataset, progress: Callable[[int, int], None] | None = None) -> Evaluation:
         """Loss and accuracy on a data set, with the adapters as they are. Raises as ``forward_backward`` does."""
-        with self._raising():
+        with self._naming_step():
             self.record_parameters()
             return evaluate(self.model, dataset, self.config.training.batch_size, progress)
 
     def wait_for_signal(self) -> None:
         """Wait for the signal to the last report, so that what is saved now is what the next step starts from."""
-        with self._raising():
+        with self._naming_step():
             self.session.wait_for_signal()
 
     def record_parameters(self) -> None:
@@ -323,7 +323,7 @@ class AdapterTraining:
         )
 
     @contextmanager
-    def _raising(self) -> Iterator[None]:
+    def _naming_step(self) -> Iterator[None]:
         """Raise first what the last report failed with; within, an error names the step."""
         if self._failure is not None:
             raise self._failure

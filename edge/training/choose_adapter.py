@@ -38,7 +38,8 @@ def choose_adapter(
     kind: KindChoice = settings.kind or DEFAULT_KIND
     if settings.kind is None and init is not None:
         kind = msgspec.convert("lora" if parts is None else parts.kind, KindChoice)
-    defaults, own = DEFAULTS[kind], parts if parts is not None and parts.kind == kind else None
+    defaults = DEFAULTS[kind]
+    own = parts if parts is not None and parts.kind == kind else None
     names, blocks = target_modules_of(settings.target_modules), settings.blocks
     if init is not None and own is not None:
         trained = groups_of(manifest, init.modules)

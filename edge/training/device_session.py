@@ -60,6 +60,7 @@ class DeviceSession:
         return work()
 
     def report(self, scores: FloatArray) -> None:
+        """Take the scores of a step that is done, one a unit; the next step's states are set at once."""
         assert self._controller is not None
         states = self._controller.report(self.step, scores)
         self.step += 1

@@ -85,15 +85,16 @@ def resolve_without_data(settings: Settings, manifest: Manifest, init: LoadedAda
     device_blocks = choose_device_blocks(settings, manifest)
     adapter = choose_adapter(settings.adapter, manifest, init, device_blocks)
     resolve_max_length(settings.data.max_length, manifest)
-    defaults, given = DEFAULTS[adapter.kind], settings.kill_revive
+    defaults = DEFAULTS[adapter.kind]
+    kill_revive = settings.kill_revive
     decay = _first(settings.optimizer.weight_decay, defaults.weight_decay if init is None else 0.0)
     wire_dtype = settings.server.wire_dtype or defaults.wire_dtype
     usual = (DEFAULT_WARMUP_STEPS, DEFAULT_RAMP_FRACTION) if defaults.warms_up else (0, 0.0)
     kill_revive = msgspec.structs.replace(
-        given,
-        warmup_steps=_first(given.warmup_steps, usual[0]),
-        ramp_fraction=_first(given.ramp_fraction, usual[1]),
-        on_kill="hold_forward" if device_blocks else given.on_kill,
+        kill_revive,
+        warmup_steps=_first(kill_revive.warmup_steps, usual[0]),
+        ramp_fraction=_first(kill_revive.ramp_fraction, usual[1]),
+        on_kill="hold_forward" if device_blocks else kill_revive.on_kill,
     )
     placement, blocks = settings.placement, manifest.base_model.blocks
     if device_blocks:

@@ -27,7 +27,7 @@ def unit_score(score: ScoreName, groups: Iterable[GroupAdapters]) -> float:
     """
     if score == "grad":
         grads = [group.parameters()[name].grad for group in groups for name in group.scored_by_gradient()]
-        flat = [grad.astype(np.float64).reshape(-1) for grad in grads if grad is not None]
+        flat = (grad.astype(np.float64).reshape(-1) for grad in grads if grad is not None)  # one copy at a time
         return math.sqrt(math.fsum(float(each @ each) for each in flat))
     if score == "sensitivity":
         parameters = [each for group in groups for each in group.parameters().values()]

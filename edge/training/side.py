@@ -45,8 +45,8 @@ class Side(ABC):
 
     @abstractmethod
     def check(self, longest: int | None) -> None:
-        """Raise for what would be refused at an unlucky step hours later: a base model, a sequence of ``longest``
-        tokens."""
+        """Raise for what would be refused at an unlucky step hours later: ``ModelMismatchError`` for a base model,
+        ``DataError`` for a sequence of ``longest`` tokens."""
 
     @abstractmethod
     def open(self, basis_steps: BasisSteps | None, before_group: Callable[[int, int], None]) -> None:

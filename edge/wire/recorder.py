@@ -99,7 +99,7 @@ class Recorder:
         positions and values of its labels. What is generated has none."""
         if self.is_full:
             return
-        labelled = 0 if mode == "decode" else len(batch.labels)
+        labelled = len(batch.labels) if mode != "decode" else 0  # its positions are those that logits are asked for
         name = f"micro_batch.{len(self._modes)}"
         self._modes.append(mode)
         self._keep(f"{name}.ids", batch.ids.copy())

@@ -128,8 +128,8 @@ class Crossed(Protocol):
 
 
 @dataclass(frozen=True)
-class CrossedBefore:
-    """``Crossed`` of a conversation that is over; by default, of none."""
+class CrossedSoFar:
+    """``Crossed`` as it was at some time; by default, before anything crossed."""
 
     counters: WireCounters = (0, 0, 0)
     usage: WireUsage = field(default_factory=WireUsage)
@@ -140,7 +140,7 @@ class CrossedBefore:
     @classmethod
     def of(cls, crossed: Crossed) -> Self:
         """As it is now."""
-        return cls(crossed.counters, crossed.usage, crossed.welcome, crossed.reconnects, crossed.resumed)
+        return cls(crossed.counters, crossed.usage.copy(), crossed.welcome, crossed.reconnects, crossed.resumed)
 
 
 def with_other(by_role: Mapping[str, int], total: int) -> dict[str, int]:
