@@ -132,10 +132,12 @@ def _refused_by_peft(base: BaseModel) -> dict[str, str]:
 
 def _left_out_note(refused: dict[str, str]) -> tuple[str, ...]:
     """The note on what ``all-linear`` leaves out: how many modules, and one of them for each reason."""
+    if not refused:
+        return ()
     examples = {reason: name for name, reason in reversed(refused.items())}
     reasons = "; ".join(f"{name} {reason}" for reason, name in reversed(examples.items()))
     count = f"{len(refused)} module{'s' if len(refused) > 1 else ''}"
-    return (f"all-linear leaves out {count}: {reasons}",) if refused else ()
+    return (f"all-linear leaves out {count}: {reasons}",)
 
 
 def _choices_text(base: BaseModel, trainable: Collection[str]) -> str:

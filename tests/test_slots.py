@@ -77,6 +77,24 @@ def test_who_waits_longest_comes_next_and_the_line_has_an_end() -> None:
     assert asyncio.run(run()) == ["a", "b", "c"]
 
 
+def test_whose_turn_has_come_no_longer_fills_the_line() -> None:
+    """One ends, and another comes before the task of the one that waited has run."""
+
+    async def three() -> list[str]:
+        slots, end = Slots(1, 1), asyncio.Event()
+        order: list[str] = []
+        end.set()
+        async with slots.take(FIRST, no_prompt):
+            second = asyncio.create_task(hold(slots, end, order, "second"))
+            while not slots.waiting:
+                await asyncio.sleep(0)
+        await hold(slots, end, order, "third")  # in the same pass of the loop
+        await second
+        return order
+
+    assert asyncio.run(three()) == ["second", "third"]
+
+
 def test_prompts_of_those_who_wait_are_not_encoded() -> None:
     """Nor of those for whom there is no place; and one that cannot be encoded gives its place to the next."""
 

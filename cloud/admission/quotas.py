@@ -113,7 +113,7 @@ class Quotas:
         self._clock = clock
         self._callers: dict[str, _Caller] = {}
         self._sweep_at = _SWEEP_AT
-        self._freed = threading.Condition(threading.Lock())  # held while any of these numbers is read or changed
+        self._freed = threading.Condition(threading.Lock())  # held while any of these numbers is changed
         self._line: deque[object] = deque()  # the micro-batches that wait for memory
         self._stopped = False
 
@@ -175,7 +175,7 @@ class SessionQuota:
         self.queued_bytes = 0
         self.is_open = True
         self._quotas = quotas
-        self._lock = quotas._freed
+        self._freed = quotas._freed
 
     def charge(self, tokens: int, live_bytes: int) -> Charge:
         """Charge a micro-batch, or a report of no tokens, before it runs; the charge must be ended.
@@ -195,7 +195,7 @@ class SessionQuota:
         if total is not None and live_bytes > total:
             text = f"a micro-batch takes {_mb(live_bytes)} of the server, which has {_mb(total)} for all of them"
             raise _refused_for_good(text, ErrorCode.LIMIT)
-        with self._lock:
+        with self._freed:
             self._check(tokens, live_bytes)
             if live_bytes:
                 self._wait_for_memory(live_bytes)
@@ -218,7 +218,7 @@ class SessionQuota:
         Raises ``RefusedError``, and counts nothing: ``quota_live_bytes`` or ``limit`` where it is more than the caller
         may have, or the server has; retryable, ``quota_live_bytes`` or ``busy``, where others take the room now.
         """
-        with self._lock:
+        with self._freed:
             if not self.is_open:  # nobody would free it
                 raise _refused_for_now("the session ended meanwhile", ErrorCode.BUSY)
             most, total, alone = self._quotas.limits.live_bytes, self._quotas.total_live_bytes, self.held_bytes + nbytes
@@ -237,7 +237,7 @@ class SessionQuota:
 
     def release(self, nbytes: int) -> None:
         """Count no more what was held, before the session is closed."""
-        with self._lock:
+        with self._freed:
             if self.is_open:
                 self.held_bytes -= nbytes
                 self._free(nbytes)
@@ -247,7 +247,7 @@ class SessionQuota:
 
         One frame of a session always finds room: its conversation is lock-step, so that more is not needed.
         """
-        with self._lock:
+        with self._freed:
             if self.queued_bytes > _SMALL_BYTES and not (self._has_room(nbytes) and self._quotas._fits(nbytes)):
                 return False
             self.queued_bytes += nbytes
@@ -256,13 +256,13 @@ class SessionQuota:
 
     def remove(self, nbytes: int) -> None:
         """It was read, or dropped."""
-        with self._lock:
+        with self._freed:
             self.queued_bytes -= nbytes
             self._free(nbytes)
 
     def close(self) -> None:
         """The session is gone; a micro-batch that is still under way counts until it ends. Again does nothing."""
-        with self._lock:
+        with self._freed:
             if self.is_open:
                 self.is_open = False
                 self._quotas._caller(self.name).sessions -= 1
@@ -302,10 +302,10 @@ class SessionQuota:
 
         quotas._line.append(place)
         try:
-            self._lock.wait_for(lambda: may_begin() or quotas._stopped or not self.is_open)
+            self._freed.wait_for(lambda: may_begin() or quotas._stopped or not self.is_open)
         finally:
             quotas._line.remove(place)
-            self._lock.notify_all()
+            self._freed.notify_all()
         if quotas._stopped or not self.is_open:
             raise _refused_for_now("the session ended while it waited for memory", ErrorCode.BUSY)
 
@@ -319,7 +319,7 @@ class SessionQuota:
 
     def _free(self, nbytes: int) -> None:
         self._take(-nbytes)
-        self._lock.notify_all()
+        self._freed.notify_all()
 
 
 @dataclass(frozen=True)
@@ -332,7 +332,7 @@ class Charge:
     def end(self, compute_s: float) -> None:
         """It has ended, however it did: its memory is free, and it computed for ``compute_s`` seconds."""
         session, quotas = self.session, self.session._quotas
-        with session._lock:
+        with session._freed:
             quotas._caller(session.name).compute.add(compute_s, quotas._clock())
             quotas._running_bytes -= self.live_bytes
             session.live_bytes -= self.live_bytes

@@ -191,21 +191,21 @@ class _Reader:
             seen.micro_batches.append(self._under_way[key])
         if key not in self._under_way:
             raise RemoteProtocolError("a message of a micro-batch that did not begin")
-        its = self._under_way[key]
-        its.frames.append(frame)
+        micro_batch = self._under_way[key]
+        micro_batch.frames.append(frame)
         match message:
             case m.GroupInput():
-                its.inputs[message.group] = message.hidden_states
+                micro_batch.inputs[message.group] = message.hidden_states
             case m.GroupDelta():
-                its.deltas[message.group] = message.deltas
+                micro_batch.deltas[message.group] = message.deltas
             case m.GroupGrad():
-                its.grads[message.group] = message.grads
+                micro_batch.grads[message.group] = message.grads
             case m.GroupInputGrad():
-                its.input_grads[message.group] = message.grad_hidden_states
+                micro_batch.input_grads[message.group] = message.grad_hidden_states
             case m.LabelledHiddenStates():
-                its.last_hidden = message.hidden_states
+                micro_batch.last_hidden = message.hidden_states
             case m.GradHiddenStates():
-                its.last_grad = message.grad_hidden_states
+                micro_batch.last_grad = message.grad_hidden_states
             case _:
                 pass
 

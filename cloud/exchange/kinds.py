@@ -7,6 +7,7 @@ Both halves are ordinary torch on both sides of what crosses the wire, and autog
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Final
 
@@ -19,31 +20,30 @@ from dlora.protocol.groups import GroupSpec
 from .sketch import GroupSketch, weight_basis
 
 
-class Site:
-    """One exchange group's torch, for one session; of the kind ``lora``, all is on the device and crosses as it is.
+class Site(ABC):
+    """One exchange group's torch, for one session.
 
     Args:
         state: what the server keeps of the group, in the base model's dtype, on the group's device; frozen.
     """
 
-    def __init__(self, group: GroupSpec, state: Sequence[Tensor]) -> None:
-        pass
+    @abstractmethod
+    def __init__(self, group: GroupSpec, state: Sequence[Tensor]) -> None: ...
 
+    @abstractmethod
     def project(self, x: Tensor) -> Tensor:
         """What goes to the device: (rows, in_features) to (rows, input_width)."""
-        return x
 
+    @abstractmethod
     def expand(self, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
         """What the device gave, (rows, output_width) each, to one delta a target module, (rows, out_features)."""
-        return outputs
 
+    @abstractmethod
     def compute_outputs(self, sent: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
         """What the device would give for ``sent``, what ``project`` made: (rows, output_width) each.
 
         ``parameters``: of the kind's ``parameter_shapes``, the scaling in what is nearest to the output.
         """
-        pairs = zip(parameters[::2], parameters[1::2], strict=True)
-        return [sent @ lora_a.T @ lora_b.T for lora_a, lora_b in pairs]
 
     @staticmethod
     def make_state(
@@ -61,6 +61,23 @@ class Site:
         raise NotImplementedError
 
 
+class _LoraSite(Site):
+    """All is on the device; what crosses is the module's own."""
+
+    def __init__(self, group: GroupSpec, state: Sequence[Tensor]) -> None:
+        assert not state
+
+    def project(self, x: Tensor) -> Tensor:
+        return x
+
+    def expand(self, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        return outputs
+
+    def compute_outputs(self, sent: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
+        pairs = zip(parameters[::2], parameters[1::2], strict=True)
+        return [sent @ lora_a.T @ lora_b.T for lora_a, lora_b in pairs]
+
+
 class _FfaSite(Site):
     """A is here: ``z = A x`` goes to the device, whole deltas come back."""
 
@@ -69,6 +86,9 @@ class _FfaSite(Site):
 
     def project(self, x: Tensor) -> Tensor:
         return x @ self._lora_a.T
+
+    def expand(self, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        return outputs
 
     def compute_outputs(self, sent: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
         return [sent @ lora_b.T for lora_b in parameters]
@@ -101,5 +121,5 @@ class _BottleneckSite(Site):
         return (lora_a, lora_b), gradient_norm
 
 
-SITE_KINDS: Final[dict[str, type[Site]]] = {"lora": Site, "ffa": _FfaSite, "bottleneck": _BottleneckSite}
+SITE_KINDS: Final[dict[str, type[Site]]] = {"lora": _LoraSite, "ffa": _FfaSite, "bottleneck": _BottleneckSite}
 """By the names of ``dlora.protocol.adapters.KINDS``."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .base_model import BaseModel
 
+# Rounding only. The same operations on the same shapes are mostly equal to the bit, those of experts not everywhere.
 _TOLERANCE: Final = 1e-4
 _TOLERANCE_OF_HALF: Final = 5e-2
 
@@ -79,7 +80,7 @@ def random_embeds(base: BaseModel, length: int) -> Tensor:
 
 def is_near(found: Tensor, wanted: Tensor) -> bool:
     """Whether they differ by rounding only, as the same sums in another order do."""
-    tolerance = _TOLERANCE if wanted.dtype == torch.float32 else _TOLERANCE_OF_HALF
+    tolerance = _TOLERANCE if wanted.dtype in (torch.float32, torch.float64) else _TOLERANCE_OF_HALF
     return bool((found.float() - wanted.float()).abs().max() <= tolerance * wanted.float().abs().max())
 
 

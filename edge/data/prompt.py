@@ -94,7 +94,7 @@ class PromptTokenizer:
         return constraint
 
     def call(self, request: str, *arguments: object) -> Any:
-        """What the child answers to a request of ``_PLACES``; arrays as bytes."""
+        """What the child answers to one of ``_REQUESTS``; arrays as bytes."""
         try:
             encoded = msgspec.msgpack.encode((request, *arguments))
         except UnicodeEncodeError:
@@ -161,9 +161,9 @@ def prompt_tokenizer(bundle: Bundle, *, for_long: bool = False) -> Iterator[Prom
         yield PromptTokenizer(child, bundle)
 
 
-# What may be asked of the child, a method of its tokenizer or of its grammars each: what it works on meanwhile, and
-# whose fault it is if that never ends.
-_PLACES: Final[dict[str, tuple[str, type[DloraError]]]] = {
+# What may be asked of the child, each a method of its tokenizer, of its grammars or of ``_Worker``: what it works on
+# meanwhile, and whose fault it is if that never ends.
+_REQUESTS: Final[dict[str, tuple[str, type[DloraError]]]] = {
     "encode_chat": ("the prompt", DataError),
     "encode_prompt_text": ("the prompt", DataError),
     "encode_row": ("the row", DataError),
@@ -185,14 +185,13 @@ class _Worker:
 
     def answer(self, request: bytes) -> Sequence[Buffer]:
         name, *arguments = msgspec.msgpack.decode(request)
-        tokenizer = self.tokenizer
-        self.note.set_place(*_PLACES[name])
-        of: Any = tokenizer
+        receiver: Any = self
         if name in ("begin", "allowed"):
-            of = self.matchers
-        elif name in ("encode_row", "forget"):
-            of = self
-        found = getattr(of, name)(*arguments)
+            receiver = self.matchers
+        elif name not in ("encode_row", "forget"):
+            receiver = self.tokenizer
+        self.note.set_place(*_REQUESTS[name])
+        found = getattr(receiver, name)(*arguments)
         return (msgspec.msgpack.encode(found, enc_hook=np.ndarray.tobytes),)
 
     @cached_property

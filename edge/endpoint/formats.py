@@ -70,7 +70,7 @@ class Format(ABC):
         choices = []
         for index, answer in enumerate(self._answers):
             assert answer.end is not None
-            said = self._whole(index, answer, answer.end)
+            said = self._choice(index, answer, answer.end)
             choices.append({"index": index, **said, "logprobs": self._logprobs(answer.choices)})
         return {**self._head, "choices": choices, "usage": self.usage()}
 
@@ -99,7 +99,7 @@ class Format(ABC):
     def _last_chunks(self, end: End, answer: _Answer) -> Iterator[Json]: ...
 
     @abstractmethod
-    def _whole(self, index: int, answer: _Answer, end: End) -> Json: ...
+    def _choice(self, index: int, answer: _Answer, end: End) -> Json: ...
 
     def _chunk(
         self, index: int, said: Json, *, reason: str | None = None, choices: Sequence[Choice] | None = None
@@ -111,10 +111,10 @@ class Format(ABC):
         }  # fmt: skip
 
     def _logprobs(self, choices: Sequence[Choice]) -> Json | None:
-        return None if self._request.sampling.logprobs is None else self._told_logprobs(choices)
+        return None if self._request.sampling.logprobs is None else self._logprobs_of(choices)
 
     @abstractmethod
-    def _told_logprobs(self, choices: Sequence[Choice]) -> Json: ...
+    def _logprobs_of(self, choices: Sequence[Choice]) -> Json: ...
 
 
 class ChatFormat(Format):
@@ -146,7 +146,7 @@ class ChatFormat(Format):
             yield self._chunk(end.index, {"delta": {"tool_calls": given}})
         yield self._chunk(end.index, {"delta": {}}, reason="tool_calls" if calls else _reason(end))
 
-    def _whole(self, index: int, answer: _Answer, end: End) -> Json:
+    def _choice(self, index: int, answer: _Answer, end: End) -> Json:
         text, calls = self._parse(answer)
         message: Json = {"role": "assistant", "content": text or (None if calls else "")}
         if calls:
@@ -157,7 +157,7 @@ class ChatFormat(Format):
         form = self._request.tool_form
         return (answer.text, []) if form is None else parse_tool_calls(answer.text, form)
 
-    def _told_logprobs(self, choices: Sequence[Choice]) -> Json:
+    def _logprobs_of(self, choices: Sequence[Choice]) -> Json:
         return {"content": [
             {**self._token(each.token, each.logprob), "top_logprobs": [self._token(*top) for top in each.top]}
             for each in choices
@@ -185,14 +185,14 @@ class CompletionFormat(Format):
     def _last_chunks(self, end: End, answer: _Answer) -> Iterator[Json]:
         yield self._chunk(end.index, {"text": ""}, reason=_reason(end))
 
-    def _whole(self, index: int, answer: _Answer, end: End) -> Json:
+    def _choice(self, index: int, answer: _Answer, end: End) -> Json:
         text = (self._prompt(index) if self._request.echo else "") + answer.text
         return {"text": text, "finish_reason": _reason(end)}
 
     def _prompt(self, index: int) -> str:
         return self._request.prompts[index // self._request.choices].text or ""
 
-    def _told_logprobs(self, choices: Sequence[Choice]) -> Json:
+    def _logprobs_of(self, choices: Sequence[Choice]) -> Json:
         return {
             "tokens": [self._texts[each.token] for each in choices],
             "token_logprobs": [each.logprob for each in choices],

@@ -118,7 +118,8 @@ class Slots:
 
         Raises ``RequestError`` (429) where the line is full, and what ``encode`` does.
         """
-        if self._turns.locked() and self.waiting >= self._queue:
+        # Both together: whose turn has come counts as waiting until its task runs.
+        if self.busy + self.waiting >= len(self._all) + self._queue:
             text = f"{self.busy} answers are under way and {self.waiting} requests wait; come again"
             raise RequestError(429, text, code="queue_full", retry_after_s=QUEUE_RETRY_S)
         self.waiting += 1
