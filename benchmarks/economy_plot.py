@@ -12,6 +12,7 @@ WIDTH, LEFT, RIGHT, TOP, PLOT_HEIGHT, LEGEND_LINE = 780, 66, 60, 46, 330, 20
 # Apart for eyes that see no red or no green: Okabe and Ito's colours, darker on white and lighter on black.
 LIGHT: Final = ("#24292f", "#d55e00", "#0072b2", "#008060", "#b0508f", "#8a6d00", "#3b8bbd", "#7a4a1e")
 DARK: Final = ("#e6edf3", "#ff8c42", "#5eb1f2", "#2fc49b", "#e79ac8", "#e5cf3d", "#9bd3f5", "#d3a071")
+MARKERS: Final = ("circle", "square", "diamond", "triangle")  # told apart without colours, too
 LABEL_WIDTH, LABEL_HEIGHT = 46, 13
 STYLE: Final = (
     "text{font:12px system-ui,-apple-system,'Segoe UI',sans-serif}.title{font-size:15px;font-weight:600}"
@@ -120,8 +121,19 @@ def _grid(x_axis: Axis, y_axis: Axis) -> Iterator[str]:
         yield f'<text x="{x_axis.start - 8:.1f}" y="{y + 4:.1f}" text-anchor="end">{value:.3g}</text>'
 
 
-def _marker(index: int, x: float, y: float, radius: float) -> str:
-    return f'<circle class="m{index}" cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}"/>'
+def _marker(index: int, x: float, y: float, size: float) -> str:
+    match MARKERS[index % len(MARKERS)]:
+        case "circle":
+            return f'<circle class="m{index}" cx="{x:.1f}" cy="{y:.1f}" r="{size:.1f}"/>'
+        case "square":
+            corner = f'x="{x - size:.1f}" y="{y - size:.1f}"'
+            return f'<rect class="m{index}" {corner} width="{2 * size:.1f}" height="{2 * size:.1f}"/>'
+        case shape:
+            corners = [(x, y - 1.3 * size), (x + 1.3 * size, y), (x, y + 1.3 * size), (x - 1.3 * size, y)]
+            if shape == "triangle":
+                corners = [(x, y - 1.3 * size), (x + 1.2 * size, y + size), (x - 1.2 * size, y + size)]
+            points = " ".join(f"{one:.1f},{other:.1f}" for one, other in corners)
+            return f'<polygon class="m{index}" points="{points}"/>'
 
 
 def _free_place(end: tuple[float, float], taken: Sequence[tuple[float, float]]) -> tuple[float, float]:

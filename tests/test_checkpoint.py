@@ -8,6 +8,7 @@ import shutil
 import stat
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 from small_disk import remount_read_only, small_disk
 
-from dlora.edge.files import make_directory
+from dlora.edge.files import make_directory, write_atomically
 from dlora.edge.training.checkpoint import Checkpoint, list_checkpoints, load_latest, save_checkpoint
 from dlora.protocol.errors import CheckpointError, StorageError
 
@@ -259,3 +260,15 @@ def test_newest_checkpoint_loads_after_a_kill_at_any_time(tmp_path: Path) -> Non
         found = load(tmp_path / "run")
         assert found.step >= last
         assert (found.tensors["x"] == found.step).all()
+
+
+def test_a_write_that_is_interrupted_leaves_the_old_file_alone(tmp_path: Path) -> None:
+    def pieces() -> Iterator[bytes]:
+        yield b"new"
+        raise KeyboardInterrupt
+
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, pieces())
+    assert [(each.name, each.read_bytes()) for each in tmp_path.iterdir()] == [("file", b"old")]

@@ -205,6 +205,15 @@ def test_a_call_can_be_forced(endpoint: Endpoint, tool_choice: Any, names: set[s
     assert found == names
 
 
+def test_calls_are_parsed_in_the_form_of_the_template(endpoint: Endpoint) -> None:
+    """Llama 3's; a schema makes the model of random weights say what a trained one would."""
+    said = schema(const={"name": "add", "parameters": {"x": 7}})
+    answer = ask(endpoint, max_tokens=200, temperature=0, tools=[TOOL], **said).choices[0]
+    (call,) = answer.message.tool_calls
+    told = call.function.name, json.loads(call.function.arguments), answer.finish_reason
+    assert told == ("add", {"x": 7}, "tool_calls")
+
+
 def test_tools_and_their_results_are_part_of_the_prompt(endpoint: Endpoint) -> None:
     def tokens(messages: list[dict[str, Any]], **more: Any) -> int:
         return int(ask(endpoint, messages=messages, max_tokens=1, **more).usage.prompt_tokens)

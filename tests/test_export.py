@@ -173,6 +173,12 @@ def test_read_only_output_directory_is_a_storage_error(tmp_path: Path) -> None:
             export_bundle(ExportSettings("no-such-model", disk / "a" / "bundle"))
 
 
+def test_full_disk_during_export_is_a_storage_error(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "model", vocab_size=20_000)
+    with small_disk(tmp_path) as disk, pytest.raises(StorageError, match="free space"):
+        export_bundle(ExportSettings(str(tmp_path / "model"), disk / "bundle", rank=2, alpha=4.0))
+
+
 def test_failed_export_leaves_only_the_old_bundle(tmp_path: Path) -> None:
     model = save_tiny(tmp_path / "model")
     with torch.no_grad():

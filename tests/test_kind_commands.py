@@ -218,3 +218,12 @@ def test_static_units_are_spread_by_default(place: Place, tmp_path: Path) -> Non
         out = tmp_path / units
         assert run_edge(*place.train(out, *static, fraction)).code == 0
         assert {row["units"] for row in rows(out)} == {units}
+
+
+def test_a_run_from_a_bottleneck_trains_its_modules_and_makes_no_basis(place: Place, tmp_path: Path) -> None:
+    first, again = tmp_path / "first", tmp_path / "again"
+    makes = "first, the server makes A and B"
+    assert makes in run_edge(*place.train(first, *BOTTLENECK, "--target-modules", "q_proj", "--steps", 1)).stderr
+    done = run_edge(*without_kind(place.train(again, "--init-adapter", first, "--steps", 1)))
+    assert makes not in done.stderr
+    assert load_adapter(again).modules.keys() == load_adapter(first).modules.keys()

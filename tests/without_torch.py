@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 SUITES = (
-    "frames", "session", "link", "deadline", "checkpoint", "scores", "edge_data", "data_split", "passes",
+    "frames", "session", "refusals", "link", "deadline", "checkpoint", "scores", "edge_data", "data_split", "passes",
     "tensor_file", "pause",
 )  # fmt: skip

@@ -229,6 +229,7 @@ def test_damaged_checkpoint_loads_unchanged_or_is_refused(tmp_path: Path) -> Non
             found = load_latest(tmp_path)
             assert found is not None
             loaded.append((found.state, {name: (t.dtype, t.shape, t.tobytes()) for name, t in found.tensors.items()}))
+    assert loaded  # the whole one, at least
     assert all(each == loaded[0] for each in loaded)
 
 
