@@ -11,7 +11,7 @@ from families import FAMILIES, tiny_model
 from torch import Tensor
 
 from dlora.cloud.exchange.exchange import MicroBatchExchange
-from dlora.cloud.exchange.kinds import Site
+from dlora.cloud.exchange.kinds import SITE_KINDS
 from dlora.cloud.exchange.target_modules import running_targets, wrap_target_modules
 from dlora.cloud.model import live_bytes as live_bytes_module
 from dlora.cloud.model.base_model import BaseModel
@@ -53,7 +53,7 @@ def exchange_of(
 ) -> MicroBatchExchange:
     """Of a micro-batch in which all of the device's groups are live."""
     groups = device.groups
-    sites, live = [Site(group, ()) for group in groups], range(len(groups))
+    sites, live = [SITE_KINDS["lora"](group, ()) for group in groups], range(len(groups))
     return MicroBatchExchange(device, base, groups, sites, live=live, trained=trained, given={}, rows=rows)
 
 
