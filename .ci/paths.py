@@ -188,6 +188,7 @@ def main() -> None:
             rank = files_of_rank(place / "bundle", server.url, place)
         activation, row = files_of_activation(base, place / "bundle"), files_of_row(place / "bundle", place)
     found = {"rank": rank, "activation": activation, "row": row}
+    assert all(found.values())  # else nothing was looked at
     wrong = [name for name, files in found.items() if len(files) > MOST[name]]
     print(json.dumps({name: {"count": len(files), "files": files} for name, files in found.items()}, indent=1))
     for name in wrong:

@@ -8,6 +8,8 @@ import stat
 from pathlib import Path
 from typing import BinaryIO, Final
 
+from .errors import UsageError
+
 _NO_FILE: Final = "it is no regular file"
 
 
@@ -28,16 +30,22 @@ def read_regular(path: Path) -> bytes:
         return file.read()
 
 
-def check_readable(path: Path) -> None:
-    """Raise ``OSError`` where a library that opens the file by its name could not read it, or might wait for ever.
+def check_readable(option: str, path: Path | None) -> None:
+    """Raise ``UsageError`` where a library that opens an option's file by its name could not read it, or might wait for
+    ever.
 
     A pipe is well only where this process holds it already (``/dev/fd``, a shell's ``<(…)``): opening it waits for
     nobody.
     """
-    if path.parts[:3] == ("/", "dev", "fd"):
-        path.open("rb").close()
-    else:
-        open_regular(path).close()
+    if path is None:
+        return
+    try:
+        if path.parts[:3] == ("/", "dev", "fd"):
+            path.open("rb").close()
+        else:
+            open_regular(path).close()
+    except OSError as error:
+        raise UsageError(f"{option} {path} cannot be read: {error.strerror}") from None
 
 
 def sync(path: Path) -> None:

@@ -21,11 +21,7 @@ def server_context(cert: Path, key: Path | None, client_ca: Path | None = None) 
     Raises ``UsageError`` where a file is missing, damaged or belongs to another.
     """
     for option, path in (("--tls-cert", cert), ("--tls-key", key), ("--tls-client-ca", client_ca)):
-        try:
-            if path is not None:
-                check_readable(path)
-        except OSError as error:
-            raise UsageError(f"{option} {path} cannot be read: {error.strerror}") from None
+        check_readable(option, path)
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     # Devices take up no TLS session again. A ticket would come just as a device's threads begin to read and to write,

@@ -99,11 +99,7 @@ class Credentials:
                 raise UsageError(f"--ca and --client-cert are for wss://, and --server is {url}")
             return None
         for option, path in (("--ca", self.ca), ("--client-cert", self.client_cert), ("--client-key", self.client_key)):
-            try:
-                if path is not None:
-                    check_readable(path)
-            except OSError as error:
-                raise UsageError(f"{option} {path} cannot be read: {error.strerror}") from None
+            check_readable(option, path)
         try:
             context = ssl.create_default_context(cafile=self.ca)
         except ssl.SSLError:
