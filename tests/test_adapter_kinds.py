@@ -32,11 +32,13 @@ from dlora.edge.data import batches
 from dlora.edge.data.examples import Dataset, Example
 from dlora.edge.model.session import ModelSession
 from dlora.edge.training.checkpoint import load_latest
+from dlora.edge.training.expected import set_up_mb
 from dlora.edge.training.resolved import Resolved
 from dlora.edge.wire.connection import Connection
 from dlora.protocol.adapters import KINDS, AdapterSpec, Crossing, kind_of
 from dlora.protocol.errors import CheckpointError, NonFiniteError
 from dlora.protocol.groups import GroupSpec
+from dlora.protocol.manifest import load_manifest
 from dlora.protocol.tensors import FloatArray, IntArray
 from dlora.protocol.traffic import Traffic, adapter_state_traffic
 
@@ -252,7 +254,9 @@ def test_set_up_traffic_matches_the_formula(runs: Runs, monkeypatch: pytest.Monk
         run.run_step()
         run.wait_for_signal()
         sizes = [[tensor.nbytes for tensor in group.adapter_state] for group in run.adapters.groups]
+        said = set_up_mb(run.config, load_manifest(runs.bundle), random_dataset(VOCABULARY), has_state=False)
     assert counted == [adapter_state_traffic(sizes, made=is_made) for is_made in (True, False)]
+    assert said == (counted[0].bytes_up + counted[0].bytes_down) / 1e6
 
 
 @pytest.mark.usefixtures("servers_core")

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from drawn import one_in
 from processes import CLOUD, EDGE, Finished, quiet_environment
 from serving import serving
 from tiny import TinyFactory
+
+from dlora.protocol import interrupts
 
 EXPORT = EDGE.replace("dlora-edge", "dlora-export")
 
@@ -123,6 +126,30 @@ def test_signal_after_the_result_is_ignored(place: Place, when: str, sent: signa
     failed = run(place, sent, when, EDGE, "info", place.site / "nothing")
     assert failed.code not in (0, 130)
     assert len(failed.errors) == 1
+
+
+def test_only_signals_that_end_the_process_interrupt_its_work() -> None:
+    before = {number: signal.getsignal(number) for number in interrupts.SIGNALS}
+    found: list[object] = []
+
+    def work() -> None:
+        with interrupts.raise_on_signal():
+            found.extend(map(signal.getsignal, interrupts.SIGNALS))
+
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        interrupts.exit_on_signal()
+        ending = signal.getsignal(signal.SIGINT)
+        work()
+        in_a_thread = threading.Thread(target=work)
+        in_a_thread.start()
+        in_a_thread.join()
+        assert signal.getsignal(signal.SIGINT) is ending
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    raised, kept = interrupts.raise_interrupt, signal.SIG_IGN
+    assert found == [raised, raised, kept, ending, ending, kept]
 
 
 def test_command_started_with_sigint_ignored_continues(place: Place) -> None:

@@ -19,6 +19,7 @@ from dlora.edge.data.examples import Dataset
 from dlora.edge.training.expected import expected_mb
 from dlora.protocol.adapter_record import RECORD_NAME
 from dlora.protocol.errors import CheckpointError, ModelMismatchError, UsageError
+from dlora.protocol.kill_revive import MAX_UNITS
 from dlora.protocol.limits import MAX_STEPS
 from dlora.protocol.manifest import load_manifest
 
@@ -129,6 +130,7 @@ def test_note_on_active_fraction_is_shown(
     ({"blocks": "8"}, "--blocks: the bundle has nothing to train in block 8; blocks are 0-7"),
     ({"blocks": "x"}, "--blocks 'x': write blocks as 0,3,26-29"),
     ({"blocks": "9" * 5000}, "write blocks as 0,3,26-29"),
+    ({"blocks": str(MAX_UNITS)}, "write blocks as 0,3,26-29"),
     ({"blocks": ","}, "--blocks ',': write blocks as"),
     ({"target_modules": "nope,q_proj"}, "no module 'nope' that can be trained; --target-modules can be: "
      "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj, all-linear"),

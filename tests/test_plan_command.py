@@ -25,7 +25,7 @@ from dlora.edge.run.run_file import load_run_file
 from dlora.export.bundle import export_bundle
 from dlora.export.settings import ExportSettings, parse_device_blocks
 from dlora.protocol.choices import KindChoice
-from dlora.protocol.device_memory import DeviceModel, blocks_that_fit, training_bytes
+from dlora.protocol.device_memory import USUAL_TOKENS, DeviceModel, blocks_that_fit, training_bytes
 from dlora.protocol.errors import DataError, DloraError, UsageError
 from dlora.protocol.groups import GroupSpec, TargetSpec
 from dlora.protocol.manifest import load_manifest
@@ -206,6 +206,8 @@ def test_memory_is_what_was_measured_or_a_little_more(
 def test_the_most_blocks_that_fit() -> None:
     model = smollm2("fp16")
     assert [blocks_that_fit(model, size, rank=8) for size in (130e6, 252e6, 2e9)] == [0, 4, 30]
+    exactly = training_bytes(model, 4, USUAL_TOKENS, 8)
+    assert [blocks_that_fit(model, size, rank=8) for size in (exactly, exactly - 1)] == [4, 3]
 
 
 # -- export --------------------------------------------------------------------------------------------------------
