@@ -18,7 +18,7 @@ from dlora.protocol.errors import NonFiniteError, RemoteProtocolError
 from dlora.protocol.frames import HEADER_BLOCK, PREFIX_BYTES, Decoder, encode, frame_bytes, read_prefix, write_checksum
 from dlora.protocol.groups import GroupSpec, TargetSpec
 from dlora.protocol.kill_revive import KillReviveConfig
-from dlora.protocol.tensors import DTYPES, SCALE_BYTES, WireTensor, fp16_exponent, tensors_of
+from dlora.protocol.tensors import DTYPES, MAX_EXPONENT, SCALE_BYTES, WireTensor, fp16_exponent, tensors_of
 from dlora.protocol.wire_codecs import Codecs, decode_floats, encode_floats, is_finite
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -227,6 +227,7 @@ def test_fp16_exponent_puts_the_peak_below_the_largest_half() -> None:
     for peak in (1e-38, 1e-20, 6e-5, 1.0, 5260.0, 65504.0, 1e30, 3e38):
         scaled = peak * 2.0 ** -fp16_exponent(peak)
         assert 0 < scaled < 65504
+    assert fp16_exponent(1e-300) == -MAX_EXPONENT + 1  # whose power of two is no denormal
 
 
 @pytest.mark.parametrize(("dtype", "stored"), [("fp32", np.float32), ("fp16", np.float16)])

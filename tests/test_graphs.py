@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from dlora.cloud.model.base_model import HeadEnd
+from dlora.export.graphs import head_torch
 from dlora.export.graphs.adamw import adamw_graph, adamw_scalars
 from dlora.export.graphs.embedding import embedding_graph
 from dlora.export.graphs.golden_case import GoldenCase
@@ -28,17 +29,44 @@ from dlora.protocol.manifest import TensorSpec
 HIDDEN = 16
 
 
+def run_torch_form(graph: TrainingGraph) -> Compiled:
+    """What ExecuTorch's programs are made of, run by torch as it is."""
+    module = graph.module()
+
+    def run(inputs: Any) -> Any:
+        found = module(*(torch.from_numpy(np.asarray(value)) for value in inputs.values()))
+        return [each.numpy() for each in (found if isinstance(found, tuple) else (found,))]
+
+    return Compiled(b"", run)
+
+
+both_forms = pytest.mark.parametrize("compile_graph", [compile_onnx, run_torch_form])
+
+
+@both_forms
 @pytest.mark.parametrize("shape", [(16, 24), (24, 16), (1, 1), (33, 5)])
 @pytest.mark.parametrize("rank", [1, 8])
-def test_adapter_graphs_match_autograd(shape: tuple[int, int], rank: int) -> None:
+def test_adapter_graphs_match_autograd(
+    shape: tuple[int, int], rank: int, compile_graph: Callable[[TrainingGraph], Compiled]
+) -> None:
     for graph in adapter_graphs(*shape):
         for tokens in (1, 5, 7):
             inputs = adapter_inputs(graph, shape, rank, tokens)
-            oracles.assert_near(outputs_of(graph, inputs), oracles.expected(graph.kind, inputs), oracles.SUMS)
+            found = outputs_of(graph, inputs, compile_graph(graph))
+            oracles.assert_near(found, oracles.expected(graph.kind, inputs), oracles.SUMS)
 
 
-def test_adamw_graph_matches_torch_over_twenty_steps() -> None:
-    check_adamw(compile_onnx(adamw_graph()))
+@both_forms
+def test_adamw_graph_matches_torch_over_twenty_steps(compile_graph: Callable[[TrainingGraph], Compiled]) -> None:
+    check_adamw(compile_graph(adamw_graph()))
+
+
+@both_forms
+def test_embedding_graph_scales_the_rows_that_are_named(compile_graph: Callable[[TrainingGraph], Compiled]) -> None:
+    inputs = {"weight": np.arange(12, dtype=np.float16).reshape(6, 2), "ids": np.array([5, 0, 5])}
+    graph = embedding_graph(6, 2, "fp16", 2.5)
+    found = outputs_of(graph, inputs, compile_graph(graph))
+    assert found["hidden_states"].tolist() == [[25.0, 27.5], [0.0, 2.5], [25.0, 27.5]]
 
 
 def check_adamw(compiled: Compiled) -> None:
@@ -112,18 +140,26 @@ def _head_weights(end: HeadEnd, dtype: str) -> dict[str, Any]:
     return inputs
 
 
+@both_forms
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "int8"])
 @pytest.mark.parametrize("vocabulary", [5, 48, 96, 97, 1009])
 @pytest.mark.parametrize(
     ("bias", "logit_scale", "softcap"), [(False, 1.0, None), (True, 1.0, None), (False, 0.25, None), (True, 0.5, 3.0)]
 )
 def test_head_graphs_match_autograd(
-    dtype: Any, vocabulary: int, bias: bool, logit_scale: float, softcap: float | None
+    dtype: Any,
+    vocabulary: int,
+    bias: bool,
+    logit_scale: float,
+    softcap: float | None,
+    compile_graph: Callable[[TrainingGraph], Compiled],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(head_torch, "LEAST_ROWS", 5)  # several slabs in torch, too
     shape = HeadShape(vocabulary, HIDDEN, dtype, bias, logit_scale, softcap)
     end = _head_end(vocabulary, shape)
     hidden = np.random.default_rng(0).standard_normal((9, HIDDEN), np.float32)
-    check_head(shape, end, hidden, compile_onnx)
+    check_head(shape, end, hidden, compile_graph)
 
 
 def check_head(shape: HeadShape, end: HeadEnd, hidden: oracles.Array, compile_graph: Callable[..., Compiled]) -> None:

@@ -18,8 +18,10 @@ from dlora.edge.data.examples import Dataset
 from dlora.edge.model.cached_source import texts_of
 from dlora.edge.model.trunk_cache import CacheOwner, TrunkCache, most_bytes, record_bytes, text_digest
 from dlora.edge.wire.connection import Connection
+from dlora.protocol.choices import Send
+from dlora.protocol.manifest import load_manifest
 from dlora.protocol.tensors import WireTensor
-from dlora.protocol.wire_codecs import encode_floats
+from dlora.protocol.wire_codecs import Codecs, encode_floats
 
 BLOCKS = (1, 2)
 
@@ -125,6 +127,16 @@ def test_what_is_sent_depends_on_the_text_alone(model: Tiny, tmp_path: Path, mon
 
 def owner(width: int, codec: str) -> CacheOwner:
     return CacheOwner(base_model="a", blocks=1, width=width, embeddings="fp16 as fp16", codec=codec)
+
+
+def test_a_cache_is_of_texts_as_they_were_sent(tiny: TinyFactory) -> None:
+    manifest = load_manifest(tiny(head_dtype="fp32").bundle)
+
+    def made(codecs: str, send: Send) -> str:
+        return CacheOwner.of(manifest, 1, 16, Codecs.parse(codecs), send).embeddings
+
+    assert made("fp16", "embeddings") != made("fp16,embeddings=int8", "embeddings")
+    assert made("fp16", "token-ids") == made("fp16,embeddings=int8", "token-ids") == "token-ids"
 
 
 def filled(path: Path, width: int, codec: str) -> tuple[list[np.ndarray], list[WireTensor], TrunkCache]:
