@@ -22,7 +22,7 @@ test: .venv/.ready $(SHIM) ## every test but those of test-slow, -arm and -relea
 coverage: .venv/.ready $(SHIM) ## which lines `make test` runs, by file: twice as long
 	$(BIN)/pytest $(FAST) --cov --cov-report=term
 
-mutants: .venv/.ready $(SHIM) ## do the tests notice small changes of the code? 150 of them: three hours
+mutants: .venv/.ready $(SHIM) ## do the tests notice small changes of the code? 150 of them: an hour
 	$(BIN)/python -m pip install --quiet --group mutants
 	$(BIN)/python benchmarks/mutants.py
 
