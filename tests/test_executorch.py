@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import oracles
 import pytest
 from drawn import one_in
 from executorch_bundle import FEW_SHAPES, NEEDED, program
@@ -19,7 +18,7 @@ from families import VOCABULARY
 from processes import run_edge
 from serving import config, random_dataset, randomize_all, serving
 from test_cli import assert_fails
-from test_graphs import _head_end, adapter_inputs, check_adamw, check_head, outputs_of
+from test_graphs import _head_end, check_adamw, check_adapter, check_embedding, check_head
 from tiny import TinyFactory
 
 from dlora.edge.engine import shim
@@ -31,7 +30,6 @@ from dlora.edge.training.trainer import Trainer
 from dlora.edge.wire.connection import Connection
 from dlora.export.graphs import head_torch
 from dlora.export.graphs.adamw import adamw_graph, adamw_scalars
-from dlora.export.graphs.embedding import embedding_graph
 from dlora.export.graphs.graph import TrainingGraph
 from dlora.export.graphs.head import HeadShape, head_graphs
 from dlora.export.graphs.lora import adapter_graphs
@@ -64,10 +62,7 @@ def adapter_programs(shape: tuple[int, int]) -> list[tuple[TrainingGraph, Compil
 @pytest.mark.parametrize("shape", [(16, 24), ODD])
 def test_adapter_programs_match_autograd(shape: tuple[int, int]) -> None:
     for graph, compiled in adapter_programs(shape):
-        for tokens in (1, 7):
-            inputs = adapter_inputs(graph, shape, 8, tokens)
-            found = outputs_of(graph, inputs, compiled)
-            oracles.assert_near(found, oracles.expected(graph.kind, inputs), oracles.SUMS)
+        check_adapter(graph, compiled, shape, 8, (1, 7))
 
 
 def test_adamw_program_matches_torch_over_twenty_steps() -> None:
@@ -117,11 +112,8 @@ def test_head_program_widens_one_slab_at_most(monkeypatch: pytest.MonkeyPatch) -
     assert planned <= slab * hidden * (2 + 4) + 3 * BOUNDS["rows"] * slab * 4 + (1 << 20)
 
 
-def test_embedding_program_multiplies_by_its_scale(tmp_path: Path) -> None:
-    graph = embedding_graph(6, 2, "fp16", 2.5)
-    weight = np.arange(12, dtype=np.float16).reshape(6, 2)
-    (found,) = compile_executorch(graph).run({"weight": weight, "ids": np.array([5, 0, 5])})
-    assert found.tolist() == [[25.0, 27.5], [0.0, 2.5], [25.0, 27.5]]
+def test_embedding_program_multiplies_by_its_scale() -> None:
+    check_embedding(compile_executorch)
 
 
 # -- the engine on the device ------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from dlora.edge.training.checkpoint import load_latest
 from dlora.edge.training.metrics import MetricsLog, read_metrics
 from dlora.edge.wire.credentials import Credentials
 from dlora.protocol.errors import CheckpointError, DataError, StorageError, UsageError
-from dlora.protocol.recording import FRAMES_FILE, read_recording
+from dlora.protocol.recording import FRAMES_FILE, ID_BYTES, FramesWriter, read_recording
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -34,6 +34,17 @@ def written(path: Path, content: bytes) -> threading.Thread:
     thread = threading.Thread(target=path.write_bytes, args=(content,))
     thread.start()
     return thread
+
+
+def test_a_recording_is_read_as_it_was_written(tmp_path: Path) -> None:
+    frames = [(0.5, True, b"up"), (1.25, False, b"")]
+    with (tmp_path / FRAMES_FILE).open("wb") as file:
+        writer = FramesWriter(file, bytes(range(ID_BYTES)))
+        for time, up, frame in frames:
+            writer.add(time, frame, up=up)
+    found = read_recording(tmp_path)
+    assert found.id == bytes(range(ID_BYTES))
+    assert [tuple(each) for each in found.frames] == frames
 
 
 def test_a_pipe_with_a_writer_is_read(tmp_path: Path) -> None:

@@ -349,8 +349,9 @@ def test_costs_count_bytes_round_trips_and_depth() -> None:
     np.testing.assert_allclose(blocks.mean(), 1.0)
     np.testing.assert_allclose(blocks, (2 + np.array([4, 3, 2, 1]) / 2.5) / 3)
     single = unit_costs(groups, group_units(groups, "group"), widths)
+    np.testing.assert_allclose(single.mean(), 1.0)
+    assert (single[1::2] > single[::2]).all()  # wider outputs
     wires = np.array([each.total_width for each in widths])
-    assert (wires[1::2] > wires[::2]).all()  # wider outputs
     np.testing.assert_allclose(single, (1 + wires / wires.mean() + np.repeat([4, 3, 2, 1], 2) / 2.5) / 3)
 
 
