@@ -128,12 +128,12 @@ def _marker(index: int, x: float, y: float, size: float) -> str:
         case "square":
             corner = f'x="{x - size:.1f}" y="{y - size:.1f}"'
             return f'<rect class="m{index}" {corner} width="{2 * size:.1f}" height="{2 * size:.1f}"/>'
-        case shape:
+        case "diamond":
             corners = [(x, y - 1.3 * size), (x + 1.3 * size, y), (x, y + 1.3 * size), (x - 1.3 * size, y)]
-            if shape == "triangle":
-                corners = [(x, y - 1.3 * size), (x + 1.2 * size, y + size), (x - 1.2 * size, y + size)]
-            points = " ".join(f"{one:.1f},{other:.1f}" for one, other in corners)
-            return f'<polygon class="m{index}" points="{points}"/>'
+        case _:
+            corners = [(x, y - 1.3 * size), (x + 1.2 * size, y + size), (x - 1.2 * size, y + size)]
+    points = " ".join(f"{one:.1f},{other:.1f}" for one, other in corners)
+    return f'<polygon class="m{index}" points="{points}"/>'
 
 
 def _free_place(end: tuple[float, float], taken: Sequence[tuple[float, float]]) -> tuple[float, float]:
