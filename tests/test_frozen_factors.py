@@ -229,7 +229,8 @@ def test_one_large_row_does_not_hide_the_others() -> None:
     assert float(kept / (torch.linalg.svdvals(others)[:7] ** 2).sum()) > 0.97
 
 
-def test_a_model_may_change_outputs_in_place() -> None:
+@pytest.mark.parametrize("graded", [None, torch.arange(10)])
+def test_a_model_may_change_outputs_in_place(graded: Tensor | None) -> None:
     """As OLMo clamps queries, keys and values; its gradients are those of the model alone."""
     base = BaseModel.from_model(tiny_model("olmo", clip_qkv=0.5), "olmo")
     embeds = torch.randn(2, 5, base.embedding_size, requires_grad=True)
@@ -237,7 +238,7 @@ def test_a_model_may_change_outputs_in_place() -> None:
     groups = base.groups(base.targets)
     sketches = [GroupSketch(group, 4, 0, torch.device("cpu")) for group in groups]
     wrap_target_modules(base)
-    with running_targets(BasisPass(base, groups, sketches, None)):
+    with running_targets(BasisPass(base, groups, sketches, None, graded)):
         hidden = base.last_hidden_state(embeds)
     found, *_ = torch.autograd.grad(hidden.square().sum(), embeds)
     torch.testing.assert_close(found, alone)

@@ -15,6 +15,7 @@ from torch import Tensor
 from dlora.cloud.model.base_model import BaseModel
 from dlora.protocol.groups import GroupSpec
 
+from .rows import chosen_rows
 from .sketch import GroupSketch
 from .target_modules import GroupRunner
 
@@ -25,12 +26,18 @@ class BasisPass(GroupRunner):
     Args:
         sketches: one a group.
         rows: int64 (rows,), where each row at which adapters act lies in the flattened padded batch; None: all.
+        graded: as ``GroupRunner`` has it.
     """
 
     def __init__(
-        self, base: BaseModel, groups: Sequence[GroupSpec], sketches: Sequence[GroupSketch], rows: Tensor | None
+        self,
+        base: BaseModel,
+        groups: Sequence[GroupSpec],
+        sketches: Sequence[GroupSketch],
+        rows: Tensor | None,
+        graded: Tensor | None = None,
     ) -> None:
-        super().__init__(base, groups, range(len(groups)))
+        super().__init__(base, groups, range(len(groups)), graded=graded)
         self.rows = rows
         self._sketches = sketches
 
@@ -44,9 +51,7 @@ class BasisPass(GroupRunner):
 
     def sketch(self, group: int, x: Tensor, grads: Sequence[Tensor]) -> None:
         """Add what one group's modules got and the gradients of what they gave, as they lie in the padded batch."""
-        flat = [tensor.reshape(-1, tensor.shape[-1]) for tensor in (x, *grads)]
-        if self.rows is not None:
-            flat = [tensor.index_select(0, self.rows) for tensor in flat]
+        flat = [chosen_rows(tensor, self.rows) for tensor in (x, *grads)]
         stacked = torch.cat(flat[1:], dim=1)
         widths = [grad.shape[-1] for grad in grads]
         # As adapters have them: gradients of what is multiplied by a gain are as many times as large.

@@ -31,6 +31,7 @@ from dlora.cloud.model.base_model import BaseModel
 from dlora.protocol.groups import GroupSpec
 
 from .kinds import Site
+from .rows import among_all, chosen_rows
 from .target_modules import GroupRunner
 
 
@@ -52,6 +53,7 @@ class MicroBatchExchange(GroupRunner):
         given: groups that are applied here, with their parameters as ``Site.compute_outputs`` takes them.
         rows: int64 (rows,), where each row that crosses lies in the flattened padded batch; None where all cross as
             they lie.
+        graded: as ``GroupRunner`` has it.
 
     Attributes:
         gradients: after the forward pass, how many groups will have their outputs' gradients sent.
@@ -68,8 +70,9 @@ class MicroBatchExchange(GroupRunner):
         trained: Collection[int],
         given: Mapping[int, Sequence[Tensor]],
         rows: Tensor | None,
+        graded: Tensor | None = None,
     ) -> None:
-        super().__init__(base, groups, (*live, *given))
+        super().__init__(base, groups, (*live, *given), graded=graded)
         self.device = device
         self.rows = rows
         self.gradients = 0
@@ -111,17 +114,11 @@ class MicroBatchExchange(GroupRunner):
 
     def pack(self, padded: Tensor) -> Tensor:
         """(batch, length, width) or (batch * length, width) to the rows that cross, (rows, width)."""
-        flat = padded.reshape(-1, padded.shape[-1])
-        return flat if self.rows is None else flat.index_select(0, self.rows)
+        return chosen_rows(padded, self.rows)
 
     def unpack(self, packed: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """(rows, width) to ``shape`` and ``dtype``, with zeros for padding and for rows that do not cross."""
-        packed = packed.to(dtype)
-        if self.rows is None:
-            return packed.view(shape)
-        full = torch.zeros(shape, dtype=dtype, device=packed.device)
-        full.view(-1, shape[-1]).index_copy_(0, self.rows, packed)
-        return full
+        return among_all(packed.to(dtype), self.rows, shape)
 
 
 class _Fork(torch.autograd.Function):

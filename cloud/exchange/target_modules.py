@@ -1,7 +1,10 @@
 """Runs a base model's target modules in another way than their own, for as long as one micro-batch takes.
 
 No model-specific code: each target module's ``forward`` is wrapped once, and asks a thread-local for the micro-batch
-that runs in this thread. Without one, or where that has nothing to say of the module, it is the base model's own.
+that runs in this thread. Without one it is the base model's own.
+
+Where adapters act on the last rows of each text alone, as on answers, nothing that they change reaches a row before
+these, and no gradient of such a row leads to an adapter. So the way back through a frozen module takes the others only.
 """
 
 from __future__ import annotations
@@ -11,11 +14,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from dlora.cloud.model.base_model import BaseModel
 from dlora.protocol.groups import GroupSpec
+
+from .rows import among_all, chosen_rows
 
 
 class GroupRunner(ABC):
@@ -23,11 +30,20 @@ class GroupRunner(ABC):
 
     Args:
         groups: of the session; taking_part: those of them that are run here.
+        graded: int64, the rows of the flattened padded batch whose gradients lead to an adapter; None: all.
     """
 
-    def __init__(self, base: BaseModel, groups: Sequence[GroupSpec], taking_part: Collection[int]) -> None:
+    def __init__(
+        self,
+        base: BaseModel,
+        groups: Sequence[GroupSpec],
+        taking_part: Collection[int],
+        *,
+        graded: Tensor | None = None,
+    ) -> None:
         self._base = base
         self._groups = groups
+        self._graded = graded
         self._group_of = {target.name: index for index in taking_part for target in groups[index].targets}
         self._inputs: dict[int, Tensor] = {}
         self._outputs: dict[str, Tensor] = {}
@@ -36,11 +52,11 @@ class GroupRunner(ABC):
     def run_group(self, group: int, x: Tensor) -> Sequence[Tensor]:
         """What a group's target modules give for ``x``, in their order."""
 
-    def run_target(self, name: str, x: Tensor) -> Tensor | None:
-        """The output of a target module, or None for the base model's own."""
+    def run_target(self, name: str, x: Tensor) -> Tensor:
+        """The output of a target module."""
         group = self._group_of.get(name)
         if group is None:
-            return None
+            return self._run_frozen(name, x)
         if group not in self._inputs:
             self._inputs[group] = x
             names = (target.name for target in self._groups[group].targets)
@@ -51,7 +67,14 @@ class GroupRunner(ABC):
 
     def run_frozen(self, group: int, x: Tensor) -> list[Tensor]:
         """What the base model's own modules of a group give."""
-        return [original_forward(self._base, target.name)(x) for target in self._groups[group].targets]
+        return [self._run_frozen(target.name, x) for target in self._groups[group].targets]
+
+    def _run_frozen(self, name: str, x: Tensor) -> Tensor:
+        original, target = original_forward(self._base, name), self._base.targets[name]
+        if self._graded is None or not (torch.is_grad_enabled() and x.requires_grad and target.sees_sequences):
+            return original(x)
+        output: Tensor = _GradedRows.apply(x, original, target.weight, self._graded)  # type: ignore[no-untyped-call]
+        return output
 
     def forget(self) -> None:
         """Drop the forward pass's tensors.
@@ -86,8 +109,23 @@ class _Wrapped:
 
     def __call__(self, x: Tensor) -> Tensor:
         runner: GroupRunner | None = getattr(_running, "runner", None)
-        output = runner.run_target(self.name, x) if runner is not None else None
-        return self.original(x) if output is None else output
+        return self.original(x) if runner is None else runner.run_target(self.name, x)
+
+
+class _GradedRows(torch.autograd.Function):
+    """A frozen module; of its input's gradient only some rows are computed, and the others are zero."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, original: Callable[[Tensor], Tensor], weight: Tensor, graded: Tensor) -> Tensor:
+        ctx.shape, ctx.weight, ctx.graded = x.shape, weight, graded
+        output = original(x)
+        # A biased linear gives a view, which nobody could change in place after it left here, as some models do.
+        return output.clone() if output._is_view() else output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        packed = chosen_rows(grad, ctx.graded) @ ctx.weight
+        return among_all(packed, ctx.graded, ctx.shape), None, None, None
 
 
 def wrap_target_modules(base: BaseModel) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,6 +30,7 @@ class ServerMicroBatch:
     Attributes:
         codecs: how its tensors cross.
         layout: its input.
+        graded: as ``GroupRunner`` has it.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class ServerMicroBatch:
         self._crossing = self.layout.rows
         if begun.crossing_positions is not None:
             self._crossing = self._rows_of(begun.crossing_positions)
+        self.graded = self._find_graded(begun)
 
     @property
     def lowest_trained(self) -> GroupSpec | None:
@@ -98,6 +101,7 @@ class ServerMicroBatch:
             trained=groups.active,
             given={group: model.parameters[group] for group in groups.given},
             rows=self._crossing,
+            graded=self.graded,
         )
         labelled = self._run_blocks(exchange)
         device.send_labelled(labelled, exchange.gradients)
@@ -125,7 +129,7 @@ class ServerMicroBatch:
         """The base model alone, forward and backward: what it computes at the groups goes into the sketches."""
         model = self._model
         sketches = [sketch for sketch in model.sketches if sketch is not None]
-        labelled = self._run_blocks(BasisPass(model.base, model.groups, sketches, self._crossing))
+        labelled = self._run_blocks(BasisPass(model.base, model.groups, sketches, self._crossing, self.graded))
         device.send_labelled(labelled, 0)
         labelled.backward(device.receive_labelled_grad(labelled))
 
@@ -142,6 +146,16 @@ class ServerMicroBatch:
             else:
                 hidden = model.base.last_hidden_state(layout.inputs_embeds, layout.attention_mask, layout.position_ids)
             return hidden.reshape(-1, hidden.shape[-1]).index_select(0, self._labelled.to(hidden.device))
+
+    def _find_graded(self, begun: m.Embeddings) -> Tensor | None:
+        """The rows whose gradients lead to an adapter: of each text from the first one on that crosses; None: all."""
+        if begun.crossing_positions is None or begun.mode in m.WITHOUT_GRADIENTS:
+            return None
+        crossing, lengths = begun.crossing_positions.data, begun.sequence_lengths.data
+        ends = np.cumsum(lengths, dtype=np.int64)
+        firsts = np.append(crossing, ends[-1])[np.searchsorted(crossing, ends - lengths)]
+        pairs = zip(firsts.tolist(), ends.tolist(), strict=True)
+        return self._rows_of(WireTensor.from_ints([row for first, end in pairs for row in range(first, end)]))
 
     def _rows_of(self, positions: WireTensor) -> Tensor:
         """Where tokens lie in the flattened input, int64."""
