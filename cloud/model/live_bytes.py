@@ -25,8 +25,9 @@ from torch.utils._pytree import tree_leaves
 from dlora.protocol.groups import GroupSpec
 
 from .base_model import BaseModel, model_code
-from .layout import Layout
+from .layout import Layout, random_embeds
 from .memory import machine_bytes
+from .row_blocks import DividedTexts, RowBlocks
 
 # Two: a single sequence hides what is kept once for a batch, and what is copied for each sequence of one.
 _SEQUENCES: Final = 2
@@ -34,7 +35,9 @@ _SEQUENCES: Final = 2
 # like growth; CPUs do not, and are slow.
 _LENGTH_ON_CPU: Final = 4
 _LENGTH: Final = 16
+_FIRST_ROWS: Final = (16, 48)  # multiples of 16 for the same reason
 _LEAST_LIMIT: Final = 64 << 20
+_MASK_BYTES: Final = 4  # of a row and a key, where texts lie end to end
 _INPUT_BYTES: Final = 8  # of a value that a device sends: of its frame, and of the tensor made of it, both fp32
 
 
@@ -90,39 +93,62 @@ class LiveBytes:
         token_bytes: of each token beside them: what came for it, and what a group's exchange has in hand.
         context_token_bytes: of each token of a context, where attention copies a block's keys and values for all heads:
             both as wide as the hidden states, and as much again for families whose heads are wider together.
+        first_row_bytes: above each target module, of each row whose keys and values ``RowBlocks`` keeps: these, and
+            what autograd saves of them; attends_by_text: as ``RowBlocks`` has it.
     """
 
     plain: _Growths
     masked: _Growths
     token_bytes: int
     context_token_bytes: int
+    first_row_bytes: dict[str, float]
+    attends_by_text: bool
 
     @classmethod
-    def measure(cls, base: BaseModel) -> Self:
+    def measure(cls, base: BaseModel, row_blocks: RowBlocks | None = None) -> Self:
         """Run a few tokens through ``base`` and weigh what they take. Changes nothing, and keeps nothing."""
         # A group's input as it is sent; what its frozen modules give, its deltas, and their sums.
         widths = [group.in_features + 3 * group.out_features for group in base.groups(base.targets)]
         exchange = max(widths, default=0)
         token_bytes = base.embedding_size * _INPUT_BYTES + exchange * base.dtype.itemsize
         context_token_bytes = 4 * base.hidden_size * base.dtype.itemsize
-        return cls(_growths(base, masked=False), _growths(base, masked=True), token_bytes, context_token_bytes)
+        growths = _growths(base, masked=False), _growths(base, masked=True)
+        if row_blocks is None:
+            return cls(*growths, token_bytes, context_token_bytes, {}, attends_by_text=False)
+        kept, by_text = _first_row_bytes(row_blocks), row_blocks.attends_by_text
+        return cls(*growths, token_bytes, context_token_bytes, kept, by_text)
 
-    def estimate(self, layout: Layout, lowest: GroupSpec | None, context_length: int = 0) -> int:
+    def estimate(
+        self, layout: Layout, lowest: GroupSpec | None, context_length: int = 0, texts: DividedTexts | None = None
+    ) -> int:
         """Bytes that a micro-batch takes, from its first operation to its last.
 
         Args:
             layout: the micro-batch's input.
             lowest: the lowest group whose adapters are trained; None where nothing is, as when evaluating.
             context_length: tokens that the last one sees, where the input goes on from some before it.
+            texts: where ``RowBlocks`` runs them: last rows have a graph, first rows leave keys and values.
         """
         sequences, length, _ = layout.inputs_embeds.shape
         if context_length > length:
             forward = self._forward(self._of(layout), length, context_length)
             return forward + context_length * self.context_token_bytes
-        return self.graph(layout, lowest) + self._forward(self._of(layout), sequences * length, length)
+        tokens = sequences * length
+        mask = 0 if texts is None else tokens * tokens * _MASK_BYTES
+        return mask + self.graph(layout, lowest, texts) + self._forward(self._of(layout), tokens, length)
 
-    def graph(self, layout: Layout, lowest: GroupSpec | None) -> int:
-        """The part of it that autograd saves between the forward and the backward pass."""
+    def graph(self, layout: Layout, lowest: GroupSpec | None, texts: DividedTexts | None = None) -> int:
+        """The part of it that waits between the forward and the backward pass: what autograd saves, and what is kept of
+        first rows."""
+        if texts is not None:
+            name = lowest.targets[0].name if lowest is not None else next(iter(self.first_row_bytes))
+            tokens, first_rows = sum(texts.lengths), sum(texts.firsts)
+            # Several texts: what attention takes and gives is copied, as keys and values of first rows are.
+            kept = round((tokens if len(texts.lengths) > 1 else first_rows) * self.first_row_bytes[name])
+            if lowest is None:
+                return kept
+            seen = max(texts.lengths) if self.attends_by_text else tokens
+            return kept + round(self.masked.graph[name].at(tokens - first_rows, seen))
         if lowest is None:
             return 0
         sequences, length, _ = layout.inputs_embeds.shape
@@ -209,6 +235,22 @@ def _alive(base: BaseModel, length: int, *, masked: bool) -> list[list[tuple[str
         base.last_hidden_state(*_input(base, length, masked=masked, requires_grad=False))
     totals: list[list[tuple[str, int]]] = alive.totals  # entering torch's mode gives Any
     return totals
+
+
+def _first_row_bytes(blocks: RowBlocks) -> dict[str, float]:
+    """``LiveBytes.first_row_bytes``."""
+    base = blocks.base
+    found: dict[str, list[int]] = {name: [] for name in base.targets}
+    for firsts in _FIRST_ROWS:
+        texts = DividedTexts((firsts + 1,), (firsts,))
+        with model_code(base.name, base.architecture), _order_of_calls(base) as order:
+            last_rows = blocks.begin(random_embeds(base, firsts + 1)[0], texts, 0)
+            with torch.enable_grad(), _record_saved_tensors(base, order) as saved:
+                last_rows.run(requires_grad=True)
+        for name, target in base.targets.items():
+            kept = sum(each.nbytes() for called, each in saved.values() if called > target.order)
+            found[name].append(kept + last_rows.kept_bytes(target.block))
+    return {name: (more - few) / (_FIRST_ROWS[1] - _FIRST_ROWS[0]) for name, (few, more) in found.items()}
 
 
 def _input(base: BaseModel, length: int, *, masked: bool, requires_grad: bool) -> tuple[Tensor, Tensor | None]:

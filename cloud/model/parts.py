@@ -34,8 +34,10 @@ from .cache import PartCache
 from .layout import is_near, random_embeds
 
 _Forward = Callable[..., Any]
-_RunBlock = Callable[[int, Callable[[], Any]], Any]
-"""What a wrapped block asks, with its number and its own forward, the arguments given."""
+BlockCall = functools.partial[Any]
+"""A block's own forward with the arguments given."""
+_RunBlock = Callable[[int, BlockCall], Any]
+"""What a wrapped block asks, with its number."""
 
 CACHE_ARGUMENTS: Final = ("cache", "past_key_values")
 """What decoders call it: the first since transformers 5.24, the second before."""
@@ -134,6 +136,23 @@ class ModelParts:
             cache.length += hidden_states.shape[1]
         last: Tensor = output.last_hidden_state if end is None else part.hidden_states
         return last
+
+    def run_calls(
+        self,
+        run_block: Callable[[int, BlockCall], Any],
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> None:
+        """Run the decoder, with ``run_block`` in place of each block's forward: it is given the block's number and how
+        the decoder calls it."""
+        ids = {} if position_ids is None else {"position_ids": position_ids}
+        with self._within(run_block):
+            self.base.decoder(inputs_embeds=inputs_embeds, attention_mask=attention_mask, use_cache=False, **ids)
+
+    def left_out(self, block: int, hidden_states: Tensor) -> Any:
+        """What a block that is left out gives: what it was given."""
+        return _given_on(hidden_states, self._returned[block])
 
     def most_context(self, most_bytes: int | None = None, computing_bytes: int = 0) -> int:
         """The most tokens of a context in all blocks; 0 where the family's past is not kept as keys and values.
@@ -262,9 +281,9 @@ class ModelParts:
         embeds = random_embeds(base, TRACE_TOKENS)
         outputs: list[tuple[int, Any, Any]] = []
 
-        def record(index: int, run: Callable[[], Any]) -> Any:
+        def record(index: int, run: BlockCall) -> Any:
             output = run()
-            first = _first(output)
+            first = first_output(output)
             # A copy: a later block may change it in place.
             outputs.append((index, output, first.clone() if isinstance(first, Tensor) else first))
             return output
@@ -316,11 +335,11 @@ class _Part:
     returned: list[int | None]
     cache: PartCache | None
 
-    def run_block(self, index: int, run: Callable[[], Any]) -> Any:
+    def run_block(self, index: int, run: BlockCall) -> Any:
         if self.begin <= index < self.end:
             output = run()
             if index == self.end - 1:
-                self.hidden_states = _first(output)
+                self.hidden_states = first_output(output)
             return output
         if self.cache is not None:
             # Decoders ask some block of theirs how many tokens the cache holds, to make masks and positions: the block
@@ -328,10 +347,14 @@ class _Part:
             batch, length, _ = self.hidden_states.shape
             counted = self.hidden_states.new_zeros(batch, 1, length, 1)
             self.cache.decoder_cache.update(counted, counted, index)
-        beside = self.returned[index]
-        return self.hidden_states if beside is None else (self.hidden_states, *(None,) * beside)
+        return _given_on(self.hidden_states, self.returned[index])
 
 
-def _first(output: Any) -> Any:
+def _given_on(hidden_states: Tensor, beside: int | None) -> Any:
+    """What a block that is left out returns, as ``ModelParts`` keeps it."""
+    return hidden_states if beside is None else (hidden_states, *(None,) * beside)
+
+
+def first_output(output: Any) -> Any:
     """The hidden states that a block returns, alone or as the first of several."""
     return output[0] if isinstance(output, tuple | list) and output else output
