@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import msgspec
@@ -129,6 +129,11 @@ def order() -> Iterator[tuple[str, str]]:
     for name, recipe in dict.fromkeys(first + rest):
         if name in RECIPES[recipe].sets:
             yield name, recipe
+
+
+def in_passes(recipe: Recipe, passes: str) -> Recipe:
+    """The same, with its groups asked so."""
+    return replace(recipe, adapter={**recipe.adapter, "passes": passes})
 
 
 def train_config(

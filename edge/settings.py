@@ -289,6 +289,16 @@ class Server(Section, frozen=True, kw_only=True):
             makes_bits=True,
         ),
     ] = "embeddings"
+    passes: Annotated[
+        Annotated[str, Meta(pattern=r"\A(live|[1-4],[1-4])\Z")] | None,
+        more(
+            "How the adapters are asked. live, the default: group after group, two round trips each in a step. F,B: "
+            "all groups at once, in F passes forward and B back: F + B + 1 round trips a step, whatever the number of "
+            "groups; 2,2 trains what live trains.",
+            metavar="live|F,B",
+            makes_bits=True,
+        ),
+    ] = None
     max_retry_s: Annotated[
         Amount | None,
         more(

@@ -33,6 +33,8 @@ class TrainingRecord(msgspec.Struct, frozen=True, kw_only=True):
         steps: of the optimizer; examples: of the training data; tokens, labelled: that all steps have seen.
         eval_loss_before, eval_loss_after: mean loss a label on held-out data of the base model and of this very
             adapter; None where it was not evaluated. eval_tokens: labels of that data.
+        eval_loss_live: where it was trained in passes, and ``eval_loss_after`` is of these: used live, as PEFT does;
+            is_worse_live: whether that is worse.
         bytes_per_token: both ways, of all steps; round_trips_per_step: waits for the server.
         block_dtype: how the blocks were stored that ran on the device; None: none did, or nobody knows.
         recipe: options of ``dlora-edge train`` by their names with ``_``, and what they were.
@@ -46,6 +48,8 @@ class TrainingRecord(msgspec.Struct, frozen=True, kw_only=True):
     eval_loss_before: float | None = None
     eval_loss_after: float | None = None
     eval_tokens: Count | None = None
+    eval_loss_live: float | None = None
+    is_worse_live: bool | None = None
     bytes_per_token: Amount
     round_trips_per_step: Amount
     block_dtype: str | None = None

@@ -7,6 +7,9 @@ from typing import Literal
 WireDtype = Literal["int8", "fp16", "fp32"]
 """How floating-point tensors cross the wire."""
 
+DifferenceDtype = Literal["int4", "int8", "fp16", "fp32"]
+"""How differences to tensors that have crossed do."""
+
 KindChoice = Literal["lora", "bottleneck", "ffa"]
 """Kinds of adapters, by the names of ``adapters.KINDS``."""
 

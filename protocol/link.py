@@ -37,9 +37,9 @@ class Link:
         self._lock = threading.Lock()
         self._limit = MAX_UNACKNOWLEDGED
 
-    def set_window(self, window: int) -> None:
-        """Let so many micro-batches be under way at a time."""
-        self._limit = window * MAX_UNACKNOWLEDGED
+    def set_limit(self, window: int, asked: int = 0) -> None:
+        """Let so many micro-batches be under way at a time, and ``asked`` groups be asked at once."""
+        self._limit = window * MAX_UNACKNOWLEDGED + asked
 
     def keep(self, frame: bytearray) -> None:
         """Keep the frame with the next number until it is acknowledged. Raises ``RemoteProtocolError`` where the peer

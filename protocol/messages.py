@@ -14,6 +14,8 @@ import msgspec
 from .adapters import AdapterSpec
 from .errors import ErrorCode as ErrorCode
 from .groups import GroupSpec
+from .passes import MAX_PIECE_GROUPS
+from .passes import Passes as Passes
 from .purposes import MAX_TICKET_BYTES as MAX_TICKET_BYTES
 from .purposes import Encode as Encode
 from .purposes import Index, Purpose, Width
@@ -37,6 +39,8 @@ MAX_TIMES = 3 * 64 + 1
 
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=MAX_SECONDS)]
 Times = Annotated[tuple[Seconds, ...], msgspec.Meta(max_length=MAX_TIMES)]
+Piece = Annotated[tuple[Index, ...], msgspec.Meta(min_length=1, max_length=MAX_PIECE_GROUPS)]
+"""Groups that a message is of; their tensors stand one under the other in one."""
 Window = Annotated[int, msgspec.Meta(ge=1, le=MAX_WINDOW)]
 ResumeToken = Annotated[bytes, msgspec.Meta(min_length=RESUME_TOKEN_BYTES, max_length=RESUME_TOKEN_BYTES)]
 
@@ -218,6 +222,7 @@ class Embeddings(ExchangeMessage, frozen=True):
         examples: int32 (sequences,), numbers that E gives its examples, where C is to know one again.
         token_ids: int32 (tokens,), which C looks up; only where the device's user asked for it.
         position: of the first token in the context; only in the mode ``decode``.
+        passes: None: each group is asked by itself, live; only in the modes ``train`` and ``evaluate``.
     """
 
     mode: Mode
@@ -228,6 +233,7 @@ class Embeddings(ExchangeMessage, frozen=True):
     examples: WireTensor | None = None
     token_ids: WireTensor | None = None
     position: Index | None = None
+    passes: Passes | None = None
 
     @property
     def tokens(self) -> int:
@@ -237,23 +243,28 @@ class Embeddings(ExchangeMessage, frozen=True):
 
 
 class GroupInput(ExchangeMessage, frozen=True):
-    """C sends the input of a live exchange group: (rows, input_width), of the widths that the adapter's kind says.
+    """C sends the inputs of live exchange groups: (groups · rows, input_width), of the width that the adapter's kind
+    says.
+
+    In passes, from the second one on, differences to those of the pass before.
 
     Attributes:
+        groups: one where they are asked live; in passes one or more of the same widths, in execution order.
         times: where E has asked for them: of each time that C has waited since its last message of the micro-batch,
             when it began to, when it had what it waited for, and when it had its turn to compute; then when it sent
             this. In seconds of a clock that began with the session.
     """
 
-    group: Index
+    groups: Piece
     hidden_states: WireTensor
     times: Times = ()
 
 
 class GroupDelta(ExchangeMessage, frozen=True):
-    """E answers with what the adapters give, (rows, output_width) each; for LoRA one delta a target module."""
+    """E answers with what the adapters of these groups give, (groups · rows, output_width) each; for LoRA one delta a
+    target module. In passes, from the second one on, differences likewise."""
 
-    group: Index
+    groups: Piece
     deltas: tuple[WireTensor, ...]
 
 
@@ -263,8 +274,8 @@ class LabelledHiddenStates(ExchangeMessage, frozen=True):
     Attributes:
         hidden_states: the last ones at the label positions, (labelled, hidden_size); or, in a session of the purpose
             ``encode``, what came there out of the last block that it ran, (labelled, width).
-        gradients: how many ``GroupGrad`` will follow a ``GradHiddenStates``; at 0, E sends that only in the mode
-            ``basis``.
+        gradients: of how many groups gradients will follow a ``GradHiddenStates``, in all passes together; at 0, E
+            sends that only in the mode ``basis``.
         computed_s: that C has computed on this micro-batch so far; queued_s: that it has waited for its turn.
         times: as in ``GroupInput``.
     """
@@ -290,25 +301,31 @@ class GradHiddenStates(ExchangeMessage, frozen=True):
 
 
 class GroupGrad(ExchangeMessage, frozen=True):
-    """C sends the gradients of a group's deltas: (rows, output_width) each.
+    """C sends the gradients of groups' deltas: (groups · rows, output_width) each.
+
+    In passes, from the second one on, differences to those of the pass before.
 
     Attributes:
-        answer: whether C waits for the group's ``GroupInputGrad``. The lowest group needs none.
+        groups: one where they are asked live; in passes one or more, from the highest down.
+        answer: whether C waits for their ``GroupInputGrad``. The lowest group needs none, and no group does in the last
+            pass.
+        backward_pass: from 0.
         computed_s, queued_s: as in ``LabelledHiddenStates``; times: as in ``GroupInput``.
     """
 
-    group: Index
+    groups: Piece
     grads: tuple[WireTensor, ...]
     answer: bool
+    backward_pass: Index = 0
     computed_s: Seconds = 0.0
     queued_s: Seconds = 0.0
     times: Times = ()
 
 
 class GroupInputGrad(ExchangeMessage, frozen=True):
-    """E answers with the gradient of the group's input: (rows, input_width)."""
+    """E answers with the gradients of the groups' inputs: (groups · rows, input_width)."""
 
-    group: Index
+    groups: Piece
     grad_hidden_states: WireTensor
 
 

@@ -1,12 +1,13 @@
 """One micro-batch of a conversation, as both sides hold it: the order and the shapes of its messages.
 
-It is lock-step: FORWARD, then LOSS and BACKWARD if it trains. It asks every live group, once and in execution order,
-and gives every active one its gradients: a server that leaves some out would train nothing, and nobody would notice.
+FORWARD, then LOSS and BACKWARD if it trains. Groups are asked wave after wave (``passes.py``), or one by one where they
+are asked live: all that take part, in execution order. Every active one is given its gradients: a server that leaves
+some out would train nothing, and nobody would notice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,9 +16,10 @@ from . import messages as m
 from .adapters import Crossing
 from .counting import counted_tokens
 from .errors import ViolationError
+from .passes import forward_waves
 from .states import TRANSITIONS, Side, State
 from .tensors import WireTensor
-from .wire_codecs import CODECS, Codecs, TensorRole
+from .wire_codecs import FOR_ALL, Codecs, TensorRole
 
 Key = tuple[int, int]
 """Step and micro-batch: what every message of a micro-batch carries."""
@@ -35,7 +37,7 @@ class Shapes(NamedTuple):
     def check(self, tensor: WireTensor, role: TensorRole | None, shape: tuple[int | None, ...]) -> None:
         """Raise ``ViolationError`` unless the tensor is stored as its role's codec says (None: as any codec does), and
         of this shape."""
-        if role is None and tensor.dtype not in CODECS:
+        if role is None and tensor.dtype not in FOR_ALL:
             raise ViolationError(f"a tensor of {tensor.dtype} where floats were due")
         tensor.check(tensor.dtype if role is None else self.codecs.of(role).dtype, shape)
 
@@ -71,9 +73,12 @@ class MicroBatchRules:
         position: of its first token in the context, in the mode ``decode``.
         lengths: of its sequences, in the mode ``encode``.
         exchanges: whether groups take part.
-        asked: how many live groups took part in the forward pass; C waits for the last one's deltas in DELTA.
-        gradients: how many groups will have their gradients sent; grads_sent: those that have.
+        passes: None where groups are asked live.
+        asked, answered: of how many groups C has sent what they read, and E what they write, in all waves together.
+        gradients: of how many groups gradients will be sent, in all backward passes together; still_to_come: of them.
+        backward_pass: that is under way; grads_sent: the groups that have had theirs in it.
         unanswered: groups whose input gradient C waits for.
+        goes_on: whether the last message was a further piece of a pass, which C sends without waiting for E.
     """
 
     def __init__(self, begun: m.Embeddings, shapes: Shapes) -> None:
@@ -87,10 +92,16 @@ class MicroBatchRules:
         self.position = begun.position or 0
         self.lengths = tuple(begun.sequence_lengths.data.tolist()) if begun.mode == "encode" else ()
         self.exchanges = does_exchange(begun)
+        self.passes = begun.passes
         self.asked = 0
+        self.answered = 0
         self.gradients = 0
+        self.still_to_come = 0
+        self.backward_pass = 0
         self.grads_sent: set[int] = set()
         self.unanswered: set[int] = set()
+        self.goes_on = False
+        self._asks_back = False  # for an input gradient, in this backward pass
         self._shapes = shapes
 
     def advance(self, message: m.ExchangeMessage, sender: Side, groups: GroupStates) -> None:
@@ -98,11 +109,12 @@ class MicroBatchRules:
         allowed_sender, next_state = TRANSITIONS[self.state].get(type(message), (None, self.state))
         if allowed_sender is not sender or (self.mode == "encode") is not isinstance(message, m.EncodedHiddenStates):
             raise ViolationError("not now")
+        goes_on = False
         match message:
             case m.EncodedHiddenStates():
                 self._check_encoded(message)
             case m.GroupInput():
-                self._check_input(message, groups)
+                goes_on = self._check_input(message, groups)
             case m.GroupDelta():
                 self._check_delta(message, groups)
             case m.LabelledHiddenStates():
@@ -113,40 +125,60 @@ class MicroBatchRules:
                 self._shapes.check(message.grad_hidden_states, TensorRole.LAST_HIDDEN_STATES_GRAD, shape)
                 next_state = State.IDLE if self.mode == "basis" else next_state
             case m.GroupGrad():
-                self._check_grad(message, groups)
+                goes_on = self._check_grad(message, groups)
                 next_state = self._backward_state()
             case m.GroupInputGrad():
                 self._check_input_grad(message)
                 next_state = self._backward_state()
-        self.state = next_state
+        self.state, self.goes_on = next_state, goes_on
 
-    def _check_input(self, message: m.GroupInput, groups: GroupStates) -> None:
-        group, live = message.group, groups.live
-        if group not in live:
-            raise ViolationError(f"group {group} does not exist, or belongs to a killed unit")
-        if self.asked == len(live) or group != live[self.asked]:
-            raise ViolationError(f"group {group} out of turn; all live groups are asked, once, in execution order")
-        width = self._shapes.crossings[group].input_width
-        self._shapes.check(message.hidden_states, TensorRole.GROUP_INPUT, (self.rows, width))
-        self.asked += 1
+    def _check_input(self, message: m.GroupInput, groups: GroupStates) -> bool:
+        """Whether it goes on with a wave."""
+        if unknown := set(message.groups) - set(groups.live):
+            raise ViolationError(f"group {min(unknown)} does not exist, or belongs to a killed unit")
+        begins, number, wave = self._wave_after(self.asked, groups)
+        if self.answered < begins:
+            raise ViolationError(f"group {message.groups[0]} before the groups that were asked have written")
+        if message.groups != wave[: len(message.groups)]:
+            raise ViolationError(
+                f"group {message.groups[0]} out of turn; all live groups are asked, once, in execution order"
+            )
+        role = TensorRole.DIFFERENCE if number else TensorRole.GROUP_INPUT
+        self._check_inputs(message.hidden_states, message.groups, role)
+        self.asked += len(message.groups)
+        return self.asked - len(message.groups) > begins
 
     def _check_delta(self, message: m.GroupDelta, groups: GroupStates) -> None:
-        awaited = groups.live[self.asked - 1]
-        if message.group != awaited:
-            raise ViolationError(f"group {message.group} when group {awaited} was asked")
-        self._check_outputs(message.deltas, message.group, TensorRole.DELTA)
+        _, number, wave = self._wave_after(self.answered, groups)
+        awaited = wave[: self.asked - self.answered]
+        if message.groups != awaited[: len(message.groups)]:
+            text = f"group {awaited[0]} was asked" if awaited else "none was asked"
+            raise ViolationError(f"group {message.groups[0]} when {text}")
+        self._check_outputs(message.deltas, message.groups, TensorRole.DIFFERENCE if number else TensorRole.DELTA)
+        self.answered += len(message.groups)
+
+    def _wave_after(self, done: int, groups: GroupStates) -> tuple[int, int, tuple[int, ...]]:
+        """The wave in which so many groups end: how many come before it, which pass it is, and what is left of it."""
+        begins = 0
+        for number, wave in enumerate(forward_waves(groups.live, self.passes)):
+            if done < begins + len(wave):
+                return begins, number if self.passes else 0, wave[done - begins :]
+            begins += len(wave)
+        return begins, 0, ()
 
     def _check_labelled(self, message: m.LabelledHiddenStates, groups: GroupStates) -> None:
         live, active, _ = groups
-        if self.asked < len(live):
-            raise ViolationError(f"only {self.asked} of {len(live)} live groups were asked")
+        total = sum(map(len, forward_waves(live, self.passes)))
+        if self.answered < total:
+            raise ViolationError(f"only {self.answered} of {total} groups have written")
         width = self._shapes.encoded_width or self._shapes.welcome.hidden_size
         self._shapes.check(message.hidden_states, TensorRole.LAST_HIDDEN_STATES, (self.labelled, width))
-        if message.gradients > (len(live) if self.trains else 0):
+        most = len(live) * (self.passes.backward if self.passes else 1) if self.trains else 0
+        if message.gradients > most:
             raise ViolationError("more gradients than groups took part")
         if self.trains and message.gradients < len(active):
             raise ViolationError(f"{message.gradients} gradients for {len(active)} active groups")
-        self.gradients = message.gradients
+        self.gradients = self.still_to_come = message.gradients
 
     def _check_encoded(self, message: m.EncodedHiddenStates) -> None:
         if len(message.hidden_states) != len(self.lengths):
@@ -154,34 +186,69 @@ class MicroBatchRules:
         for tensor, length in zip(message.hidden_states, self.lengths, strict=True):
             self._shapes.check(tensor, TensorRole.LAST_HIDDEN_STATES, (length, self._shapes.encoded_width))
 
-    def _check_grad(self, message: m.GroupGrad, groups: GroupStates) -> None:
-        group = message.group
-        if group not in groups.live or group in self.grads_sent:
-            raise ViolationError(f"gradients of group {group}, which did not take part, or again")
-        to_come = self.gradients - len(self.grads_sent)
-        if not to_come:
+    def _check_grad(self, message: m.GroupGrad, groups: GroupStates) -> bool:
+        """Whether it goes on with a backward pass, of several."""
+        number, of_message = message.backward_pass, set(message.groups)
+        last = self.passes.backward - 1 if self.passes else 0
+        begins = number == self.backward_pass + 1 <= last and bool(self.grads_sent)
+        if number != self.backward_pass and not begins:
+            raise ViolationError(f"gradients of backward pass {number} in backward pass {self.backward_pass}")
+        if begins:
+            if self.unanswered:
+                raise ViolationError(f"another backward pass before group {min(self.unanswered)} has answered")
+            self._check_all_sent(self.grads_sent, self.backward_pass, groups)
+        sent = set() if begins else self.grads_sent
+        if again := of_message & sent or of_message - set(groups.live):
+            raise ViolationError(f"gradients of group {min(again)}, which did not take part, or again")
+        left = self.still_to_come - len(message.groups)
+        if left < 0 or len(of_message) < len(message.groups):
             raise ViolationError("more gradients than were announced")
-        if group not in groups.active and len(groups.active - self.grads_sent) == to_come:
-            raise ViolationError(f"gradients of group {group}, which leave none for an active one")
-        self._check_outputs(message.grads, group, TensorRole.DELTA_GRAD)
-        self.grads_sent.add(group)
-        if message.answer:
-            self.unanswered.add(group)
+        if message.answer and self.passes and number == last:
+            raise ViolationError("an input gradient in the last backward pass")
+        sent, asks_back = sent | of_message, message.answer or (self._asks_back and not begins)
+        if self.passes is None:
+            if len(groups.active - sent) > left:
+                raise ViolationError(f"gradients of group {message.groups[0]}, which leave none for an active one")
+        elif not left:
+            if asks_back:
+                raise ViolationError("an input gradient that no other backward pass follows")
+            self._check_all_sent(sent, number, groups)
+        self._check_outputs(message.grads, message.groups, TensorRole.DIFFERENCE if number else TensorRole.DELTA_GRAD)
+        self.backward_pass, self.grads_sent, self.still_to_come, self._asks_back = number, sent, left, asks_back
+        self.unanswered |= of_message if message.answer else set()
+        return self.passes is not None and len(sent) > len(of_message)
+
+    def _check_all_sent(self, sent: Collection[int], number: int, groups: GroupStates) -> None:
+        """Raise ``ViolationError`` where a backward pass ends without the gradients of an active group."""
+        # Those of the highest are the same in all passes.
+        needed = groups.active - set(sent) - (set(groups.live[-1:]) if number else set())
+        if needed:
+            raise ViolationError(f"backward pass {number} without the gradients of group {min(needed)}")
 
     def _check_input_grad(self, message: m.GroupInputGrad) -> None:
-        if message.group not in self.unanswered:
+        of_message = set(message.groups)
+        if len(of_message) < len(message.groups) or not of_message <= self.unanswered:
             raise ViolationError("an input gradient that nobody asked for")
-        width = self._shapes.crossings[message.group].input_width
-        self._shapes.check(message.grad_hidden_states, TensorRole.INPUT_GRAD, (self.rows, width))
-        self.unanswered.remove(message.group)
+        role = TensorRole.DIFFERENCE if self.backward_pass else TensorRole.INPUT_GRAD
+        self._check_inputs(message.grad_hidden_states, message.groups, role)
+        self.unanswered -= of_message
 
-    def _check_outputs(self, tensors: Sequence[WireTensor], group: int, role: TensorRole) -> None:
-        widths = self._shapes.crossings[group].output_widths
-        self._shapes.check_all(tensors, role, [(self.rows, width) for width in widths])
+    def _check_inputs(self, tensor: WireTensor, groups: Sequence[int], role: TensorRole) -> None:
+        self._shapes.check(tensor, role, (len(groups) * self.rows, self._crossing_of(groups).input_width))
+
+    def _check_outputs(self, tensors: Sequence[WireTensor], groups: Sequence[int], role: TensorRole) -> None:
+        rows, widths = len(groups) * self.rows, self._crossing_of(groups).output_widths
+        self._shapes.check_all(tensors, role, [(rows, width) for width in widths])
+
+    def _crossing_of(self, groups: Sequence[int]) -> Crossing:
+        """Of all of these, which are of the same widths."""
+        first, *others = (self._shapes.crossings[group] for group in groups)
+        if any(other != first for other in others):
+            raise ViolationError("groups of other widths in one message")
+        return first
 
     def _backward_state(self) -> State:
-        is_finished = len(self.grads_sent) == self.gradients and not self.unanswered
-        return State.IDLE if is_finished else State.BACKWARD
+        return State.BACKWARD if self.still_to_come or self.unanswered else State.IDLE
 
 
 def does_exchange(begun: m.Embeddings) -> bool:
@@ -228,6 +295,8 @@ def check_embeddings(message: m.Embeddings, shapes: Shapes) -> None:
         _check_positions(message.crossing_positions, tokens, "crossing positions")
     if message.examples is not None:
         message.examples.check("int32", (lengths.size,))
+    if message.passes is not None and message.mode not in ("train", "evaluate"):
+        raise ViolationError(f"passes in the mode {message.mode}")
     if (message.mode == "decode") is (message.position is None) or (message.mode == "decode" and lengths.size > 1):
         raise ViolationError("a position belongs to the one sequence of the mode decode")
 

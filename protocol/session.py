@@ -58,7 +58,8 @@ class Session:
         next_micro_batch: the number of the next one that trains, in this step.
         cached_tokens: of how many tokens C holds keys and values.
         under_way: the micro-batches that have begun and are not through, oldest first.
-        bytes_sent, bytes_received: of all frames so far; round_trips: how often we received after having sent.
+        bytes_sent, bytes_received: of all frames so far; round_trips: how often we received after having sent
+            what the peer waited for.
         link: the numbers of the session's frames, and those that the peer may lack.
     """
 
@@ -81,6 +82,7 @@ class Session:
         self._repeats = 0  # frames in a row that came before
         self._last_of_handshake = 0  # checksum of the peer's last: what the link does not number may come twice, too
         self._sent_since_received = False
+        self._goes_on = False  # the last message was sent without waiting for us
         self._unanswered_reports: list[int] = []
         self._states_set_up = 0  # groups whose adapter state has been said
         self._shapes: Shapes | None = None
@@ -172,8 +174,9 @@ class Session:
             self._last_of_handshake = prefix.checksum
         self._repeats = 0
         self.bytes_received += len(frame)
-        self.round_trips += self._sent_since_received
-        self._sent_since_received = False
+        if not self._goes_on:
+            self.round_trips += self._sent_since_received
+            self._sent_since_received = False
         return message
 
     def resume(self, handshake: Session, received: int) -> list[bytearray]:
@@ -194,6 +197,7 @@ class Session:
     # -- the rules ---------------------------------------------------------------------------------------
 
     def _advance(self, message: AnyMessage, sender: Side) -> None:
+        self._goes_on = False
         if self._state is State.CLOSED:
             raise ViolationError("the conversation is over")
         if isinstance(message, m.Error):
@@ -258,7 +262,7 @@ class Session:
         except UsageError as error:
             raise ViolationError(str(error), m.ErrorCode.LIMIT) from None
         self.opened_with = message
-        self.link.set_window(message.window)
+        self.link.set_limit(message.window)
         self._shapes = Shapes(widths, message.codecs, welcome, message.encoded_width)
         self.units = Units(message)
         if isinstance(purpose, m.Train):
@@ -345,8 +349,10 @@ class Session:
             # C answers a report before anything that E sent after it: else the units would not be those of this step.
             raise ViolationError(f"the report of step {self._unanswered_reports[0]} has no signal yet")
         micro_batch.advance(message, sender, self.units.group_states if micro_batch.exchanges else GroupStates())
+        self._goes_on = micro_batch.goes_on
         if micro_batch.state is State.IDLE:
             del self.under_way[key]
+            self._limit_link()
             if micro_batch.mode == "decode":
                 self.cached_tokens = micro_batch.position + micro_batch.tokens
 
@@ -377,7 +383,13 @@ class Session:
                 raise ViolationError("not now")
             check_position(message, opening.context_length, self.cached_tokens)
         self.under_way[key] = MicroBatchRules(message, shapes)
+        self._limit_link()
         self.next_micro_batch += mode == "train"
+
+    def _limit_link(self) -> None:
+        """Each group that is asked beside others may be a frame of its own."""
+        in_passes = sum(micro_batch.passes is not None for micro_batch in self.under_way.values())
+        self.link.set_limit(self._opening.window, in_passes * len(self.groups))
 
 
 def choose_version(offered: Sequence[int]) -> int | None:

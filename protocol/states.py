@@ -30,7 +30,6 @@ class State(Enum):
     TAKING_PARAMETERS = auto()
     IDLE = auto()
     FORWARD = auto()
-    DELTA = auto()
     LOSS = auto()
     BACKWARD = auto()
     CLOSED = auto()
@@ -64,11 +63,11 @@ TRANSITIONS: Final[dict[State, dict[type, tuple[Side, State]]]] = {
         m.CloseSession: (E, State.CLOSED),
     },
     State.FORWARD: {
-        m.GroupInput: (C, State.DELTA),
+        m.GroupInput: (C, State.FORWARD),
+        m.GroupDelta: (E, State.FORWARD),
         m.LabelledHiddenStates: (C, State.LOSS),
         m.EncodedHiddenStates: (C, State.IDLE),
     },
-    State.DELTA: {m.GroupDelta: (E, State.FORWARD)},
     State.LOSS: {m.GradHiddenStates: (E, State.BACKWARD)},
     State.BACKWARD: {m.GroupGrad: (C, State.BACKWARD), m.GroupInputGrad: (E, State.BACKWARD)},
     State.CLOSED: {},

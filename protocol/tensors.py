@@ -22,10 +22,12 @@ DTYPES: Final[dict[str, np.dtype[Any]]] = {
     "fp32": np.dtype("<f4"),
     "fp16": np.dtype("<f2"),
     "int8": np.dtype("u1"),  # of each row, its integers and then the bytes of its scale
+    "int4": np.dtype("u1"),  # the same; two integers a byte, the first in the lower half
     "int32": np.dtype("<i4"),
     "uint8": np.dtype("u1"),
 }
-SCALE_BYTES: Final = 2  # of a row of int8: a bfloat16
+SCALE_BYTES: Final = 2  # of a row of int8 or int4: a bfloat16
+SCALED: Final = ("int8", "int4")
 MAX_DIMENSIONS: Final = 4
 MAX_EXPONENT: Final = 127
 _FP16_HEADROOM: Final = 15  # the largest magnitude is scaled into [2**14, 2**15), well below fp16's 65504
@@ -38,16 +40,18 @@ class WireTensor:
         dtype: a key of ``DTYPES``.
         exponent: the value is ``data * 2**exponent``. Only ``fp16`` uses it: gradients lie far below the
             smallest normal fp16 and some families' activations far above the largest.
-        data: the stored array, C-contiguous, of any shape with at most ``MAX_DIMENSIONS`` dimensions; of ``int8``
-            (rows, width + ``SCALE_BYTES``).
+        data: the stored array, C-contiguous, of any shape with at most ``MAX_DIMENSIONS`` dimensions; of ``int8`` and
+            ``int4`` (rows, ``stored_width``).
+        width: of the values, of ``int4``, whose stored rows do not say it; None for others.
     """
 
-    __slots__ = ("data", "dtype", "exponent")
+    __slots__ = ("data", "dtype", "exponent", "width")
 
-    def __init__(self, dtype: str, data: npt.NDArray[Any], exponent: int = 0) -> None:
+    def __init__(self, dtype: str, data: npt.NDArray[Any], exponent: int = 0, width: int | None = None) -> None:
         self.dtype = dtype
         self.data = data
         self.exponent = exponent
+        self.width = width
 
     def __repr__(self) -> str:
         return f"WireTensor({self.dtype}, {self.shape}, exponent={self.exponent})"
@@ -63,10 +67,10 @@ class WireTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the values; the scales of ``int8`` do not count."""
-        if self.dtype == "int8":
+        """Of the values; scales do not count."""
+        if self.dtype in SCALED:
             rows, stored = self.data.shape
-            return rows, stored - SCALE_BYTES
+            return rows, stored - SCALE_BYTES if self.width is None else self.width
         return self.data.shape
 
     @property
@@ -89,6 +93,11 @@ class WireTensor:
     def from_bytes(cls, values: bytes | ByteArray) -> WireTensor:
         data = np.frombuffer(values, np.uint8) if isinstance(values, bytes) else np.ascontiguousarray(values)
         return cls("uint8", data)
+
+
+def stored_width(dtype: str, width: int) -> int:
+    """Bytes of a row of ``width`` integers and its scale, of ``int8`` or ``int4``."""
+    return (-(-width // 2) if dtype == "int4" else width) + SCALE_BYTES
 
 
 def fp16_exponent(peak: float) -> int:
@@ -130,13 +139,14 @@ def parse_descriptor(descriptor: Any, frame: memoryview, offset: int) -> tuple[W
         raise RemoteProtocolError("malformed tensor shape")
     if type(exponent) is not int or not is_exponent(exponent, dtype):
         raise RemoteProtocolError("malformed tensor exponent")
-    if dtype == "int8":
+    width = shape[1] if dtype == "int4" and len(shape) == 2 else None
+    if dtype in SCALED:
         if len(shape) != 2:
             raise RemoteProtocolError("malformed tensor shape")
-        shape = [shape[0], shape[1] + SCALE_BYTES]
+        shape = [shape[0], stored_width(dtype, shape[1])]
     count = math.prod(shape)
     end = offset + count * DTYPES[dtype].itemsize
     if end > len(frame):
         raise RemoteProtocolError("a tensor's shape and dtype claim more bytes than the frame has")
     data = np.frombuffer(frame, DTYPES[dtype], count, offset if count else 0).reshape(shape)
-    return WireTensor(dtype, data, exponent), end
+    return WireTensor(dtype, data, exponent, width), end

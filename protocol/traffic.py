@@ -13,6 +13,7 @@ import msgspec
 from .adapters import Crossing
 from .choices import Send
 from .frames import HEADER_BLOCK, PREFIX_BYTES, frame_bytes
+from .passes import Passes, backward_waves, forward_waves, pieces
 from .wire_codecs import Codecs, TensorRole
 
 _ENCODED_HEADER: Final = PREFIX_BYTES + 70  # of EncodedHiddenStates, without its tensors: names and numbers
@@ -61,6 +62,7 @@ def micro_batch_traffic(
     codecs: Codecs,
     rows: int | None = None,
     send: Send = "embeddings",
+    passes: Passes | None = None,
 ) -> Traffic:
     """The traffic of one micro-batch.
 
@@ -72,6 +74,7 @@ def micro_batch_traffic(
             but the lowest.
         is_basis: whether it is of the mode ``basis``: no group exchanges, and the loss's gradient goes back.
         rows: tokens that cross at each group; None: all, and E sends no positions.
+        passes: None where each group is asked by itself.
         send: what E begins with.
     """
 
@@ -82,19 +85,57 @@ def micro_batch_traffic(
     up = _embeddings_bytes(text_bytes(tokens, embedding_size, codecs, send), counted, send)
     rows = tokens if rows is None else rows
     down = frame_bytes(1, [nbytes(TensorRole.LAST_HIDDEN_STATES, labelled, hidden_size)])
-    for index in live:
-        width, outputs = crossings[index].input_width, crossings[index].output_widths
-        down += frame_bytes(1, [nbytes(TensorRole.GROUP_INPUT, rows, width)])
-        up += frame_bytes(1, [nbytes(TensorRole.DELTA, rows, output) for output in outputs])
-        if index in with_grads:
-            down += frame_bytes(1, [nbytes(TensorRole.DELTA_GRAD, rows, output) for output in outputs])
-        if index in answered:
-            up += frame_bytes(1, [nbytes(TensorRole.INPUT_GRAD, rows, width)])
+    if passes is not None:
+        exchanged = _passes_traffic(crossings, passes, live, with_grads, answered, rows, codecs)
+        up, down, round_trips = up + exchanged.bytes_up, down + exchanged.bytes_down, exchanged.round_trips
+    else:
+        for index in live:
+            width, outputs = crossings[index].input_width, crossings[index].output_widths
+            down += frame_bytes(1, [nbytes(TensorRole.GROUP_INPUT, rows, width)])
+            up += frame_bytes(1, [nbytes(TensorRole.DELTA, rows, output) for output in outputs])
+            if index in with_grads:
+                down += frame_bytes(1, [nbytes(TensorRole.DELTA_GRAD, rows, output) for output in outputs])
+            if index in answered:
+                up += frame_bytes(1, [nbytes(TensorRole.INPUT_GRAD, rows, width)])
+        # One for the embeddings, one for each answer that something follows, one for the loss's gradient.
+        round_trips = 1 + len(live) + (1 + len(answered) if with_grads else 0)
     if with_grads or is_basis:
         up += frame_bytes(1, [nbytes(TensorRole.LAST_HIDDEN_STATES_GRAD, labelled, hidden_size)])
-    # One for the embeddings, one for each answer that something follows, one for the loss's gradient.
-    round_trips = 1 + len(live) + (1 + len(answered) if with_grads else 0)
     return Traffic(up, down, round_trips)
+
+
+def _passes_traffic(
+    crossings: Sequence[Crossing],
+    passes: Passes,
+    live: Collection[int],
+    trained: Collection[int],
+    reading: Collection[int],
+    rows: int,
+    codecs: Codecs,
+) -> Traffic:
+    """Of all that groups exchange."""
+    up = down = 0
+
+    def nbytes(piece: Sequence[int], role: TensorRole, number: int, widths: Sequence[int]) -> int:
+        codec = codecs.of(TensorRole.DIFFERENCE if number else role)
+        return frame_bytes(1, [codec.nbytes(len(piece) * rows, width) for width in widths])
+
+    forward = forward_waves(list(live), passes)
+    for number, wave in enumerate(forward):
+        for piece in pieces(wave, crossings, rows):
+            crossing = crossings[piece[0]]
+            down += nbytes(piece, TensorRole.GROUP_INPUT, number, [crossing.input_width])
+            up += nbytes(piece, TensorRole.DELTA, number, crossing.output_widths)
+    backward = backward_waves(list(live), trained, reading, passes) if trained else []
+    for number, groups in enumerate(backward):
+        answered = [group for group in groups if group in reading and number < len(backward) - 1]
+        for chosen in ([group for group in groups if group not in answered], answered):
+            for piece in pieces(chosen, crossings, rows):
+                crossing = crossings[piece[0]]
+                down += nbytes(piece, TensorRole.DELTA_GRAD, number, crossing.output_widths)
+                if chosen is answered:
+                    up += nbytes(piece, TensorRole.INPUT_GRAD, number, [crossing.input_width])
+    return Traffic(up, down, 1 + len(forward) + len(backward))
 
 
 def adapter_state_traffic(state_nbytes: Sequence[Sequence[int]], *, made: bool) -> Traffic:

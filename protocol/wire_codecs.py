@@ -15,12 +15,14 @@ from typing import Final
 import msgspec
 import numpy as np
 
-from .choices import WireDtype
+from .choices import DifferenceDtype, WireDtype
 from .errors import NonFiniteError, UsageError
-from .tensors import DTYPES, SCALE_BYTES, FloatArray, WireTensor, fp16_exponent
+from .tensors import DTYPES, SCALE_BYTES, ByteArray, FloatArray, WireTensor, fp16_exponent, stored_width
 
-INT8_SCALE_LIMIT: Final = 2.0**120
-"""A row of int8 has a smaller scale than this: 128 times it is finite."""
+SCALE_LIMIT: Final = 2.0**120
+"""A row of integers has a smaller scale than this: 128 times it is finite."""
+LARGEST: Final = {"int8": 127, "int4": 7}
+"""The largest integer that each stores."""
 
 
 class TensorRole(StrEnum):
@@ -35,6 +37,8 @@ class TensorRole(StrEnum):
     LAST_HIDDEN_STATES_GRAD = "last_hidden_states_grad"
     ADAPTER_STATE = "adapter_state"
     GROUP_PARAMETERS = "group_parameters"
+    DIFFERENCE = "difference"
+    """Of what crosses once more for a group in a later pass, to what crossed in the one before."""
 
 
 class Codecs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -49,6 +53,7 @@ class Codecs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     last_hidden_states_grad: WireDtype
     adapter_state: WireDtype
     group_parameters: WireDtype
+    difference: DifferenceDtype
 
     @classmethod
     def all(cls, name: WireDtype) -> Codecs:
@@ -61,20 +66,20 @@ class Codecs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         for some: ``int8,embeddings=fp16,last_hidden_states=fp16``. Raises ``UsageError``.
 
         What a device has learnt crosses as fp16 where all else is int8: it is given once, and there is no mean of many
-        tokens over which its rounding would vanish.
+        tokens over which its rounding would vanish. Differences cross as int4 there: they are small.
         """
         first, *others = (part.strip() for part in text.split(","))
-        if first not in CODECS:
-            raise UsageError(f"--wire-dtype {text[:80]}: begin with one of {', '.join(CODECS)}")
+        if first not in FOR_ALL:
+            raise UsageError(f"--wire-dtype {text[:80]}: begin with one of {', '.join(FOR_ALL)}")
         chosen = dict.fromkeys(cls.__struct_fields__, first)
         if first == "int8":
-            chosen[TensorRole.GROUP_PARAMETERS] = "fp16"
+            chosen |= {TensorRole.GROUP_PARAMETERS: "fp16", TensorRole.DIFFERENCE: "int4"}
         for other in others:
             role, _, name = other.partition("=")
-            if role not in chosen or name not in CODECS:
+            if role not in chosen or name not in (CODECS if role == TensorRole.DIFFERENCE else FOR_ALL):
                 raise UsageError(
                     f"--wire-dtype {text[:80]}: write others as ROLE=DTYPE, with a role of {', '.join(chosen)}, and "
-                    f"{', '.join(CODECS)}"
+                    f"{', '.join(FOR_ALL)}; difference may be int4, too"
                 )
             chosen[role] = name
         return msgspec.convert(chosen, cls)
@@ -140,39 +145,57 @@ class _Fp16:
         return 2 * rows * width
 
 
-class _Int8:
-    """Integers from -127 to 127, with one scale a row: a token's largest magnitude over 127, rounded up to bfloat16.
+class _Integers:
+    """Integers, with one scale a row: a token's largest magnitude over the largest integer, rounded up to bfloat16.
 
     Of each row alone and as it comes: a scale that were fixed in advance would be far off for some tokens.
     """
 
-    dtype: Final = "int8"
+    def __init__(self, dtype: WireDtype | DifferenceDtype) -> None:
+        self.dtype: Final = dtype
+        self._largest = LARGEST[dtype]
 
     def encode(self, values: FloatArray) -> WireTensor:
         peaks = np.abs(values).max(axis=1, keepdims=True, initial=0.0).astype(np.float32, copy=False)
         if not np.isfinite(peaks).all():
             raise NonFiniteError(_NOT_FINITE)
-        # Rounded up, so that no value is beyond 127; never 0, so that a row of zeros divides.
-        scales = np.maximum(peaks / np.float32(127), _LEAST_SCALE)
-        if scales.size and scales.max() >= INT8_SCALE_LIMIT:
-            raise NonFiniteError("values that are too large for int8 in what was to be sent")
+        # Rounded up, so that no value is beyond the largest; never 0, so that a row of zeros divides.
+        scales = np.maximum(peaks / np.float32(self._largest), _LEAST_SCALE)
+        if scales.size and scales.max() >= SCALE_LIMIT:
+            raise NonFiniteError(f"values that are too large for {self.dtype} in what was to be sent")
         upper = (scales.view(np.uint32) + np.uint32(0xFFFF)) >> np.uint32(16)
-        stored = np.empty((values.shape[0], values.shape[1] + SCALE_BYTES), np.uint8)
+        stored = np.empty((values.shape[0], stored_width(self.dtype, values.shape[1])), np.uint8)
         stored[:, -SCALE_BYTES:] = upper.astype("<u2").view(np.uint8)
         scales = (upper << np.uint32(16)).view(np.float32)
-        stored[:, :-SCALE_BYTES] = np.rint(values / scales).astype(np.int8).view(np.uint8)
-        return WireTensor("int8", stored)
+        integers = np.rint(values / scales).astype(np.int8).view(np.uint8)
+        if self.dtype == "int8":
+            stored[:, :-SCALE_BYTES] = integers
+            return WireTensor("int8", stored)
+        stored[:, :-SCALE_BYTES] = integers[:, ::2] & np.uint8(0xF)
+        stored[:, : integers.shape[1] // 2] |= integers[:, 1::2] << np.uint8(4)
+        return WireTensor("int4", stored, width=integers.shape[1])
 
     def decode(self, tensor: WireTensor) -> FloatArray:
-        values: FloatArray = tensor.data[:, :-SCALE_BYTES].view(np.int8).astype(np.float32)
+        values: FloatArray = self._signed(tensor).astype(np.float32)
         values *= self._scales(tensor)
         return values
 
     def is_finite(self, tensor: WireTensor) -> bool:
-        return bool((np.abs(self._scales(tensor)) < INT8_SCALE_LIMIT).all())
+        return bool((np.abs(self._scales(tensor)) < SCALE_LIMIT).all())
 
     def nbytes(self, rows: int, width: int) -> int:
-        return rows * (width + SCALE_BYTES)
+        return rows * stored_width(self.dtype, width)
+
+    def _signed(self, tensor: WireTensor) -> np.ndarray[tuple[int, int], np.dtype[np.int8]]:
+        stored: ByteArray = tensor.data[:, :-SCALE_BYTES]
+        if self.dtype == "int8":
+            return stored.view(np.int8)
+        rows, width = tensor.shape
+        integers = np.empty((rows, width), np.int8)
+        # Through the upper half of a byte, so that the sign fills it.
+        integers[:, ::2] = (stored << np.uint8(4)).view(np.int8) >> np.int8(4)
+        integers[:, 1::2] = stored[:, : width // 2].view(np.int8) >> np.int8(4)
+        return integers
 
     def _scales(self, tensor: WireTensor) -> FloatArray:
         upper = np.ascontiguousarray(tensor.data[:, -SCALE_BYTES:]).view("<u2").astype(np.uint32)
@@ -184,12 +207,16 @@ _LEAST_SCALE: Final = np.float32(1e-30)
 _NOT_FINITE: Final = "NaN or infinity in what was to be sent"
 _ALWAYS_FINITE_EXPONENT: Final = 112  # any finite half times 2**112 is below float32's largest
 
-Codec = _Fp32 | _Fp16 | _Int8
-CODECS: Final[dict[str, Codec]] = {"int8": _Int8(), "fp16": _Fp16(), "fp32": _Fp32()}
+Codec = _Fp32 | _Fp16 | _Integers
+CODECS: Final[dict[str, Codec]] = {
+    "int4": _Integers("int4"), "int8": _Integers("int8"), "fp16": _Fp16(), "fp32": _Fp32(),
+}  # fmt: skip
 """All codecs, by name, which is their dtype."""
+FOR_ALL: Final = tuple(name for name in CODECS if name != "int4")
+"""Of these, those that any role may have."""
 
 
-def encode_floats(values: FloatArray, name: WireDtype) -> WireTensor:
+def encode_floats(values: FloatArray, name: DifferenceDtype) -> WireTensor:
     """``values`` through the codec ``name``. Raises ``NonFiniteError`` on NaN or infinity."""
     return CODECS[name].encode(values)
 

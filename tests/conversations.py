@@ -131,8 +131,8 @@ def embeddings_of(lengths: Sequence[int], width: int, value: float = 1.0, **chan
 
 
 def group_input(step: int = 0, micro_batch: int = 0, group: int = 0, **changes: Any) -> m.GroupInput:
-    tensors = {"hidden_states": floats(TOKENS, GROUPS[min(group, 2)].in_features)}
-    return m.GroupInput(step=step, micro_batch=micro_batch, group=group, **{**tensors, **changes})
+    own = {"groups": (group,), "hidden_states": floats(TOKENS, GROUPS[min(group, 2)].in_features)}
+    return m.GroupInput(step=step, micro_batch=micro_batch, **{**own, **changes})
 
 
 def outputs(group: int, dtype: Any = "fp32") -> tuple[WireTensor, ...]:
@@ -140,7 +140,8 @@ def outputs(group: int, dtype: Any = "fp32") -> tuple[WireTensor, ...]:
 
 
 def group_delta(step: int = 0, micro_batch: int = 0, group: int = 0, **changes: Any) -> m.GroupDelta:
-    return m.GroupDelta(step=step, micro_batch=micro_batch, group=group, **{"deltas": outputs(group), **changes})
+    own = {"groups": (group,), "deltas": outputs(group)}
+    return m.GroupDelta(step=step, micro_batch=micro_batch, **{**own, **changes})
 
 
 def labelled(step: int = 0, micro_batch: int = 0, gradients: int = 0, **changes: Any) -> m.LabelledHiddenStates:
@@ -156,13 +157,13 @@ def grad_hidden_states(step: int = 0, micro_batch: int = 0, **changes: Any) -> m
 def group_grad(
     step: int = 0, micro_batch: int = 0, group: int = 0, *, answer: bool = True, **changes: Any
 ) -> m.GroupGrad:
-    changes = {"grads": outputs(group), **changes}
-    return m.GroupGrad(step=step, micro_batch=micro_batch, group=group, answer=answer, **changes)
+    own = {"groups": (group,), "grads": outputs(group), "answer": answer}
+    return m.GroupGrad(step=step, micro_batch=micro_batch, **{**own, **changes})
 
 
 def group_input_grad(step: int = 0, micro_batch: int = 0, group: int = 0, **changes: Any) -> m.GroupInputGrad:
-    tensors = {"grad_hidden_states": floats(TOKENS, GROUPS[min(group, 2)].in_features)}
-    return m.GroupInputGrad(step=step, micro_batch=micro_batch, group=group, **{**tensors, **changes})
+    own = {"groups": (group,), "grad_hidden_states": floats(TOKENS, GROUPS[min(group, 2)].in_features)}
+    return m.GroupInputGrad(step=step, micro_batch=micro_batch, **{**own, **changes})
 
 
 def report(step: int = 0, units: int = UNITS) -> m.StepReport:

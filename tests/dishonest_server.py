@@ -110,10 +110,10 @@ class DishonestServer:
         if session.state is State.BACKWARD:
             group = next(group for group in reversed(live) if group not in begun.grads_sent)
             grads = tuple(ones(tokens, target.out_features) for target in session.groups[group].targets)
-            return m.GroupGrad(**place, group=group, grads=grads, answer=group != live[0])
+            return m.GroupGrad(**place, groups=(group,), grads=grads, answer=group != live[0])
         if begun.asked < len(live):
             group = live[begun.asked]
-            return m.GroupInput(**place, group=group, hidden_states=ones(tokens, session.groups[group].in_features))
+            return m.GroupInput(**place, groups=(group,), hidden_states=ones(tokens, session.groups[group].in_features))
         hidden_states = ones(begun.labelled, self._manifest.base_model.hidden_size)
         return m.LabelledHiddenStates(**place, hidden_states=hidden_states, gradients=len(live))
 

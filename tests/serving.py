@@ -122,6 +122,7 @@ def config(
     grad_accum: int = 1,
     wire_dtype: str = "fp32",
     send: Send = "embeddings",
+    passes: str = "live",
     is_local: bool = False,
     **changes: Any,
 ) -> Resolved:
@@ -145,7 +146,7 @@ def config(
         ),
         optimizer=ChosenOptimizer(**{"lr": 1e-2, "schedule": "constant", "warmup": 0.0, **(optimizer or {})}),
         training=Training(batch_size=batch_size, grad_accum=grad_accum),
-        server=ChosenServer(wire_dtype=wire_dtype, send=send),
+        server=ChosenServer(wire_dtype=wire_dtype, send=send, passes=passes),
         units=KillReviveConfig(**units),
         blocks=device_blocks if is_local else device_blocks + 1,
         **{"total_steps": 6, "seed": (3,), **changes},

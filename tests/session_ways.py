@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, Final
 
 import conversations as c
 import msgspec
@@ -32,8 +32,9 @@ def state_of(group: int = 0) -> m.AdapterState:
 
 
 SETTING_UP = c.opening(adapter=BOTTLENECK)
+ONE_ASKED: Final = "a group was asked"
 # The shortest way to each state.
-WAYS: dict[State, list[m.AnyMessage]] = {
+WAYS: dict[State | str, list[m.AnyMessage]] = {
     State.START: [],
     State.GREETING: c.opening()[:1],
     State.GREETED: c.opening()[:2],
@@ -49,12 +50,12 @@ WAYS: dict[State, list[m.AnyMessage]] = {
     ],
     State.IDLE: c.opening(),
     State.FORWARD: [*c.opening(), c.embeddings()],
-    State.DELTA: [*c.opening(), c.embeddings(), c.group_input()],
     State.LOSS: [*c.opening(), *c.forward()],
     State.BACKWARD: [*c.opening(), *c.forward(), c.grad_hidden_states(), c.group_grad(group=2)],
     State.RESUMING: [*c.opening()[:2], c.resume_session()],
     State.RESUMED: [*c.opening()[:2], c.resume_session(), c.session_resumed()],
     State.CLOSED: [*c.opening(), m.CloseSession()],
+    ONE_ASKED: [*c.opening(), c.embeddings(), c.group_input()],
 }
 
 

@@ -299,13 +299,14 @@ def most_under_way(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.usefixtures("servers_core")
-@pytest.mark.parametrize("kind", ["lora", "core"])
+@pytest.mark.parametrize(("kind", "passes"), [("lora", "live"), ("core", "live"), ("core", "2,2")])
 @pytest.mark.parametrize("kill_revive", [{}, KILLING], ids=["all", "killing"])
 def test_a_window_of_two_micro_batches_changes_no_bit(
-    wide: Runs, kind: str, kill_revive: dict[str, Any], most_under_way: list[int]
+    wide: Runs, kind: str, passes: str, kill_revive: dict[str, Any], most_under_way: list[int]
 ) -> None:
     """Nor where the server is lost meanwhile."""
-    run = config(kind=kind, rank=COLUMNS, total_steps=4, grad_accum=3, batch_size=2, kill_revive=kill_revive)
+    steps = {"total_steps": 4, "grad_accum": 3, "batch_size": 2}
+    run = config(kind=kind, rank=COLUMNS, kill_revive=kill_revive, passes=passes, **steps)
     found, most = [], []
     for window, lost_after in ((1, None), (2, None), (2, 2)):
         torch.manual_seed(3)

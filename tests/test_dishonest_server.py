@@ -65,7 +65,7 @@ def test_active_unit_without_adapter_is_refused(bundle: Path, manifest: Manifest
 @pytest.mark.parametrize(
     ("asked", "gradients", "text"),
     [
-        *((asked, asked, f"only {asked} of {BLOCKS} live groups were asked") for asked in (0, 1, BLOCKS - 1)),
+        *((asked, asked, f"only {asked} of {BLOCKS} groups have written") for asked in (0, 1, BLOCKS - 1)),
         (BLOCKS, BLOCKS - 1, f"{BLOCKS - 1} gradients for {BLOCKS} active groups"),
     ],
 )

@@ -18,7 +18,7 @@ from dlora.protocol.errors import NonFiniteError, RemoteProtocolError
 from dlora.protocol.frames import HEADER_BLOCK, PREFIX_BYTES, Decoder, encode, frame_bytes, read_prefix, write_checksum
 from dlora.protocol.groups import GroupSpec, TargetSpec
 from dlora.protocol.kill_revive import KillReviveConfig
-from dlora.protocol.tensors import DTYPES, MAX_EXPONENT, SCALE_BYTES, WireTensor, fp16_exponent, tensors_of
+from dlora.protocol.tensors import DTYPES, MAX_EXPONENT, SCALED, WireTensor, fp16_exponent, stored_width, tensors_of
 from dlora.protocol.wire_codecs import Codecs, decode_floats, encode_floats, is_finite
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -88,6 +88,10 @@ EXAMPLES: dict[str, m.AnyMessage] = {
         **_FIRST, mode="train", hidden_states=floats(3, 6, dtype="int8"), sequence_lengths=ints([2, 1]),
         label_positions=ints([1, 2]), crossing_positions=ints([1, 2]), examples=ints([4, 9]),
     ),
+    "embeddings_in_passes": m.Embeddings(
+        **_FIRST, mode="train", hidden_states=floats(3, 6, dtype="int8"), sequence_lengths=ints([3]),
+        label_positions=ints([2]), passes=m.Passes(2, 1),
+    ),
     "embeddings_basis_of_token_ids": m.Embeddings(
         step=0, micro_batch=1, mode="basis", hidden_states=None, sequence_lengths=ints([3]), label_positions=ints([1]),
         crossing_positions=ints([]), token_ids=ints([7, 300, 49151]),
@@ -103,14 +107,18 @@ EXAMPLES: dict[str, m.AnyMessage] = {
     "encoded_hidden_states": m.EncodedHiddenStates(
         step=0, micro_batch=2, hidden_states=(floats(1, 6, dtype="fp16"), floats(2, 6, dtype="fp16"))
     ),
-    "group_input": m.GroupInput(**_FIRST, group=1, hidden_states=floats(3, 6), times=(0.5, 1.0, 1.0, 2.0)),
-    "group_delta": m.GroupDelta(**_FIRST, group=0, deltas=(floats(3, 6), floats(3, 2))),
+    "group_input": m.GroupInput(**_FIRST, groups=(1,), hidden_states=floats(3, 6), times=(0.5, 1.0, 1.0, 2.0)),
+    "group_input_of_several": m.GroupInput(**_FIRST, groups=(1, 2), hidden_states=floats(6, 3, dtype="int4")),
+    "group_delta": m.GroupDelta(**_FIRST, groups=(0,), deltas=(floats(3, 6), floats(3, 2))),
     "labelled_hidden_states": m.LabelledHiddenStates(
         **_FIRST, hidden_states=floats(2, 6), gradients=2, computed_s=0.5
     ),
     "grad_hidden_states": m.GradHiddenStates(**_FIRST, grad_hidden_states=floats(2, 6, dtype="fp16")),
-    "group_grad": m.GroupGrad(**_FIRST, group=0, grads=_INT8_GRADS, answer=False, computed_s=0.75, queued_s=0.25),
-    "group_input_grad": m.GroupInputGrad(**_FIRST, group=1, grad_hidden_states=floats(3, 6)),
+    "group_grad": m.GroupGrad(**_FIRST, groups=(0,), grads=_INT8_GRADS, answer=False, computed_s=0.75, queued_s=0.25),
+    "group_grad_of_a_later_pass": m.GroupGrad(
+        **_FIRST, groups=(3, 1), grads=(floats(6, 4, dtype="int4"),), answer=True, backward_pass=1
+    ),
+    "group_input_grad": m.GroupInputGrad(**_FIRST, groups=(1,), grad_hidden_states=floats(3, 6)),
     "step_report": m.StepReport(step=3, scores=WireTensor("fp32", np.array([0.5, 0.0], np.float32))),
     "signal": m.Signal(step=3, units=octets(b"\x01\x02"), ticket=octets(b"signed")),
     "close_session": m.CloseSession(),
@@ -143,12 +151,14 @@ def test_a_frame_has_the_size_that_the_formula_gives_and_nothing_behind(name: st
 @pytest.mark.parametrize("shape", [(), (0,), (1,), (5,), (2, 3), (3, 0), (1, 2, 3), (2, 1, 2, 1)])
 def test_tensors_of_any_kind_and_shape_come_as_they_went(dtype: str, shape: tuple[int, ...]) -> None:
     """Whatever their bits."""
-    if dtype == "int8":  # in memory it has two dimensions, whatever a frame may say
-        shape = shape[0] if shape else 1, math.prod(shape[1:]) + SCALE_BYTES
+    width = math.prod(shape[1:])
+    if dtype in SCALED:  # in memory it has two dimensions, whatever a frame may say
+        shape = shape[0] if shape else 1, stored_width(dtype, width)
     nbytes = math.prod(shape) * DTYPES[dtype].itemsize
     data = np.frombuffer(np.random.default_rng(0).bytes(nbytes), DTYPES[dtype]).reshape(shape)
     for exponent in (0, -127, -1, 1, 113, 127) if dtype == "fp16" else (0,):
-        message = m.GroupDelta(**_FIRST, group=0, deltas=(WireTensor(dtype, data, exponent), *_INT8_GRADS))
+        tensor = WireTensor(dtype, data, exponent, width if dtype == "int4" else None)
+        message = m.GroupDelta(**_FIRST, groups=(0,), deltas=(tensor, *_INT8_GRADS))
         assert Decoder().decode(encode(message)) == message
 
 

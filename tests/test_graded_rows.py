@@ -12,7 +12,6 @@ import torch
 from families import FAMILIES, MORE_FAMILIES, tiny_model
 from torch import Tensor
 
-from dlora.cloud.exchange import rows as rows_module
 from dlora.cloud.exchange import target_modules
 from dlora.cloud.exchange.session_model import SessionModel
 from dlora.cloud.exchange.target_modules import wrap_target_modules
@@ -106,10 +105,11 @@ def test_what_is_left_out_changes_nothing(family: str) -> None:
 
 def test_each_frozen_module_above_an_adapter_leaves_rows_out(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[int] = []
+    take = target_modules.chosen_rows
 
     def chosen_rows(padded: Tensor, rows: Tensor) -> Tensor:
         taken.append(len(rows))
-        return rows_module.chosen_rows(padded, rows)
+        return take(padded, rows)
 
     base = model_of("llama")
     groups = base.groups(base.targets)

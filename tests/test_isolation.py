@@ -138,14 +138,14 @@ def stalled_in_backward(url: str, base: BaseModel) -> Iterator[None]:
         connection.open(open_session(base))
         connection.send(embeddings(WIDTH))
         while isinstance(message := connection.receive_any(), m.GroupInput):
-            connection.send(deltas(base, message.group, WIDTH))
+            connection.send(deltas(base, message.groups[0], WIDTH))
         yield
 
 
 def deltas(base: BaseModel, group: int, tokens: int) -> m.GroupDelta:
     targets = open_session(base).groups[group].targets
     zeros = tuple(encode_floats(np.zeros((tokens, target.out_features), np.float32), "fp32") for target in targets)
-    return m.GroupDelta(step=0, micro_batch=0, group=group, deltas=zeros)
+    return m.GroupDelta(step=0, micro_batch=0, groups=(group,), deltas=zeros)
 
 
 @contextmanager

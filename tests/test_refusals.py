@@ -34,7 +34,7 @@ def nan(tensor: WireTensor) -> WireTensor:
 
 
 LONG = c.MAX_TOKENS + 1
-WRONG: dict[tuple[State, m.ErrorCode], dict[str, m.AnyMessage]] = {
+WRONG: dict[tuple[State | str, m.ErrorCode], dict[str, m.AnyMessage]] = {
     (State.GREETING, m.ErrorCode.VERSION): {"another version": c.welcome(version=99)},
     (State.GREETING, PROTOCOL): {
         "a sequence too long for a micro-batch": msgspec.structs.replace(c.welcome(), max_sequence_length=LONG),
@@ -87,16 +87,18 @@ WRONG: dict[tuple[State, m.ErrorCode], dict[str, m.AnyMessage]] = {
         "input of no group": c.group_input(group=3),
         "input's tokens": c.group_input(hidden_states=f(T + 1, W)),
         "input's dtype": c.group_input(hidden_states=f(T, W, dtype="fp16")),
+        "two groups at once": c.group_input(groups=(0, 1), hidden_states=f(2 * T, W)),
+        "deltas before the input": c.group_delta(),
     },
     (State.FORWARD, NON_FINITE): {"input's NaN": c.group_input(hidden_states=nan(f(T, W)))},
-    (State.DELTA, PROTOCOL): {
+    (w.ONE_ASKED, PROTOCOL): {
         "delta of another step": c.group_delta(step=1),
         "delta of another group": c.group_delta(group=1),
         "a delta too few": c.group_delta(deltas=c.outputs(0)[:1]),
         "deltas changed about": c.group_delta(deltas=c.outputs(0)[::-1]),
         "delta's dtype": c.group_delta(deltas=c.outputs(0, "fp16")),
     },
-    (State.DELTA, NON_FINITE): {"delta's NaN": c.group_delta(deltas=(c.outputs(0)[0], nan(c.outputs(0)[1])))},
+    (w.ONE_ASKED, NON_FINITE): {"delta's NaN": c.group_delta(deltas=(c.outputs(0)[0], nan(c.outputs(0)[1])))},
     (State.LOSS, PROTOCOL): {
         "gradient's rows": c.grad_hidden_states(grad_hidden_states=f(L - 1, W)),
         "gradient's micro-batch": c.grad_hidden_states(micro_batch=2),
@@ -118,7 +120,7 @@ WRONG_ROWS = [
 
 
 @pytest.mark.parametrize(("state", "message", "code"), WRONG_ROWS)
-def test_wrong_content_is_refused_with_its_code(state: State, message: m.AnyMessage, code: m.ErrorCode) -> None:
+def test_wrong_content_is_refused_with_its_code(state: State | str, message: m.AnyMessage, code: m.ErrorCode) -> None:
     w.refused_by_both(Pair(w.WAYS[state]), message, "", code)
 
 
@@ -280,7 +282,7 @@ def test_every_live_group_is_asked_in_order(asked: int, mode: str) -> None:
     """A server that leaves groups out trains nothing, and nobody would notice."""
     way = [message for group in range(asked) for message in (c.group_input(group=group), c.group_delta(group=group))]
     pair = Pair([*c.opening(), c.embeddings(mode=mode), *way])
-    w.refused_by_both(pair, c.labelled(), f"only {asked} of 3 live groups were asked")
+    w.refused_by_both(pair, c.labelled(), f"only {asked} of 3 groups have written")
     for group in set(c.ALL) - {asked}:
         w.refused_by_both(pair, c.group_input(group=group), f"group {group} out of turn")
     pair.say(c.group_input(group=asked))

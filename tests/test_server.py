@@ -253,9 +253,9 @@ def test_overflow_in_the_base_model_is_refused(server: RunningServer, base: Base
         asked = device.hear()
         assert isinstance(asked, m.GroupInput)
         huge = encode_floats(np.full((3, 16), 3e38, np.float32), "fp32")
-        device.say(m.GroupDelta(step=0, micro_batch=0, group=asked.group, deltas=(huge,)))
+        device.say(m.GroupDelta(step=0, micro_batch=0, groups=asked.groups, deltas=(huge,)))
         while isinstance(answer := device.hear(), m.GroupInput):
-            device.say(m.GroupDelta(step=0, micro_batch=0, group=answer.group, deltas=(huge,)))
+            device.say(m.GroupDelta(step=0, micro_batch=0, groups=answer.groups, deltas=(huge,)))
         assert isinstance(answer, m.Error)
         assert answer.code == m.ErrorCode.NON_FINITE
 
@@ -298,7 +298,7 @@ def life_of_a_device(device: RawDevice, base: BaseModel) -> Iterator[str]:
     for _ in range(2):
         asked = device.hear()
         assert isinstance(asked, m.GroupInput)
-        device.say(m.GroupDelta(step=0, micro_batch=0, group=asked.group, deltas=(delta,)))
+        device.say(m.GroupDelta(step=0, micro_batch=0, groups=asked.groups, deltas=(delta,)))
         yield "delta"
     device.hear()
     yield "loss"

@@ -66,7 +66,7 @@ def test_what_crosses_again_is_other() -> None:
 
 def test_a_server_cannot_tell_of_a_time_that_is_none() -> None:
     for seconds in (-1.0, float("nan"), float("inf"), m.MAX_SECONDS * 2):
-        message = m.GroupGrad(step=0, micro_batch=0, group=0, grads=(), answer=False, computed_s=seconds)
+        message = m.GroupGrad(step=0, micro_batch=0, groups=(0,), grads=(), answer=False, computed_s=seconds)
         with pytest.raises(RemoteProtocolError, match="computed_s"):
             Decoder().decode(encode(message))
 

@@ -18,6 +18,7 @@ from dlora.edge.data.examples import Dataset
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.model.evaluation import evaluate
 from dlora.edge.training.trainer import Trainer
+from dlora.protocol import passes as passes_module
 from dlora.protocol.adapters import crossings, kind_of
 from dlora.protocol.choices import WireDtype
 from dlora.protocol.kill_revive import LIVE, UnitState
@@ -55,7 +56,7 @@ def micro_batches_traffic(
     for batch in batches:
         counts = {"tokens": len(batch.ids), "sequences": len(batch.sequence_lengths), "labelled": len(batch.labels)}
         sizes = {"embedding_size": base.embedding_size, "hidden_size": base.hidden_size}
-        found += micro_batch_traffic(crossing, **groups, **counts, **sizes, codecs=Codecs.all(wire_dtype))
+        found += micro_batch_traffic(crossing, **groups, **counts, **sizes, codecs=Codecs.parse(wire_dtype))
     return found
 
 
@@ -66,9 +67,10 @@ def expected(trainer: Trainer, batches: Sequence[MicroBatch], units: Sequence[in
     live = [group for group in range(len(groups)) if states[group] in LIVE]
     active = [group for group in live if states[group] == UnitState.ACTIVE]
     with_grads = [group for group in live if group >= min(active)] if train else []
+    passes = trainer.config.passes
     return micro_batches_traffic(
         trainer.bundle, batches, trainer.config.server.wire_dtype, crossings(trainer.config.spec, groups), live=live,
-        with_grads=with_grads, answered=with_grads[1:],
+        with_grads=active if passes and train else with_grads, answered=with_grads[1:], passes=passes,
     )  # fmt: skip
 
 
@@ -120,6 +122,23 @@ def test_steps_cost_what_the_formula_says(bench: Bench, wire_dtype: WireDtype, a
     run = config(total_steps=2, grad_accum=2, wire_dtype=wire_dtype, kill_revive=some if active < BLOCKS else {})
     dataset = random_dataset(VOCABULARY) if padded else even_dataset()
     with training(bench.bundle, bench.server.url, run, dataset) as trainer:
+        check_steps(trainer, 2)
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 1000, 1 << 20])
+@pytest.mark.parametrize("wire_dtype", ["fp32", "int8"])
+@pytest.mark.parametrize("passes", ["1,1", "2,1", "2,2", "3,3"])
+@pytest.mark.parametrize("kind", ["lora", "bottleneck"])
+def test_passes_cost_what_the_formula_says(
+    kind: str, passes: str, wire_dtype: WireDtype, piece_bytes: int, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(passes_module, "PIECE_BYTES", piece_bytes)
+    kill_revive = {"active_fraction": 0.0, "score": "static", "static": (1, 3)}
+    run = config(
+        kind=kind, total_steps=2, wire_dtype=wire_dtype, passes=passes, kill_revive=kill_revive,
+        target_modules=TARGETS["all-linear"],
+    )  # fmt: skip
+    with training(bench.bundle, bench.server.url, run, random_dataset(VOCABULARY)) as trainer:
         check_steps(trainer, 2)
 
 

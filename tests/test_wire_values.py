@@ -8,7 +8,7 @@ import torch
 
 from dlora.cloud.exchange.torch_codecs import TORCH_CODECS
 from dlora.protocol import messages as m
-from dlora.protocol.choices import WireDtype
+from dlora.protocol.choices import DifferenceDtype, WireDtype
 from dlora.protocol.errors import NonFiniteError, UsageError
 from dlora.protocol.frames import Decoder, encode
 from dlora.protocol.tensors import MAX_EXPONENT, SCALE_BYTES, WireTensor
@@ -67,7 +67,11 @@ def test_codecs_as_users_write_them() -> None:
     assert Codecs.parse("fp16") == Codecs.all("fp16")
     int8 = Codecs.parse("int8")
     assert int8.group_parameters == "fp16"
-    assert {getattr(int8, role.value) for role in TensorRole if role is not TensorRole.GROUP_PARAMETERS} == {"int8"}
+    assert int8.difference == "int4"
+    others = set(TensorRole) - {TensorRole.GROUP_PARAMETERS, TensorRole.DIFFERENCE}
+    assert {getattr(int8, role.value) for role in others} == {"int8"}
+    assert Codecs.parse("int8,difference=int8").difference == "int8"
+    assert Codecs.parse("fp16,difference=int4").difference == "int4"
     assert Codecs.parse("int8, embeddings=fp16,last_hidden_states=fp32").embeddings == "fp16"
     for text in ("int4", "", "fp16,embeddings", "fp16,nothing=int8", "fp16,embeddings=int4"):
         with pytest.raises(UsageError, match="--wire-dtype"):
@@ -79,29 +83,39 @@ def test_evaluations_cross_as_fp16_unless_all_is_fp32() -> None:
         assert Codecs.parse(text).for_evaluation() == Codecs.all(name)
 
 
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
 @pytest.mark.parametrize("width", [1, 2, 3, 8])
 @pytest.mark.parametrize("rows", [0, 1, 2, 3])
-def test_int8_of_any_shape_is_the_same_on_both_sides(rows: int, width: int) -> None:
+def test_integers_of_any_shape_are_the_same_on_both_sides(rows: int, width: int, dtype: DifferenceDtype) -> None:
     """As it comes in a frame, too: a single row is as long as it is wide, and its scale may begin at an odd byte."""
     values = np.random.default_rng(rows * 10 + width).standard_normal((rows, width)).astype(np.float32)
-    tensor = encode_floats(values, "int8")
-    assert TORCH_CODECS["int8"].encode(torch.from_numpy(values)) == tensor
-    frame = encode(m.GroupInput(step=0, micro_batch=0, group=0, hidden_states=tensor), seq=1, ack=0)
+    tensor = encode_floats(values, dtype)
+    assert TORCH_CODECS[dtype].encode(torch.from_numpy(values)) == tensor
+    frame = encode(m.GroupInput(step=0, micro_batch=0, groups=(0,), hidden_states=tensor), seq=1, ack=0)
     message = Decoder().decode(frame)
     assert isinstance(message, m.GroupInput)
     for received in (tensor, message.hidden_states):
-        decoded = TORCH_CODECS["int8"].decode(received, torch.device("cpu"), torch.float32).numpy()
+        decoded = TORCH_CODECS[dtype].decode(received, torch.device("cpu"), torch.float32).numpy()
         assert decoded.tobytes() == np.ascontiguousarray(decode_floats(received)).tobytes()
         assert decoded.shape == (rows, width)
 
 
-def test_what_is_too_large_for_int8_is_not_sent() -> None:
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_what_is_too_large_for_integers_is_not_sent(dtype: DifferenceDtype) -> None:
     with pytest.raises(NonFiniteError, match="NaN or infinity"):
-        encode_floats(np.full((1, 3), np.nan, np.float32), "int8")
+        encode_floats(np.full((1, 3), np.nan, np.float32), dtype)
     values = np.full((1, 3), 3e38, np.float32)
-    for send in (lambda: encode_floats(values, "int8"), lambda: TORCH_CODECS["int8"].encode(torch.from_numpy(values))):
-        with pytest.raises(NonFiniteError, match="too large for int8"):
+    for send in (lambda: encode_floats(values, dtype), lambda: TORCH_CODECS[dtype].encode(torch.from_numpy(values))):
+        with pytest.raises(NonFiniteError, match=f"too large for {dtype}"):
             send()
+
+
+@pytest.mark.parametrize(("dtype", "steps"), [("int8", 254), ("int4", 14)])
+def test_integers_are_off_by_half_a_step_at_most(dtype: DifferenceDtype, steps: int) -> None:
+    values = np.random.default_rng(3).standard_normal((5, 7)).astype(np.float32)
+    errors = np.abs(decode_floats(encode_floats(values, dtype)) - values).max(axis=1)
+    # A scale is rounded up, to eight bits of precision.
+    assert (errors <= np.abs(values).max(axis=1) / steps * (1 + 2**-7) * (1 + 1e-6)).all()
 
 
 def test_fp16_of_what_was_fp16_twice_is_the_same() -> None:

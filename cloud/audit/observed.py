@@ -195,19 +195,40 @@ class _Reader:
         micro_batch.frames.append(frame)
         match message:
             case m.GroupInput():
-                micro_batch.inputs[message.group] = message.hidden_states
+                _add(micro_batch.inputs, message.groups, message.hidden_states)
             case m.GroupDelta():
-                micro_batch.deltas[message.group] = message.deltas
+                _add_each(micro_batch.deltas, message.groups, message.deltas)
             case m.GroupGrad():
-                micro_batch.grads[message.group] = message.grads
+                _add_each(micro_batch.grads, message.groups, message.grads)
             case m.GroupInputGrad():
-                micro_batch.input_grads[message.group] = message.grad_hidden_states
+                _add(micro_batch.input_grads, message.groups, message.grad_hidden_states)
             case m.LabelledHiddenStates():
                 micro_batch.last_hidden = message.hidden_states
             case m.GradHiddenStates():
                 micro_batch.last_grad = message.grad_hidden_states
             case _:
                 pass
+
+
+def _add(known: dict[int, WireTensor], groups: Sequence[int], crossed: WireTensor) -> None:
+    """What crossed of these groups: itself, or, in passes, one under the other and added to what crossed before."""
+    if len(groups) == 1 and groups[0] not in known:
+        known[groups[0]] = crossed
+        return
+    for group, values in zip(groups, floats(crossed).tensor_split(len(groups)), strict=True):
+        summed = values + floats(known[group]) if group in known else values
+        known[group] = WireTensor("fp32", summed.contiguous().numpy())
+
+
+def _add_each(known: dict[int, tuple[WireTensor, ...]], groups: Sequence[int], crossed: Sequence[WireTensor]) -> None:
+    """The same of several tensors a group."""
+    columns = []
+    for place, tensor in enumerate(crossed):
+        column = {group: known[group][place] for group in groups if group in known}
+        _add(column, groups, tensor)
+        columns.append(column)
+    for group in groups:
+        known[group] = tuple(column[group] for column in columns)
 
 
 def whole_texts(tokens: Sequence[Sequence[int]], micro_batches: Sequence[SeenMicroBatch]) -> list[list[int]]:

@@ -15,9 +15,8 @@ from torch import Tensor
 from dlora.cloud.model.base_model import BaseModel
 from dlora.protocol.groups import GroupSpec
 
-from .rows import chosen_rows
 from .sketch import GroupSketch
-from .target_modules import GroupRunner
+from .target_modules import GroupRunner, chosen_rows
 
 
 class BasisPass(GroupRunner):

@@ -21,6 +21,7 @@ Whose target modules ask for it, and how, is ``target_modules.py``.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -31,8 +32,62 @@ from dlora.cloud.model.base_model import BaseModel
 from dlora.protocol.groups import GroupSpec
 
 from .kinds import Site
-from .rows import among_all, chosen_rows
-from .target_modules import GroupRunner
+from .target_modules import GroupRunner, among_all, chosen_rows
+
+
+class RowRunner(GroupRunner):
+    """Runs the groups of a session's micro-batch, whose adapters act at the rows that cross.
+
+    Args:
+        groups: the session's exchange groups; sites: one each.
+        live: groups that exchange.
+        given: groups that are applied here, with their parameters as ``Site.compute_outputs`` takes them.
+        rows: int64 (rows,), where each row that crosses lies in the flattened padded batch; None where all cross as
+            they lie.
+        graded: as ``GroupRunner`` has it.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        groups: Sequence[GroupSpec],
+        sites: Sequence[Site],
+        *,
+        live: Collection[int],
+        given: Mapping[int, Sequence[Tensor]],
+        rows: Tensor | None,
+        graded: Tensor | None = None,
+    ) -> None:
+        super().__init__(base, groups, (*live, *given), graded=graded)
+        self.sites = sites
+        self.rows = rows
+        self._given = given
+
+    @abstractmethod
+    def exchange(self, group: int, x: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor] | None]:
+        """The frozen products of a live group, and one delta for each, (rows, out_features); None: there are none."""
+
+    def run_group(self, group: int, x: Tensor) -> Sequence[Tensor]:
+        """What a group's target modules give: their frozen products and the deltas."""
+        frozen, deltas = self._apply_given(group, x) if group in self._given else self.exchange(group, x)
+        if deltas is None:
+            return frozen
+        targets = self._groups[group].targets
+        return [
+            torch.add(output, _Unpack.apply(delta, self, output.shape, output.dtype), alpha=target.gain)
+            for output, delta, target in zip(frozen, deltas, targets, strict=True)
+        ]
+
+    def pack(self, padded: Tensor) -> Tensor:
+        """(batch, length, width) or (batch * length, width) to the rows that cross, (rows, width)."""
+        packed: Tensor = _Pack.apply(padded, self)
+        return packed
+
+    def _apply_given(self, group: int, x: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """As ``exchange``, with what the device has given in its place."""
+        site = self.sites[group]
+        outputs = site.compute_outputs(site.project(self.pack(x)), self._given[group])
+        return self.run_frozen(group, x), site.expand(outputs)
 
 
 class GroupDevice(Protocol):
@@ -44,16 +99,12 @@ class GroupDevice(Protocol):
     def receive_input_grad(self, group: int, torch_device: torch.device) -> Tensor: ...
 
 
-class MicroBatchExchange(GroupRunner):
+class MicroBatchExchange(RowRunner):
     """The exchange of one micro-batch.
 
     Args:
-        groups: the session's exchange groups; sites: one each.
         live: groups that exchange; trained: those of them whose adapters want gradients.
-        given: groups that are applied here, with their parameters as ``Site.compute_outputs`` takes them.
-        rows: int64 (rows,), where each row that crosses lies in the flattened padded batch; None where all cross as
-            they lie.
-        graded: as ``GroupRunner`` has it.
+        given, rows, graded: as ``RowRunner`` has them.
 
     Attributes:
         gradients: after the forward pass, how many groups will have their outputs' gradients sent.
@@ -72,28 +123,16 @@ class MicroBatchExchange(GroupRunner):
         rows: Tensor | None,
         graded: Tensor | None = None,
     ) -> None:
-        super().__init__(base, groups, (*live, *given), graded=graded)
+        super().__init__(base, groups, sites, live=live, given=given, rows=rows, graded=graded)
         self.device = device
-        self.rows = rows
         self.gradients = 0
-        self._sites = sites
         self._trained = trained
-        self._given = given
 
-    def run_group(self, group: int, x: Tensor) -> list[Tensor]:
-        """What a group's target modules give: their frozen products and the deltas."""
-        frozen, deltas = self._apply_given(group, x) if group in self._given else self._exchange(group, x)
-        targets = self._groups[group].targets
-        return [
-            torch.add(output, _Unpack.apply(delta, self, output.shape, output.dtype), alpha=target.gain)
-            for output, delta, target in zip(frozen, deltas, targets, strict=True)
-        ]
-
-    def _exchange(self, group: int, x: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    def exchange(self, group: int, x: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """The frozen products, and the deltas that the device gives."""
-        site = self._sites[group]
+        site = self.sites[group]
         joined, tap = _Fork.apply(x) if x.requires_grad else (x, x)
-        sent = site.project(_Pack.apply(tap, self))
+        sent = site.project(self.pack(tap))
         self.device.send_input(group, sent.detach())
         if sent.requires_grad:
             sent = _AwaitInputGrad.apply(sent, self, group)
@@ -106,20 +145,6 @@ class MicroBatchExchange(GroupRunner):
             self.gradients += 1
         return frozen, site.expand(outputs)
 
-    def _apply_given(self, group: int, x: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """As ``_exchange``, with what the device has given in its place."""
-        site = self._sites[group]
-        outputs = site.compute_outputs(site.project(_Pack.apply(x, self)), self._given[group])
-        return self.run_frozen(group, x), site.expand(outputs)
-
-    def pack(self, padded: Tensor) -> Tensor:
-        """(batch, length, width) or (batch * length, width) to the rows that cross, (rows, width)."""
-        return chosen_rows(padded, self.rows)
-
-    def unpack(self, packed: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """(rows, width) to ``shape`` and ``dtype``, with zeros for padding and for rows that do not cross."""
-        return among_all(packed.to(dtype), self.rows, shape)
-
 
 class _Fork(torch.autograd.Function):
     """x, twice: for the frozen products and for the device. Its backward adds what both give, in this order."""
@@ -131,34 +156,6 @@ class _Fork(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, tap: Tensor) -> Tensor:
         return grad + tap
-
-
-class _Pack(torch.autograd.Function):
-    """The rows that cross."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, exchange: MicroBatchExchange) -> Tensor:
-        ctx.exchange, ctx.shape, ctx.dtype = exchange, x.shape, x.dtype
-        return exchange.pack(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.exchange.unpack(grad.contiguous(), ctx.shape, ctx.dtype), None
-
-
-class _Unpack(torch.autograd.Function):
-    """Rows that crossed, where they lie in the batch."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, packed: Tensor, exchange: MicroBatchExchange, shape: torch.Size, dtype: torch.dtype
-    ) -> Tensor:
-        ctx.exchange, ctx.dtype = exchange, packed.dtype
-        return exchange.unpack(packed, shape, dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return ctx.exchange.pack(grad).to(ctx.dtype), None, None, None
 
 
 class _AwaitInputGrad(torch.autograd.Function):
@@ -193,3 +190,29 @@ class _SendGrads(torch.autograd.Function):
         exchange.device.send_grads(ctx.group, grads, answer=ctx.answer)
         # None for `sent` too: it stands among the inputs only so that AwaitInputGrad cannot run before SendGrads has.
         return (None,) * ctx.inputs
+
+
+class _Pack(torch.autograd.Function):
+    """The rows that cross."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, runner: RowRunner) -> Tensor:
+        ctx.rows, ctx.shape, ctx.dtype = runner.rows, x.shape, x.dtype
+        return chosen_rows(x, runner.rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return among_all(grad.contiguous().to(ctx.dtype), ctx.rows, ctx.shape), None
+
+
+class _Unpack(torch.autograd.Function):
+    """Rows that crossed, where they lie in the batch."""
+
+    @staticmethod
+    def forward(ctx: Any, packed: Tensor, runner: RowRunner, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        ctx.rows, ctx.dtype = runner.rows, packed.dtype
+        return among_all(packed.to(dtype), runner.rows, shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return chosen_rows(grad, ctx.rows).to(ctx.dtype), None, None, None

@@ -11,6 +11,7 @@ from torch import Tensor
 from dlora.cloud.model.base_model import BaseModel, find_embedding
 from dlora.cloud.model.cache import PartCache
 from dlora.cloud.model.parts import ModelParts
+from dlora.cloud.model.row_blocks import RowBlocks
 from dlora.protocol import messages as m
 from dlora.protocol.adapters import AdapterSpec
 from dlora.protocol.errors import RemoteProtocolError
@@ -34,7 +35,7 @@ class SessionModel:
         sketches: of what the base model computes at each group, from the first micro-batch of the mode ``basis`` on;
             each goes once the group's state is made.
         parameters: what devices would train, of groups that the device has given; as ``Site.compute_outputs`` takes it.
-        parts: of the base model, where it can be run so.
+        parts: of the base model, where it can be run so; row_blocks: likewise.
         cache: of a session with a context length, the context's keys and values.
     """
 
@@ -45,6 +46,7 @@ class SessionModel:
     sketches: list[GroupSketch | None] = field(default_factory=list)
     parameters: dict[int, Sequence[Tensor]] = field(default_factory=dict)
     parts: ModelParts | None = None
+    row_blocks: RowBlocks | None = None
     cache: PartCache | None = None
 
     @property

@@ -22,8 +22,6 @@ from torch import Tensor
 from dlora.cloud.model.base_model import BaseModel
 from dlora.protocol.groups import GroupSpec
 
-from .rows import among_all, chosen_rows
-
 
 class GroupRunner(ABC):
     """Runs the target modules of some groups in place of their own ``forward``: all of a group when one is called.
@@ -142,3 +140,18 @@ def original_forward(base: BaseModel, name: str) -> Callable[[Tensor], Tensor]:
     """The base model's own ``forward`` of a target module."""
     forward = base.targets[name].module.forward
     return forward.original if isinstance(forward, _Wrapped) else forward
+
+
+def chosen_rows(padded: Tensor, rows: Tensor | None) -> Tensor:
+    """(batch, length, width) or (batch * length, width) to the ``rows``, int64, of it, (rows, width); None: all."""
+    flat = padded.reshape(-1, padded.shape[-1])
+    return flat if rows is None else flat.index_select(0, rows)
+
+
+def among_all(packed: Tensor, rows: Tensor | None, shape: torch.Size) -> Tensor:
+    """(rows, width) to ``shape``, with zeros for all other rows."""
+    if rows is None:
+        return packed.view(shape)
+    full = torch.zeros(shape, dtype=packed.dtype, device=packed.device)
+    full.view(-1, shape[-1]).index_copy_(0, rows, packed)
+    return full

@@ -10,7 +10,7 @@ import torch
 
 from dlora.protocol.errors import NonFiniteError
 from dlora.protocol.tensors import SCALE_BYTES, WireTensor, fp16_exponent
-from dlora.protocol.wire_codecs import INT8_SCALE_LIMIT, Codecs, TensorRole
+from dlora.protocol.wire_codecs import LARGEST, SCALE_LIMIT, Codecs, TensorRole
 
 # Decoded frames are read-only views, and nobody here writes into them; torch warns all the same.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
@@ -39,29 +39,42 @@ class _Fp16:
         return values.to(dtype)
 
 
-class _Int8:
+class _Integers:
+    def __init__(self, dtype: str) -> None:
+        self._dtype = dtype
+        self._largest = LARGEST[dtype]
+
     def encode(self, values: torch.Tensor) -> WireTensor:
         finite_peak(values)
-        peaks = values.abs().amax(1, keepdim=True) if values.shape[1] else values.new_zeros(len(values), 1)
+        rows, width = values.shape
+        peaks = values.abs().amax(1, keepdim=True) if width else values.new_zeros(rows, 1)
         # By a tensor: kernels multiply by the reciprocal of a Python number, which rounds otherwise.
-        scales = (peaks / torch.full_like(peaks, 127)).clamp_min(1e-30)
-        if scales.numel() and float(scales.max()) >= INT8_SCALE_LIMIT:
-            raise NonFiniteError("values that are too large for int8 in the base model's results")
+        scales = (peaks / torch.full_like(peaks, self._largest)).clamp_min(1e-30)
+        if scales.numel() and float(scales.max()) >= SCALE_LIMIT:
+            raise NonFiniteError(f"values that are too large for {self._dtype} in the base model's results")
         upper = (scales.view(torch.int32) + 0xFFFF) >> 16
-        integers = torch.round(values / (upper << 16).view(torch.float32)).to(torch.int8)
-        stored = torch.cat([integers.view(torch.uint8), upper.to(torch.int16).view(torch.uint8)], 1)
-        return WireTensor("int8", stored.cpu().contiguous().numpy())
+        integers = torch.round(values / (upper << 16).view(torch.float32)).to(torch.int8).view(torch.uint8)
+        if self._dtype == "int4":
+            even, odd = integers[:, ::2] & 0xF, integers[:, 1::2] << 4
+            integers = even | torch.nn.functional.pad(odd, (0, width % 2))
+        stored = torch.cat([integers, upper.to(torch.int16).view(torch.uint8)], 1).cpu().contiguous().numpy()
+        return WireTensor(self._dtype, stored, width=width if self._dtype == "int4" else None)
 
     def decode(self, tensor: WireTensor, torch_device: torch.device, dtype: torch.dtype) -> torch.Tensor:
         stored = torch.from_numpy(tensor.data).to(torch_device)
-        integers = stored[:, :-SCALE_BYTES].to(torch.int8).to(torch.float32)
+        integers = stored[:, :-SCALE_BYTES]
+        if self._dtype == "int4":
+            both = torch.stack([integers << 4, integers & 0xF0], 2).view(torch.int8) >> 4
+            integers = both.flatten(1)[:, : tensor.shape[1]]
         # By arithmetic: a row may begin at any byte, and torch views no pair of bytes at an odd one.
         low, high = (stored[:, place].to(torch.int32) for place in (-2, -1))
         scales = ((high << 24) | (low << 16)).view(torch.float32).unsqueeze(1)
-        return (integers * scales).to(dtype)
+        return (integers.to(torch.int8).to(torch.float32) * scales).to(dtype)
 
 
-TORCH_CODECS: Final[dict[str, _Int8 | _Fp16 | _Fp32]] = {"int8": _Int8(), "fp16": _Fp16(), "fp32": _Fp32()}
+TORCH_CODECS: Final[dict[str, _Integers | _Fp16 | _Fp32]] = {
+    "int4": _Integers("int4"), "int8": _Integers("int8"), "fp16": _Fp16(), "fp32": _Fp32(),
+}  # fmt: skip
 """By the names of ``dlora.protocol.wire_codecs.CODECS``, the dtypes of what they store; they encode float32."""
 
 

@@ -8,16 +8,22 @@ from torch import Tensor
 
 from dlora.cloud.exchange.basis import BasisPass
 from dlora.cloud.exchange.exchange import MicroBatchExchange
+from dlora.cloud.exchange.passes import Outputs, PassExchange, PassRunner
 from dlora.cloud.exchange.session_model import SessionModel
 from dlora.cloud.exchange.sketch import adding_bytes
 from dlora.cloud.exchange.target_modules import GroupRunner, running_targets
 from dlora.cloud.model.layout import Layout, lay_out
 from dlora.protocol import messages as m
+from dlora.protocol.adapters import crossings
 from dlora.protocol.groups import GroupSpec
 from dlora.protocol.micro_batch import GroupStates, Key, does_exchange
 from dlora.protocol.tensors import WireTensor
 
 from .micro_batch_device import MicroBatchDevice
+from .pass_device import PassDevice
+from .pass_rows import PassRows
+
+_KNOWN_BYTES = 4  # of a number of what crosses in passes
 
 
 class ServerMicroBatch:
@@ -31,6 +37,7 @@ class ServerMicroBatch:
         codecs: how its tensors cross.
         layout: its input.
         graded: as ``GroupRunner`` has it.
+        pass_rows: in passes, where ``RowBlocks`` runs them.
     """
 
     def __init__(
@@ -38,8 +45,9 @@ class ServerMicroBatch:
     ) -> None:
         self.key: Key = (begun.step, begun.micro_batch)
         self.codecs = model.opening.codecs_of(begun.mode)
+        self._embeds = model.embeddings(begun)
         self.layout: Layout = lay_out(
-            model.embeddings(begun),
+            self._embeds,
             torch.from_numpy(begun.sequence_lengths.data).long(),
             may_pack=packs,
             max_tokens=max_tokens,
@@ -47,13 +55,17 @@ class ServerMicroBatch:
         self._model = model
         self._mode = begun.mode
         self._position = begun.position or 0
+        self._passes = begun.passes
         self._group_states = group_states if does_exchange(begun) else GroupStates()
         self._lengths: list[int] = begun.sequence_lengths.data.tolist()
         self._labelled = self._rows_of(begun.label_positions)
         self._crossing = self.layout.rows
         if begun.crossing_positions is not None:
             self._crossing = self._rows_of(begun.crossing_positions)
+        self._crossing_rows = begun.tokens if begun.crossing_positions is None else len(begun.crossing_positions.data)
         self.graded = self._find_graded(begun)
+        can_divide = begun.passes is not None and model.row_blocks is not None
+        self.pass_rows = PassRows.of(begun) if can_divide else None
 
     @property
     def lowest_trained(self) -> GroupSpec | None:
@@ -79,6 +91,15 @@ class ServerMicroBatch:
         kept = itemsize * sum(group.in_features for group in model.groups)
         return rows * kept + max(adding_bytes(group, model.adapter.r, rows, itemsize) for group in model.groups)
 
+    @property
+    def exchanged_bytes(self) -> int:
+        """In passes: of what groups read and write, and of its gradients, what both sides know, and what is in hand."""
+        if self._passes is None:
+            return 0
+        live = [crossings(self._model.adapter, self._model.groups)[group] for group in self._group_states.live]
+        widths = sum(4 * each.input_width + 5 * sum(each.output_widths) for each in live)
+        return _KNOWN_BYTES * self._crossing_rows * widths
+
     def run(self, device: MicroBatchDevice) -> None:
         """Forward, and backward where it trains. Raises what ``device`` does, and ``NonFiniteError``."""
         match self._mode:
@@ -86,6 +107,8 @@ class ServerMicroBatch:
                 device.send_encoded(self._encode())
             case "basis":
                 self._run_basis(device)
+            case _ if self._passes is not None and self._group_states.live:
+                self._run_passes(device, self._passes)
             case _:
                 self._run_exchange(device)
 
@@ -107,6 +130,53 @@ class ServerMicroBatch:
         device.send_labelled(labelled, exchange.gradients)
         if exchange.gradients:
             labelled.backward(device.receive_labelled_grad(labelled))
+
+    def _run_passes(self, device: MicroBatchDevice, passes: m.Passes) -> None:
+        """The same, with all groups asked at once."""
+        model, base, rows = self._model, self._model.base, self.pass_rows
+        if rows is None or model.row_blocks is None:
+            acting, labels, graded = self._crossing, self._labelled, self.graded
+            base_runner, run = self._pass_runner({}, acting, None), self._run_all_rows
+            with torch.no_grad(), running_targets(base_runner):
+                run()
+        else:
+            acting, labels, graded = rows.acting_in_last, rows.labels_in_last.to(base.device), None
+            base_runner = self._pass_runner({}, rows.acting_in_base, None)
+            with running_targets(base_runner):
+                embeds = self._embeds.index_select(0, rows.base.to(self._embeds.device))
+                run = model.row_blocks.begin(embeds, rows.texts, self._lowest_block).run
+        exchange = PassExchange(
+            self._group_states,
+            passes,
+            lambda outputs: self._pass_runner(outputs, acting, graded),
+            trains=self._mode == "train",
+        )
+        widths = crossings(model.adapter, model.groups)
+        groups_device = PassDevice(device, self.codecs, widths, self._crossing_rows, base.dtype, base.device)
+        hidden = exchange.forward(groups_device, base_runner.reads, run)
+        labelled = hidden.reshape(-1, hidden.shape[-1]).index_select(0, labels)
+        wanted = exchange.wanted
+        device.send_labelled(labelled, sum(map(len, wanted)))
+        if wanted:
+            exchange.backward(groups_device, labelled, device.receive_labelled_grad(labelled))
+
+    def _pass_runner(self, outputs: Outputs, rows: Tensor | None, graded: Tensor | None) -> PassRunner:
+        model, states = self._model, self._group_states
+        return PassRunner(
+            model.base,
+            model.groups,
+            model.sites,
+            live=states.live,
+            given={group: model.parameters[group] for group in states.given},
+            rows=None if rows is None else rows.to(model.base.device),
+            graded=graded,
+            outputs=outputs,
+        )
+
+    @property
+    def _lowest_block(self) -> int:
+        """Of those in which adapters act."""
+        return self._model.groups[min((*self._group_states.live, *self._group_states.given))].block
 
     def _encode(self) -> list[Tensor]:
         """Of each sequence what comes out of the first blocks, (length, width)."""
@@ -144,8 +214,12 @@ class ServerMicroBatch:
                 cache.crop(self._position)
                 hidden = model.parts.run(layout.inputs_embeds, end=cache.end, cache=cache)
             else:
-                hidden = model.base.last_hidden_state(layout.inputs_embeds, layout.attention_mask, layout.position_ids)
+                hidden = self._run_all_rows()
             return hidden.reshape(-1, hidden.shape[-1]).index_select(0, self._labelled.to(hidden.device))
+
+    def _run_all_rows(self) -> Tensor:
+        layout = self.layout
+        return self._model.base.last_hidden_state(layout.inputs_embeds, layout.attention_mask, layout.position_ids)
 
     def _find_graded(self, begun: m.Embeddings) -> Tensor | None:
         """The rows whose gradients lead to an adapter: of each text from the first one on that crosses; None: all."""

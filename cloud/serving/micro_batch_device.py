@@ -76,34 +76,22 @@ class MicroBatchDevice:
 
     def send_input(self, group: int, x: Tensor) -> None:
         """What a group's adapters get, (rows, width)."""
-        step, micro_batch = self._key
-        hidden_states = self._to_wire(x, TensorRole.GROUP_INPUT)
-        self._send(
-            m.GroupInput(
-                step=step, micro_batch=micro_batch, group=group, hidden_states=hidden_states, times=self._take_times()
-            )
-        )
+        self.send_inputs((group,), self._to_wire(x, TensorRole.GROUP_INPUT))
 
     def receive_outputs(self, group: int, torch_device: torch.device) -> list[Tensor]:
         """What a group's adapters give, (rows, width) each."""
-        return [self._from_wire(delta, torch_device) for delta in self._receive(m.GroupDelta).deltas]
+        return [self._from_wire(delta, torch_device) for delta in self.receive(m.GroupDelta).deltas]
 
     def send_grads(self, group: int, grads: Sequence[Tensor], *, answer: bool) -> None:
         """Gradients of a group's outputs; ``answer``: whether that of its input is wanted."""
-        step, micro_batch = self._key
         on_wire = tuple(self._to_wire(grad, TensorRole.DELTA_GRAD) for grad in grads)
-        self._send(
-            m.GroupGrad(
-                step=step, micro_batch=micro_batch, group=group, grads=on_wire, answer=answer,
-                computed_s=self._computed_s, queued_s=self._queued_s, times=self._take_times(),
-            )
-        )  # fmt: skip
+        self.send_output_grads((group,), on_wire, answer=answer)
 
     def receive_input_grad(self, group: int, torch_device: torch.device) -> Tensor:
         """The gradient of a group's input, (rows, width)."""
         while group not in self._input_grads:
-            message = self._receive(m.GroupInputGrad)
-            self._input_grads[message.group] = message.grad_hidden_states
+            message = self.receive(m.GroupInputGrad)
+            self._input_grads[message.groups[0]] = message.grad_hidden_states
         return self._from_wire(self._input_grads.pop(group), torch_device)
 
     def send_labelled(self, hidden_states: Tensor, gradients: int) -> None:
@@ -119,7 +107,7 @@ class MicroBatchDevice:
 
     def receive_labelled_grad(self, like: Tensor) -> Tensor:
         """Their gradient."""
-        return self._from_wire(self._receive(m.GradHiddenStates).grad_hidden_states, like.device)
+        return self._from_wire(self.receive(m.GradHiddenStates).grad_hidden_states, like.device)
 
     def send_encoded(self, hidden_states: Sequence[Tensor]) -> None:
         """What comes out of the blocks that the device asked for, (tokens, width) a sequence."""
@@ -134,6 +122,33 @@ class MicroBatchDevice:
         return from_wire(tensor, torch_device, self._dtype)
 
     # -- messages ------------------------------------------------------------------------------------------
+
+    def send_inputs(self, groups: tuple[int, ...], tensor: WireTensor) -> None:
+        """What some groups' adapters get, as it crosses."""
+        step, micro_batch = self._key
+        self._send(
+            m.GroupInput(
+                step=step, micro_batch=micro_batch, groups=groups, hidden_states=tensor, times=self._take_times()
+            )
+        )
+
+    def send_output_grads(
+        self,
+        groups: tuple[int, ...],
+        tensors: tuple[WireTensor, ...],
+        *,
+        answer: bool,
+        backward_pass: int = 0,
+    ) -> None:
+        """Gradients of some groups' outputs, as they cross; ``answer``: whether their inputs' are wanted."""
+        step, micro_batch = self._key
+        self._send(
+            m.GroupGrad(
+                step=step, micro_batch=micro_batch, groups=groups, grads=tensors, answer=answer,
+                backward_pass=backward_pass, computed_s=self._computed_s, queued_s=self._queued_s,
+                times=self._take_times(),
+            )
+        )  # fmt: skip
 
     @property
     def _computed_s(self) -> float:
@@ -157,7 +172,7 @@ class MicroBatchDevice:
     def _send(self, message: m.ExchangeMessage) -> None:
         self._device.send(message)  # type: ignore[arg-type]
 
-    def _receive(self, kind: type[M]) -> M:
+    def receive(self, kind: type[M]) -> M:
         """The device's next message of this micro-batch. Raises ``DeviceGaveUpError``, and what the transport does."""
         transport = self._device.transport
         began, times_lost = self._clock(), transport.times_lost

@@ -29,6 +29,7 @@ from dlora.cloud.model.layout import can_pack
 from dlora.cloud.model.live_bytes import LiveBytes
 from dlora.cloud.model.memory import collect_garbage
 from dlora.cloud.model.parts import ModelParts
+from dlora.cloud.model.row_blocks import RowBlocks
 from dlora.protocol import interrupts
 from dlora.protocol.version import PROTOCOL_VERSIONS, SOFTWARE_VERSION
 
@@ -85,7 +86,9 @@ class CloudServer:
         self._housekeeping: list[asyncio.Task[None]] = []
         self._changes_seen = self._changes_released = 0
         self._started = time.monotonic()
-        live_bytes, may_pack, quotas = LiveBytes.measure(base), can_pack(base), settings.quotas
+        parts = ModelParts.of(base)
+        row_blocks = RowBlocks.of(parts)
+        live_bytes, may_pack, quotas = LiveBytes.measure(base, row_blocks), can_pack(base), settings.quotas
         max_tokens, live_limit = settings.max_tokens, settings.live_limit
         # Sequences end to end are one row, whatever each of them may have.
         longest = (max_tokens or MOST_TOKENS) if may_pack else base.max_sequence_length
@@ -95,7 +98,6 @@ class CloudServer:
         if live_limit is not None and quotas.live_bytes is None:
             # Whoever stalls in the middle of a step must not hold up all others.
             quotas = replace(quotas, live_bytes=min(live_limit, max(live_limit // 2, self.largest_micro_batch)))
-        parts = ModelParts.of(base)
         # At most half of what a device may have, so that there is room to compute.
         context_bytes = None if quotas.live_bytes is None else quotas.live_bytes // 2
         self.service = Service(
@@ -104,6 +106,7 @@ class CloudServer:
             may_pack=may_pack,
             live_bytes=live_bytes,
             parts=parts,
+            row_blocks=row_blocks,
             max_context_length=parts.most_context(context_bytes, live_bytes.context_token_bytes) if parts else 0,
             max_tokens=max_tokens,
             opening_bytes=max(opening_limit(base), self.guard.limits.first_frame_bytes),

@@ -14,6 +14,7 @@ from dlora.cloud.exchange.gate import ComputeGate
 from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.model.live_bytes import LiveBytes
 from dlora.cloud.model.parts import ModelParts
+from dlora.cloud.model.row_blocks import RowBlocks
 
 from .sessions import Sessions
 from .tasks import Tasks
@@ -54,7 +55,7 @@ class Service:
 
     Attributes:
         may_pack: whether the base model runs sequences end to end.
-        parts: the base model in parts; None where it cannot be run so.
+        parts: the base model in parts; None where it cannot be run so; row_blocks: likewise.
         max_context_length: the most tokens of a context, in all blocks; 0 where the base model keeps none.
         opening_bytes: the largest frame before a session is open.
         openings: one thread that decodes and checks what may be large, off the event loop and one after the other.
@@ -67,6 +68,7 @@ class Service:
     may_pack: bool
     live_bytes: LiveBytes
     parts: ModelParts | None
+    row_blocks: RowBlocks | None
     max_context_length: int
     max_tokens: int
     opening_bytes: int

@@ -64,7 +64,7 @@ class SessionLoop:
         self._deadlines = deadlines
         self._device = SessionDevice(live.session, live.transport, service.settings.clock)
         seed = opening.purpose.seed if isinstance(opening.purpose, m.Train) else 0
-        self._model = SessionModel(service.base, opening, seed, parts=service.parts)
+        self._model = SessionModel(service.base, opening, seed, parts=service.parts, row_blocks=service.row_blocks)
         self._window = opening.window
         self._running: set[Future[None]] = set()
         self._charge_ended = threading.Condition()
@@ -220,8 +220,9 @@ class SessionLoop:
         run = ServerMicroBatch(self._model, begun, group_states, max_tokens=service.max_tokens, packs=packs)
         tokens = counted_tokens(begun.sequence_lengths.data, packs=packs)
         del begun
-        live_bytes = service.live_bytes.estimate(run.layout, run.lowest_trained, run.context_length)
-        charge = self._admit(tokens, live_bytes + run.sketched_bytes)
+        texts = run.pass_rows.texts if run.pass_rows is not None else None
+        live_bytes = service.live_bytes.estimate(run.layout, run.lowest_trained, run.context_length, texts)
+        charge = self._admit(tokens, live_bytes + run.sketched_bytes + run.exchanged_bytes)
         device = MicroBatchDevice(
             self._device, run.key, run.codecs, service.base.dtype, gate=service.gate, deadlines=self._deadlines,
             arrived=arrived,

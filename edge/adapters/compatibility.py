@@ -55,6 +55,17 @@ def check_fit(manifest: Manifest, loaded: LoadedAdapter) -> None:
     _check_modules(manifest.groups, loaded, "take an adapter of the bundle's base model")
 
 
+def check_passes(loaded: LoadedAdapter, passes: str) -> None:
+    """Raise ``CheckpointError`` where an adapter that was trained in passes would be used in others: in fewer it may be
+    far worse. Live it can be used, and one that was trained live can go on in any."""
+    training = loaded.record.training if loaded.record is not None else None
+    trained = "live" if training is None else str(training.recipe.get("passes", "live"))
+    if "live" not in (passes, trained) and passes != trained:
+        raise CheckpointError(
+            f"the adapter was trained in passes {trained}; train with --passes live, or --passes {trained}"
+        )
+
+
 def with_saved_gains(groups: Sequence[GroupSpec], kind: str, loaded: LoadedAdapter | None) -> tuple[GroupSpec, ...]:
     """``groups`` with the gains that an adapter of the same ``kind`` was trained with, as far as it has parts."""
     if loaded is None or loaded.parts is None or loaded.parts.kind != kind:

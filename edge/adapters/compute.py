@@ -18,10 +18,10 @@ from .units import AdapterSet
 
 @dataclass
 class Saved:
-    """What backward needs of a group's forward pass: its input as it came (half the memory on an fp16 wire), and what
-    its adapters kept."""
+    """What backward needs of a group's forward pass: its input, where it can be as it came (half the memory on an fp16
+    wire), and what its adapters kept."""
 
-    x: WireTensor
+    x: WireTensor | FloatArray
     for_backward: Any
 
 
@@ -46,11 +46,11 @@ class AdapterCompute:
         for group in adapters.groups:
             group.load_graphs(load)
 
-    def forward(self, group: int, x: WireTensor) -> tuple[Sequence[FloatArray], Saved]:
+    def forward(self, group: int, x: WireTensor | FloatArray) -> tuple[Sequence[FloatArray], Saved]:
         """What a group's adapters answer to x (rows, input_width): (rows, output_width) each."""
         adapters, scale = self._adapters.groups[group], self._adapters.scale(group)
         with self._timed(f"forward {group}"):
-            outputs, for_backward = adapters.forward(decode_floats(x), scale)
+            outputs, for_backward = adapters.forward(_values(x), scale)
             return outputs, Saved(x, for_backward)
 
     def input_grad(self, group: int, grads: Sequence[FloatArray]) -> tuple[FloatArray, Any]:
@@ -66,7 +66,7 @@ class AdapterCompute:
             return {}
         adapters, scale = self._adapters.groups[group], self._adapters.scale(group)
         with self._timed(f"weight gradients {group}"):
-            return adapters.weight_grads(decode_floats(saved.x), saved.for_backward, grads, backward, scale)
+            return adapters.weight_grads(_values(saved.x), saved.for_backward, grads, backward, scale)
 
     @contextmanager
     def _timed(self, what: str) -> Iterator[None]:
@@ -75,3 +75,7 @@ class AdapterCompute:
         ended = time.perf_counter()
         self.seconds += ended - started
         self._took(what, started, ended)
+
+
+def _values(x: WireTensor | FloatArray) -> FloatArray:
+    return decode_floats(x) if isinstance(x, WireTensor) else x

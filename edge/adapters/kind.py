@@ -16,7 +16,7 @@ from dlora.edge.engine.engine import Array, Graph
 from dlora.protocol.adapters import AdapterSpec
 from dlora.protocol.groups import GroupSpec
 from dlora.protocol.tensors import DTYPES, FloatArray, WireTensor, is_exponent
-from dlora.protocol.wire_codecs import CODECS, decode_floats, is_finite
+from dlora.protocol.wire_codecs import FOR_ALL, decode_floats, is_finite
 
 LoadGraph = Callable[[str, str], Graph]
 """A graph by kind and key, loaded once."""
@@ -178,7 +178,7 @@ class GroupAdapters(ABC):
             raise ValueError(f"what the server keeps of {self.name} has other exponents")
         state = []
         for array, exponent, shape in zip(arrays, exponents.tolist(), self.state_shapes, strict=True):
-            dtype = next((name for name in CODECS if DTYPES[name] == array.dtype), None)
+            dtype = next((name for name in FOR_ALL if DTYPES[name] == array.dtype), None)
             if dtype is None or array.ndim != len(shape) or not is_exponent(exponent, dtype):
                 raise ValueError(f"what the server keeps of {self.name} has another shape or dtype")
             tensor = WireTensor(dtype, array, exponent)

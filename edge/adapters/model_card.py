@@ -118,6 +118,9 @@ def _training(training: TrainingRecord) -> list[str]:
         count = f", over {training.eval_tokens:,} labels" if training.eval_tokens else ""
         before, after = ("?" if each is None else f"{each:.4f}" for each in losses)
         lines.append(f"| held-out loss before and after{count} | {before} → {after} |")
+    if training.eval_loss_live is not None:
+        worse = ", which is worse" if training.is_worse_live else ""
+        lines.append(f"| the same used live, as PEFT does, not in passes | {training.eval_loss_live:.4f}{worse} |")
     lines += [
         f"| bytes on the wire a token, both ways | {training.bytes_per_token:,.0f} |",
         f"| round trips a step | {training.round_trips_per_step:,.1f} |",

@@ -18,6 +18,7 @@ from .output import print_result
 if TYPE_CHECKING:
     from dlora.edge.adapters.about import AdapterAbout
     from dlora.edge.adapters.store import AdapterStore
+    from dlora.protocol.adapter_record import TrainingRecord
     from dlora.protocol.manifest import Manifest
 
 app = typer.Typer(
@@ -108,12 +109,19 @@ def _fields(about: AdapterAbout) -> dict[str, Any]:
     return {
         **fields,
         "held-out loss": f"{before} before, {after} after",
+        **_used_live(training),
         "trained": f"{training.steps:,} steps, {training.examples:,} examples, {training.tokens:,} tokens",
         "traffic": f"{training.bytes_per_token:,.0f} bytes a token, {training.round_trips_per_step:,.1f} round trips a "
         "step",
         "recipe": recipe_line(training),
         "versions": ", ".join(f"{name} {version}" for name, version in training.versions.items()),
     }
+
+
+def _used_live(training: TrainingRecord) -> dict[str, str]:
+    if training.eval_loss_live is None:
+        return {}
+    return {"used live": f"{training.eval_loss_live:.4f}{', which is worse' if training.is_worse_live else ''}"}
 
 
 def _print_list(store: AdapterStore, found: list[dict[str, Any]]) -> None:

@@ -23,6 +23,7 @@ from dlora.protocol.tensors import FloatArray, WireTensor
 from dlora.protocol.wire_codecs import Codecs, TensorRole, decode_floats
 
 from .ends import Embedding, Head, LossGradient
+from .passes import DevicePasses
 
 
 @dataclass
@@ -57,6 +58,7 @@ class DeviceMicroBatch:
     Attributes:
         mode: what it is for; codecs: how its tensors cross.
         position: of its first token in the context, in the mode ``decode``.
+        passes: None where each group is asked by itself.
         grad_scale: what the loss's gradient is multiplied with, where there is one; gradient: of another loss than the
             sum of cross-entropies.
         is_finished: whether the server will send no more of it.
@@ -71,6 +73,7 @@ class DeviceMicroBatch:
     mode: m.Mode
     codecs: Codecs
     position: int | None = None
+    passes: m.Passes | None = None
     grad_scale: float = 0.0
     gradient: LossGradient | None = None
     is_finished: bool = False
@@ -79,6 +82,11 @@ class DeviceMicroBatch:
     grads: dict[str, FloatArray] = field(default_factory=dict)
     _saved: dict[int, Saved] = field(init=False, default_factory=dict)
     _to_come: int = field(init=False, default=0)
+    _passes: DevicePasses | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        if self.passes is not None:
+            self._passes = DevicePasses(self.parts.compute, self.codecs, trains=self.mode == "train")
 
     def begin(self) -> None:
         """Send the embeddings, or the tokens."""
@@ -101,6 +109,7 @@ class DeviceMicroBatch:
                 crossing_positions=None if positions is None else WireTensor.from_ints(positions),
                 token_ids=WireTensor.from_ints(batch.ids) if parts.sends_token_ids else None,
                 position=self.position,
+                passes=self.passes,
             )
         )
         if parts.connection.recorder is not None:
@@ -119,12 +128,18 @@ class DeviceMicroBatch:
                 raise RemoteProtocolError(f"{type(message).__name__} of a micro-batch from the server")
 
     def _answer_input(self, message: m.GroupInput) -> None:
-        outputs, saved = self.parts.compute.forward(message.group, message.hidden_states)
-        if self.mode == "train":
-            self._saved[message.group] = saved
-        deltas = tuple(self._to_wire(output, TensorRole.DELTA) for output in outputs)
+        if self._passes is not None:
+            deltas = self._passes.write(message.groups, message.hidden_states)
+        else:
+            (group,) = message.groups
+            outputs, saved = self.parts.compute.forward(group, message.hidden_states)
+            if self.mode == "train":
+                self._saved[group] = saved
+            deltas = tuple(self._to_wire(output, TensorRole.DELTA) for output in outputs)
         step, micro_batch = self.key
-        self.parts.connection.send(m.GroupDelta(step=step, micro_batch=micro_batch, group=message.group, deltas=deltas))
+        self.parts.connection.send(
+            m.GroupDelta(step=step, micro_batch=micro_batch, groups=message.groups, deltas=deltas)
+        )
 
     def _handle_last_hidden_states(self, message: m.LabelledHiddenStates) -> None:
         hidden_states = decode_floats(message.hidden_states)
@@ -144,19 +159,33 @@ class DeviceMicroBatch:
             self.parts.connection.send(m.GradHiddenStates(step=step, micro_batch=micro_batch, grad_hidden_states=sent))
 
     def _answer_grad(self, message: m.GroupGrad) -> None:
-        group, compute = message.group, self.parts.compute
+        if self._passes is not None:
+            self._answer_grads_of_pass(message, self._passes)
+            return
+        (group,), compute = message.groups, self.parts.compute
         grads: Sequence[FloatArray] = [decode_floats(grad) for grad in message.grads]
         dx, backward = compute.input_grad(group, grads)
         if message.answer:
-            sent = self._to_wire(dx, TensorRole.INPUT_GRAD)
-            step, micro_batch = self.key
-            self.parts.connection.send(
-                m.GroupInputGrad(step=step, micro_batch=micro_batch, group=group, grad_hidden_states=sent)
-            )
+            self._send_input_grads(message.groups, self._to_wire(dx, TensorRole.INPUT_GRAD))
         # After the answer has left: the server works on while we compute the weights' gradients.
         self.grads |= compute.weight_grads(group, self._saved.pop(group), grads, backward)
         self._to_come -= 1
         self.is_finished = not self._to_come
+
+    def _answer_grads_of_pass(self, message: m.GroupGrad, passes: DevicePasses) -> None:
+        sent = passes.input_grads(message.groups, message.grads, answer=message.answer)
+        if sent is not None:
+            self._send_input_grads(message.groups, sent)
+        self._to_come -= len(message.groups)
+        self.is_finished = not self._to_come
+        if self.is_finished:
+            self.grads |= passes.weight_grads()
+
+    def _send_input_grads(self, groups: tuple[int, ...], tensor: WireTensor) -> None:
+        step, micro_batch = self.key
+        self.parts.connection.send(
+            m.GroupInputGrad(step=step, micro_batch=micro_batch, groups=groups, grad_hidden_states=tensor)
+        )
 
     def _to_wire(self, values: FloatArray, role: TensorRole) -> WireTensor:
         return self.codecs.of(role).encode(np.asarray(values))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,9 @@ class SplitModel:
         *,
         invocation: tuple[int, ...] = (),
         send: Send = "embeddings",
+        passes: m.Passes | None = None,
     ) -> None:
+        self.passes = passes
         self.session = session
         self.invocation = invocation
         self.connection = session.connection
@@ -66,6 +69,15 @@ class SplitModel:
     def compute_seconds(self) -> float:
         """Seconds that this device has computed so far."""
         return self._parts.head_seconds + self._compute.seconds
+
+    @contextmanager
+    def asked_live(self) -> Iterator[None]:
+        """Within, groups are asked live, whatever the run's passes are."""
+        passes, self.passes = self.passes, None
+        try:
+            yield
+        finally:
+            self.passes = passes
 
     def forward_backward(
         self, batches: Sequence[MicroBatch], *, step: int, grad_scale: float, gradients: Sequence[LossGradient] = ()
@@ -189,7 +201,8 @@ class SplitModel:
         """``more``: fields of ``DeviceMicroBatch``."""
         opening = self.connection.session.opened_with
         assert opening is not None
-        return DeviceMicroBatch(self._parts, batch, key, mode, opening.codecs_of(mode), **more)
+        passes = self.passes if mode in ("train", "evaluate") else None
+        return DeviceMicroBatch(self._parts, batch, key, mode, opening.codecs_of(mode), passes=passes, **more)
 
     def _next_key(self) -> Key:
         self._evaluated = (self._evaluated + 1) % 2**31

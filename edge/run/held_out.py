@@ -12,6 +12,7 @@ import msgspec
 
 from dlora.edge.data.examples import Dataset
 from dlora.edge.files import write_atomically
+from dlora.edge.model.evaluation import Evaluation
 from dlora.edge.training.expected import EvaluationPlan
 from dlora.edge.training.resolved import Resolved
 from dlora.edge.training.trainer import Trainer
@@ -23,6 +24,8 @@ from .file_names import EVALUATIONS
 from .saving import AdapterSaver
 from .watcher import Watchers
 
+WORSE_LIVE_NATS, WORSE_LIVE = 0.008, 0.01
+"""A loss that is so much above another, in nats or as a share of it, is worse."""
 BEST = "best"
 EVALUATION = "evaluation.json"
 
@@ -82,17 +85,7 @@ class HeldOut:
         """Evaluate now, where there is held-out data. Raises ``StoppedError`` soon after somebody asked to stop."""
         if self._dataset is None:
             return
-        with self._display.evaluating(when, len(self._dataset)) as advance:
-
-            def after_batch(examples: int, _: int) -> None:
-                advance(examples)
-                if self._should_stop():
-                    raise StoppedError(f"stopped while evaluating; go on with dlora-edge resume {self._out}")
-
-            up, down = self._trainer.traffic
-            result = self._trainer.evaluate(self._dataset, after_batch)
-            self.bytes_up += self._trainer.traffic[0] - up
-            self.bytes_down += self._trainer.traffic[1] - down
+        result = self._evaluate(self._dataset, when)
         row = {"step": self._trainer.next_step, **asdict(result), "data": self._dataset.fingerprint}
         is_best = self.best is None or result.loss < self.best["loss"]
         if is_best:
@@ -108,6 +101,42 @@ class HeldOut:
             f"{result.token_accuracy:.1%} of tokens right"
             + (", the best so far" if is_best and self.evaluations[1:] else "")
         )
+
+    def live_loss(self, saved_step: int) -> float | None:
+        """Of the saved adapter, used live, as PEFT does, where it was trained in passes: its loss is said beside that
+        of its passes, and kept in its record. None: it was trained live, or nothing can be said."""
+        if self._dataset is None or self._trainer.config.passes is None:
+            return None
+        if saved_step != self._trainer.next_step and not self._trainer.take_adapter(self._out):
+            self._display.warn(
+                "units were killed since the saved adapter's step: it is not evaluated live, as PEFT uses it"
+            )
+            return None
+        loss = self._evaluate(self._dataset, "live", live=True).loss
+        in_passes = next(float(row["loss"]) for row in self.evaluations if row["step"] == saved_step)
+        is_worse = loss > in_passes + min(WORSE_LIVE_NATS, WORSE_LIVE * in_passes)
+        passes = self._trainer.config.server.passes
+        said = f"held-out loss live, as PEFT uses the saved adapter: {loss:.4f}; in passes {passes}: {in_passes:.4f}"
+        if is_worse:
+            self._display.warn(f"{said}: it is worse where it is used so; train with --passes live, or more passes")
+        else:
+            self._display.say(said)
+        self._trainer.copy_adapter(self._out, self._out, eval_loss_live=loss, is_worse_live=is_worse)
+        return loss
+
+    def _evaluate(self, dataset: Dataset, when: str, *, live: bool = False) -> Evaluation:
+        with self._display.evaluating(when, len(dataset)) as advance:
+
+            def after_batch(examples: int, _: int) -> None:
+                advance(examples)
+                if self._should_stop():
+                    raise StoppedError(f"stopped while evaluating; go on with dlora-edge resume {self._out}")
+
+            up, down = self._trainer.traffic
+            result = self._trainer.evaluate(dataset, after_batch, live=live)
+            self.bytes_up += self._trainer.traffic[0] - up
+            self.bytes_down += self._trainer.traffic[1] - down
+        return result
 
     @property
     def best(self) -> dict[str, Any] | None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
+import msgspec
 import numpy as np
 
-from dlora.edge.adapters.compatibility import load_weights, with_saved_gains
+from dlora.edge.adapters.compatibility import check_passes, load_weights, with_saved_gains
 from dlora.edge.adapters.kind import SavedModule
 from dlora.edge.adapters.parts import Parts
 from dlora.edge.adapters.peft import LoadedAdapter, load_adapter, save_adapter
@@ -21,8 +22,9 @@ from dlora.edge.data.batches import MicroBatch
 from dlora.edge.data.examples import Dataset
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.engine import Engine
-from dlora.edge.model.ends import LossGradient
+from dlora.edge.model.ends import LossGradient, finishing
 from dlora.edge.model.evaluation import Evaluation, evaluate
+from dlora.edge.model.split import SplitModel
 from dlora.edge.wire.spans import COMPUTE
 from dlora.protocol.adapter_record import TrainingRecord
 from dlora.protocol.errors import CheckpointError, DloraError, NonFiniteError
@@ -102,6 +104,7 @@ class AdapterTraining:
         )
         check_units(config.units, len(self.adapters.units))
         if init is not None:
+            check_passes(init, config.server.passes)
             load_weights(self.adapters, init, config.invocation)
             for unit in self.adapters.units:
                 names = target_names(self.groups[group] for group in unit.groups)
@@ -165,7 +168,7 @@ class AdapterTraining:
         """
         tries = 0
         failures = list[Exception]()
-        safe = [_finishing(gradient, failures) for gradient in gradients]
+        safe = [finishing(gradient, failures) for gradient in gradients]
 
         def attempt() -> list[FloatArray]:
             nonlocal tries
@@ -235,9 +238,13 @@ class AdapterTraining:
         with self._naming_step():
             return self.model.evaluate(batch)[0]
 
-    def evaluate(self, dataset: Dataset, progress: Callable[[int, int], None] | None = None) -> Evaluation:
-        """Loss and accuracy on a data set, with the adapters as they are. Raises as ``forward_backward`` does."""
-        with self._naming_step():
+    def evaluate(
+        self, dataset: Dataset, progress: Callable[[int, int], None] | None = None, *, live: bool = False
+    ) -> Evaluation:
+        """Loss and accuracy on a data set, with the adapters as they are: in the run's passes, or ``live``. Raises as
+        ``forward_backward`` does."""
+        asked = self.model.asked_live() if live and isinstance(self.model, SplitModel) else nullcontext()
+        with self._naming_step(), asked:
             self.record_parameters()
             return evaluate(self.model, dataset, self.config.training.batch_size, progress)
 
@@ -295,11 +302,22 @@ class AdapterTraining:
             parts = Parts(config.adapter.kind, config.adapter.rank, config.scaling, self.adapters.gains, tensors)
         self._save_modules(directory, modules, parts, training)
 
-    def copy_adapter(self, source: Path, directory: Path) -> None:
-        """Write an adapter of this run again, elsewhere."""
+    def copy_adapter(self, source: Path, directory: Path, **known: Any) -> None:
+        """Write an adapter of this run again, elsewhere or there. ``known``: of its ``TrainingRecord``, what is known
+        since."""
         loaded = load_adapter(source)
         training = loaded.record.training if loaded.record is not None else None
+        if training is not None:
+            training = msgspec.structs.replace(training, **known)
         self._save_modules(directory, list(loaded.modules.values()), loaded.parts, training)
+
+    def take_adapter(self, source: Path) -> bool:
+        """Go on with the weights of an adapter of this run; False, and nothing is done, where units have been killed:
+        it may be of others than those that take part now."""
+        if any(unit.state is not UnitState.ACTIVE for unit in self.adapters.units):
+            return False
+        load_weights(self.adapters, load_adapter(source), self.config.invocation)
+        return True
 
     # -- inside ------------------------------------------------------------------------------------------
 
@@ -376,16 +394,3 @@ class AdapterTraining:
         except (KeyError, ValueError) as error:
             raise CheckpointError(f"{checkpoint.path} lacks a part ({error}); start anew in another --out") from None
         self.session.step = state.next_step - self.config.part_begins
-
-
-def _finishing(gradient: LossGradient, failures: list[Exception]) -> LossGradient:
-    """``gradient``, whose errors wait until the micro-batch is through: the server waits for an answer."""
-
-    def safe(logprobs: FloatArray) -> FloatArray:
-        try:
-            return gradient(logprobs)
-        except Exception as error:  # of a loss that somebody else wrote
-            failures.append(error)
-            return np.zeros_like(logprobs)
-
-    return safe

@@ -240,6 +240,7 @@ def _mean_traffic(
             with_grads=live if trains else (),
             answered=live[1:] if trains else (),
             rows=rows,
+            passes=config.passes,
             **mean_micro_batch,
         )
     count = int(micro_batches)

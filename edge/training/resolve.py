@@ -89,6 +89,7 @@ def resolve_without_data(settings: Settings, manifest: Manifest, init: LoadedAda
     kill_revive = settings.kill_revive
     decay = _first(settings.optimizer.weight_decay, defaults.weight_decay if init is None else 0.0)
     wire_dtype = settings.server.wire_dtype or defaults.wire_dtype
+    passes = settings.server.passes or "live"
     usual = (DEFAULT_WARMUP_STEPS, DEFAULT_RAMP_FRACTION) if defaults.warms_up else (0, 0.0)
     kill_revive = msgspec.structs.replace(
         kill_revive,
@@ -105,7 +106,7 @@ def resolve_without_data(settings: Settings, manifest: Manifest, init: LoadedAda
         **{name: getattr(settings, name) for name in ("device", "data", "training", "saving")},
         adapter=adapter,
         optimizer=ChosenOptimizer(**{**msgspec.structs.asdict(settings.optimizer), "weight_decay": decay}),
-        server=ChosenServer(**{**msgspec.structs.asdict(settings.server), "wire_dtype": wire_dtype}),
+        server=ChosenServer(**{**msgspec.structs.asdict(settings.server), "wire_dtype": wire_dtype, "passes": passes}),
         placement=placement,
         kill_revive=kill_revive,
         blocks=blocks,
@@ -181,6 +182,7 @@ def choose_device_blocks(settings: Settings, manifest: Manifest) -> int:
     on_kill = settings.kill_revive.on_kill
     for option, is_given, what_to_do in (
         ("--bytes-per-token", settings.kill_revive.bytes_per_token is not None, "its steps send nothing"),
+        (f"--passes {settings.server.passes}", settings.server.passes not in (None, "live"), "its steps send nothing"),
         (f"--kr-on-kill {on_kill}", on_kill in ("give_to_server", "bypass"), "a killed unit keeps its effect"),
     ):
         if is_given:

@@ -17,6 +17,7 @@ from dlora.protocol.errors import CheckpointError, UsageError
 from dlora.protocol.groups import GroupSpec, without_gains
 from dlora.protocol.kill_revive import KillReviveConfig
 from dlora.protocol.manifest import Manifest
+from dlora.protocol.passes import Passes
 from dlora.protocol.targets import choose_groups, number_ranges
 from dlora.protocol.wire_codecs import Codecs
 
@@ -43,9 +44,10 @@ class ChosenOptimizer(Optimizer, frozen=True, kw_only=True):
 
 
 class ChosenServer(Server, frozen=True, kw_only=True):
-    """With the precision chosen."""
+    """With the precision chosen, and how the adapters are asked."""
 
     wire_dtype: str = "fp16"
+    passes: str = "live"
 
 
 class Resolved(Settings, frozen=True, kw_only=True):
@@ -99,6 +101,11 @@ class Resolved(Settings, frozen=True, kw_only=True):
     def codecs(self) -> Codecs:
         """How tensors cross. Raises ``UsageError``."""
         return Codecs.parse(self.server.wire_dtype)
+
+    @property
+    def passes(self) -> Passes | None:
+        """How groups are asked; None: live."""
+        return Passes.parse(self.server.passes)
 
     def groups(self, manifest: Manifest) -> tuple[GroupSpec, ...]:
         """The exchange groups that are trained. Raises ``UsageError`` where the bundle has no such module or block."""

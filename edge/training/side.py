@@ -89,7 +89,9 @@ class ServerSide(Side):
         self.recorder = connection.recorder
         self.spans = connection.spans
         self.session = TrainSession(connection, adapters, config, base_fingerprint=fingerprint, window=window)
-        self.model = SplitModel(bundle, engine, self.session, invocation=config.invocation, send=config.server.send)
+        self.model = SplitModel(
+            bundle, engine, self.session, invocation=config.invocation, send=config.server.send, passes=config.passes
+        )
         self._bundle = bundle
         self._connection = connection
 

@@ -83,7 +83,10 @@ class Spans:
 
 
 def name_of(message: m.AnyMessage) -> str:
-    """A message as people read it: with its group, where it has one."""
-    group = getattr(message, "group", None)
+    """A message as people read it: with its group, where it has one, and else the first and the last of them."""
     name = str(message.__struct_config__.tag).replace("_", " ")
+    if isinstance(message, (m.GroupInput, m.GroupDelta, m.GroupGrad, m.GroupInputGrad)):
+        first, *others = message.groups
+        return f"{name} {first} to {others[-1]}" if others else f"{name} {first}"
+    group = getattr(message, "group", None)
     return name if group is None else f"{name} {group}"

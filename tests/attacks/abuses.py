@@ -289,9 +289,9 @@ def wrong_group(target: Target) -> Outcome:
         assert isinstance(asked, m.GroupInput)
         deltas = tuple(
             encode_floats(np.ones((TOKENS, out.out_features), np.float32), "fp32")
-            for out in target.groups[asked.group].targets
+            for out in target.groups[asked.groups[0]].targets
         )
-        answer = m.GroupDelta(step=0, micro_batch=0, group=len(target.groups), deltas=deltas)
+        answer = m.GroupDelta(step=0, micro_batch=0, groups=(len(target.groups),), deltas=deltas)
         return device.say_anyway(answer, seq=2, ack=1)
 
 

@@ -27,7 +27,6 @@ from dlora.edge.adapters.peft import WEIGHTS_NAME
 from dlora.edge.training.checkpoint import list_checkpoints, load_latest
 from dlora.export.bundle import export_bundle
 from dlora.export.settings import ExportSettings
-from dlora.protocol.choices import KindChoice
 
 BLOCKS: Final = 4
 STEPS: Final = 5
@@ -42,15 +41,18 @@ TRAIN: Final[tuple[object, ...]] = (
     "--set", "kill_revive.kill_every=1",
     "--set", "kill_revive.revive_every=2", "--set", "kill_revive.probation=1",
 )  # fmt: skip
-OF_KIND: Final[dict[KindChoice, tuple[object, ...]]] = {
+_BOTTLENECK: Final = (
+    "--kind", "bottleneck", "--rank", 4, "--blocks", "0-3", "--set", "adapter.basis_steps=1",
+    "--active-from", "answer",
+    "--wire-dtype", "int8", "--kr-on-kill", "give_to_server",
+)  # fmt: skip
+RUNS: Final[dict[str, tuple[object, ...]]] = {
     "lora": ("--kind", "lora"),
-    "bottleneck": (
-        "--kind", "bottleneck", "--rank", 4, "--blocks", "0-3", "--set", "adapter.basis_steps=1",
-        "--active-from", "answer",
-        "--wire-dtype", "int8", "--kr-on-kill", "give_to_server",
-    ),
+    "bottleneck": _BOTTLENECK,
     "ffa": ("--kind", "ffa", "--active-from", "answer", "--wire-dtype", "int8"),
-}  # fmt: skip
+    "passes": (*_BOTTLENECK, "--passes", "2,2"),
+}
+"""What is trained: the kinds, and the default one in passes."""
 # What a step did. Its traffic and its times depend on what happened to it.
 SAME: Final = ("step", "loss", "learning_rate", "grad_norm", "tokens", "labelled", "active_units", "units")
 
@@ -78,12 +80,12 @@ class Place:
         return self.directory / "data.jsonl"
 
 
-def make_place(directory: Path, kind: KindChoice = "lora") -> Place:
-    """A tiny Llama, exported, and how its adapters of a kind are trained."""
+def make_place(directory: Path, run: str = "lora") -> Place:
+    """A tiny Llama, exported, and how its adapters are trained."""
     save_tiny(directory / "model", num_hidden_layers=BLOCKS)
     export_bundle(ExportSettings(str(directory / "model"), directory / "bundle", rank=4, alpha=8.0))
-    write_data(directory / "data.jsonl", answers=kind != "lora")
-    return Place(directory, train=(*TRAIN, *OF_KIND[kind]))
+    write_data(directory / "data.jsonl", answers=run != "lora")
+    return Place(directory, train=(*TRAIN, *RUNS[run]))
 
 
 def write_data(path: Path, seed: int = 2, rows: int = 12, *, answers: bool = False) -> None:

@@ -15,7 +15,6 @@ from fault_proxy import ON_A_FRAME, Boundary, Fault, Plan
 from fault_run import AtFile, FaultRun, Outcome, Reference, Replicas, make_place, record, replicas
 
 from dlora.edge.adapters.parts import PARTS_NAME
-from dlora.protocol.choices import KindChoice
 
 STEP: Final = 2
 """The step that is disturbed; a unit was killed before it and one is revived after it."""
@@ -60,9 +59,9 @@ class Cell:
 class Matrix:
     """Runs cases, ``workers`` at a time, each with replicas of its own, until its context ends."""
 
-    def __init__(self, directory: Path, workers: int = 2, kind: KindChoice = "lora") -> None:
+    def __init__(self, directory: Path, workers: int = 2, run: str = "lora") -> None:
         self._directory = directory
-        self._place = make_place(directory, kind)
+        self._place = make_place(directory, run)
         self._closing = ExitStack()
         self._idle: queue.Queue[Replicas] = queue.Queue()
         self._workers = workers

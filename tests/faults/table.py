@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 from fault_proxy import Fault  # noqa: E402
-from fault_run import OF_KIND  # noqa: E402
+from fault_run import RUNS  # noqa: E402
 from matrix import FAULTS, Cell, Matrix  # noqa: E402
 
 SHORT = {"resumed in place": "resumed", "step run again": "again", "process restarted": "restarted", "went on": "on"}
@@ -23,14 +23,14 @@ def main() -> None:
     """Exit with 1 where any case is wrong."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one boundary of each kind")
-    parser.add_argument("--kind", choices=list(OF_KIND), default="lora", help="of adapters")
+    parser.add_argument("--run", choices=list(RUNS), default="lora", help="what is trained")
     parser.add_argument("--fault", action="append", choices=[fault.name.lower() for fault in FAULTS])
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     faults = [fault for fault in FAULTS if not options.fault or fault.name.lower() in options.fault]
     started = time.perf_counter()
     cells: list[Cell] = []
-    with tempfile.TemporaryDirectory() as directory, Matrix(Path(directory), options.workers, options.kind) as whole:
+    with tempfile.TemporaryDirectory() as directory, Matrix(Path(directory), options.workers, options.run) as whole:
         for fault in faults:
             for cell in whole.run(whole.cases(fault, thorough=not options.quick)):
                 cells.append(cell)

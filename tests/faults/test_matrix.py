@@ -12,8 +12,6 @@ from drawn import one_in
 from fault_proxy import Fault
 from matrix import FAULTS, Cell, Matrix
 
-from dlora.protocol.choices import KindChoice
-
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Matrix]:
@@ -39,7 +37,7 @@ def test_faults_at_each_kind_of_boundary_change_no_bit(whole: Matrix) -> None:
 @pytest.fixture(scope="module")
 def bottleneck(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Matrix]:
     """Of a kind of which the server keeps a part: activated, over int8."""
-    with Matrix(tmp_path_factory.mktemp("faults-bottleneck"), kind="bottleneck") as found:
+    with Matrix(tmp_path_factory.mktemp("faults-bottleneck"), run="bottleneck") as found:
         yield found
 
 
@@ -55,11 +53,11 @@ def test_a_killed_server_changes_no_bit_of_bottlenecks(bottleneck: Matrix) -> No
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("kind", ["bottleneck", "ffa"])
+@pytest.mark.parametrize("run", ["bottleneck", "ffa", "passes"])
 def test_faults_change_no_bit_of_the_kinds_that_the_server_keeps_a_part_of(
-    tmp_path_factory: pytest.TempPathFactory, kind: KindChoice
+    tmp_path_factory: pytest.TempPathFactory, run: str
 ) -> None:
-    with Matrix(tmp_path_factory.mktemp(f"faults-{kind}"), kind=kind) as found:
+    with Matrix(tmp_path_factory.mktemp(f"faults-{run}"), run=run) as found:
         cases = [case for nth, fault in enumerate(FAULTS) for case in one_in(8, found.cases(fault), nth)]
         check(list(found.run(cases)))
 

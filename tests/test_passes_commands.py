@@ -1,0 +1,106 @@
+"""Runs in passes by the real commands: what they say and write down, go on with, and refuse."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+from processes import finish, run_edge, start_edge
+from test_cli import assert_fails
+from test_kind_commands import BOTTLENECK, summary
+from test_kind_commands import place as place_of_answers
+from test_resume import KILLING, SAVE_EVERY, Place, assert_same_run, wait_for_lines
+
+from dlora.edge.adapters.about import about_adapter
+from dlora.protocol.adapter_record import TrainingRecord
+
+place = place_of_answers
+WAYS = {"default": BOTTLENECK, "kill and revive": (*BOTTLENECK, *KILLING), "lora": ("--kind", "lora")}
+
+
+@pytest.fixture(scope="module")
+def wholes(place: Place, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Runs that nothing interrupted."""
+    found = {}
+    for name, way in WAYS.items():
+        found[name] = tmp_path_factory.mktemp("whole")
+        done = run_edge(*place.train(found[name], *way, "--passes", "2,2", "--eval", place.data))
+        assert done.code == 0, done.stderr
+        assert "held-out loss live, as PEFT uses the saved adapter: " in done.stderr
+    return found
+
+
+def training_of(out: Path) -> TrainingRecord:
+    training = about_adapter(out).training
+    assert training is not None
+    return training
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_step_takes_five_round_trips(wholes: dict[str, Path], way: str) -> None:
+    for line in (wholes[way] / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        assert row["round_trips"] == 5 if row["live_units"] > 1 else 3
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_both_losses_are_written_down(place: Place, wholes: dict[str, Path], way: str) -> None:
+    found, training = json.loads((wholes[way] / "summary.json").read_text()), training_of(wholes[way])
+    assert found["eval_loss_after"] < found["eval_loss_before"]
+    assert training.recipe["passes"] == "2,2"
+    assert (training.eval_loss_after, training.eval_loss_live) == (found["eval_loss_after"], found["eval_loss_live"])
+    assert found["eval_loss_live"] != found["eval_loss_after"]
+    where = ("--bundle", place.bundle, "--server", place.url, "--adapter", wholes[way], "--data", place.data)
+    evaluated = summary(run_edge("evaluate", *where, "--json"))["loss"]
+    assert evaluated == pytest.approx(found["eval_loss_live"], abs=1e-5)
+
+
+def test_the_best_adapter_is_evaluated_live_where_it_is_kept(place: Place, tmp_path: Path) -> None:
+    """A rate that is too high: the last weights are not the best."""
+    options = ("--eval", place.data, "--eval-every", 5, "--lr", 0.5, "--keep", "best", "--passes", "1,1", "--json")
+    found = summary(run_edge(*place.train(tmp_path, *BOTTLENECK, *options)))
+    assert found["saved_step"] < found["steps"]
+    training = training_of(tmp_path)
+    assert (training.steps, training.eval_loss_live) == (found["saved_step"], found["eval_loss_live"])
+    where = ("--bundle", place.bundle, "--server", place.url, "--adapter", tmp_path, "--data", place.data)
+    assert summary(run_edge("evaluate", *where, "--json"))["loss"] == pytest.approx(found["eval_loss_live"], abs=1e-5)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(
+    place: Place, wholes: dict[str, Path], tmp_path: Path, way: str
+) -> None:
+    run = start_edge(*place.train(tmp_path, *WAYS[way], "--passes", "2,2", "--eval", place.data))
+    wait_for_lines(tmp_path / "metrics.jsonl", SAVE_EVERY + 3)
+    run.send_signal(signal.SIGKILL)
+    finish(run)
+    done = run_edge("resume", tmp_path)
+    assert done.code == 0, done.stderr
+    assert_same_run(tmp_path, wholes[way])
+    assert training_of(tmp_path).eval_loss_live == training_of(wholes[way]).eval_loss_live
+
+
+def test_an_adapter_is_used_live_or_in_its_own_passes(place: Place, wholes: dict[str, Path], tmp_path: Path) -> None:
+    def start_from(passes: str) -> list[object]:
+        out = tmp_path / passes
+        return [*place.train(out, *BOTTLENECK), "--init-adapter", wholes["default"], "--passes", passes, "--steps", 1]
+
+    for passes in ("1,1", "3,2"):
+        assert_fails(
+            run_edge(*start_from(passes)), 10, "was trained in passes 2,2; train with --passes live, or --passes"
+        )
+    for passes in ("live", "2,2"):
+        done = run_edge(*start_from(passes))
+        assert done.code == 0, done.stderr
+
+
+def test_passes_are_those_of_the_run(place: Place, wholes: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(wholes["default"], out)
+    done = run_edge(*place.train(out, *BOTTLENECK, "--passes", "live", "--steps", 50, "--resume"))
+    assert_fails(done, 10, "has --passes 2,2, not live")
+    for wrong in ("2", "0,1", "5,1", "some"):
+        assert_fails(run_edge(*place.train(tmp_path / "no", "--passes", wrong)), 2, "--passes")
