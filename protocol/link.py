@@ -5,8 +5,8 @@ lost connection both sides say how far they got, and send again what the other d
 next number only: a frame that it has already, with the same content, is passed over, because the answer to it was
 sent or is kept; with other content it is refused.
 
-A micro-batch is lock-step, so that few frames are ever kept. This is not TCP's reliability made again: TCP loses
-what was under way when a connection breaks, and does not tell which part arrived.
+A micro-batch is lock-step, or asks groups in waves, so that few frames are ever kept. This is not TCP's reliability
+made again: TCP loses what was under way when a connection breaks, and does not tell which part arrived.
 """
 
 from __future__ import annotations
@@ -37,9 +37,10 @@ class Link:
         self._lock = threading.Lock()
         self._limit = MAX_UNACKNOWLEDGED
 
-    def set_limit(self, window: int, asked: int = 0) -> None:
-        """Let so many micro-batches be under way at a time, and ``asked`` groups be asked at once."""
-        self._limit = window * MAX_UNACKNOWLEDGED + asked
+    def set_limit(self, window: int, groups: int = 0) -> None:
+        """Let so many micro-batches be under way at a time, each with a frame for each of ``groups`` that are asked at
+        once, in two backward passes after one another."""
+        self._limit = window * (MAX_UNACKNOWLEDGED + 2 * groups)
 
     def keep(self, frame: bytearray) -> None:
         """Keep the frame with the next number until it is acknowledged. Raises ``RemoteProtocolError`` where the peer

@@ -102,6 +102,8 @@ class MicroBatchRules:
         self.unanswered: set[int] = set()
         self.goes_on = False
         self._asks_back = False  # for an input gradient, in this backward pass
+        self._grads_before: set[int] = set()  # groups, in the backward pass before
+        self._have_answered: set[int] = set()  # groups, in any backward pass
         self._shapes = shapes
 
     def advance(self, message: m.ExchangeMessage, sender: Side, groups: GroupStates) -> None:
@@ -189,6 +191,7 @@ class MicroBatchRules:
     def _check_grad(self, message: m.GroupGrad, groups: GroupStates) -> bool:
         """Whether it goes on with a backward pass, of several."""
         number, of_message = message.backward_pass, set(message.groups)
+        self._check_one(message.groups)
         last = self.passes.backward - 1 if self.passes else 0
         begins = number == self.backward_pass + 1 <= last and bool(self.grads_sent)
         if number != self.backward_pass and not begins:
@@ -197,7 +200,11 @@ class MicroBatchRules:
             if self.unanswered:
                 raise ViolationError(f"another backward pass before group {min(self.unanswered)} has answered")
             self._check_all_sent(self.grads_sent, self.backward_pass, groups)
-        sent = set() if begins else self.grads_sent
+        sent, before = (set(), self.grads_sent) if begins else (self.grads_sent, self._grads_before)
+        if number and (unknown := of_message - before):
+            raise ViolationError(f"gradients of group {min(unknown)}, which had none in the pass before")
+        if number and message.answer and (unknown := of_message - self._have_answered):
+            raise ViolationError(f"group {min(unknown)} is asked back, which was not in the pass before")
         if again := of_message & sent or of_message - set(groups.live):
             raise ViolationError(f"gradients of group {min(again)}, which did not take part, or again")
         left = self.still_to_come - len(message.groups)
@@ -215,6 +222,7 @@ class MicroBatchRules:
             self._check_all_sent(sent, number, groups)
         self._check_outputs(message.grads, message.groups, TensorRole.DIFFERENCE if number else TensorRole.DELTA_GRAD)
         self.backward_pass, self.grads_sent, self.still_to_come, self._asks_back = number, sent, left, asks_back
+        self._grads_before = before
         self.unanswered |= of_message if message.answer else set()
         return self.passes is not None and len(sent) > len(of_message)
 
@@ -227,11 +235,17 @@ class MicroBatchRules:
 
     def _check_input_grad(self, message: m.GroupInputGrad) -> None:
         of_message = set(message.groups)
+        self._check_one(message.groups)
         if len(of_message) < len(message.groups) or not of_message <= self.unanswered:
             raise ViolationError("an input gradient that nobody asked for")
         role = TensorRole.DIFFERENCE if self.backward_pass else TensorRole.INPUT_GRAD
         self._check_inputs(message.grad_hidden_states, message.groups, role)
         self.unanswered -= of_message
+        self._have_answered |= of_message
+
+    def _check_one(self, groups: Sequence[int]) -> None:
+        if self.passes is None and len(groups) > 1:
+            raise ViolationError("several groups at once where they are asked live")
 
     def _check_inputs(self, tensor: WireTensor, groups: Sequence[int], role: TensorRole) -> None:
         self._shapes.check(tensor, role, (len(groups) * self.rows, self._crossing_of(groups).input_width))

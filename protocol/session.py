@@ -352,7 +352,6 @@ class Session:
         self._goes_on = micro_batch.goes_on
         if micro_batch.state is State.IDLE:
             del self.under_way[key]
-            self._limit_link()
             if micro_batch.mode == "decode":
                 self.cached_tokens = micro_batch.position + micro_batch.tokens
 
@@ -383,13 +382,10 @@ class Session:
                 raise ViolationError("not now")
             check_position(message, opening.context_length, self.cached_tokens)
         self.under_way[key] = MicroBatchRules(message, shapes)
-        self._limit_link()
+        if message.passes is not None:
+            # For good: gradients of the last backward pass are acknowledged with what comes after.
+            self.link.set_limit(self._opening.window, len(self.groups))
         self.next_micro_batch += mode == "train"
-
-    def _limit_link(self) -> None:
-        """Each group that is asked beside others may be a frame of its own."""
-        in_passes = sum(micro_batch.passes is not None for micro_batch in self.under_way.values())
-        self.link.set_limit(self._opening.window, in_passes * len(self.groups))
 
 
 def choose_version(offered: Sequence[int]) -> int | None:

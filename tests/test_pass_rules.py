@@ -151,3 +151,23 @@ def test_pieces_are_of_equal_widths_and_no_larger_than_a_frame_needs() -> None:
     rows = PIECE_BYTES // (4 * narrow.width) // 2
     assert list(map(len, pieces(range(5), [narrow] * 5, rows))) == [2, 2, 1]
     assert list(map(len, pieces(range(2), [narrow] * 2, 4 * rows))) == [1, 1]
+
+
+def test_live_a_message_is_of_one_group() -> None:
+    gradients_of_two = [*opening(), c.embeddings()]
+    for group in c.ALL:
+        gradients_of_two += [reads(group), writes(group)]
+    pair = Pair([*gradients_of_two, c.labelled(gradients=3), c.grad_hidden_states()])
+    w.refused_by_both(pair, gradients(0, 2, 1, answer=True), "several groups at once")
+    w.say_all(pair, [gradients(0, 2, answer=True), gradients(0, 1, answer=True)])
+    w.refused_by_both(pair, answers(2, 1), "several groups at once")
+
+
+def test_a_later_pass_goes_on_with_what_the_one_before_had() -> None:
+    begun = c.embeddings(passes=Passes(1, 3))
+    start = [*opening(), begun, reads(0, 1, 2), writes(0, 1, 2), c.labelled(gradients=8), c.grad_hidden_states()]
+    first = [gradients(0, 2, answer=True), gradients(0, 1, 0), answers(2)]
+    w.refused_by_both(Pair([*start, *first]), gradients(1, 1, 0, answer=True), "group 0 is asked back")
+    without = [gradients(0, 2, 1, answer=True), gradients(0, 0), answers(2, 1), gradients(1, 1, answer=True)]
+    pair = Pair([*start, *without, gradients(1, 0), answers(1)])
+    w.refused_by_both(pair, gradients(2, 2), "group 2, which had none in the pass before")

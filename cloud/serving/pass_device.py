@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -14,6 +16,12 @@ from dlora.protocol.passes import pieces
 from dlora.protocol.wire_codecs import Codecs, TensorRole
 
 from .micro_batch_device import MicroBatchDevice
+
+_MOST_PIECES: Final = 3
+"""That are sent before an answer is waited for: a websocket takes so many frames in while nobody reads them."""
+_FEW_BYTES: Final = 1 << 16
+"""There may be more of them while all together have no more than this: it fits into the buffers of a connection."""
+_MOST_SMALL_PIECES: Final = 32
 
 
 class PassDevice:
@@ -46,31 +54,71 @@ class PassDevice:
 
     def write(self, reads: Mapping[int, Tensor]) -> dict[int, list[Tensor]]:
         """What the device's adapters give for what these groups read: (rows, output_width) each."""
-        for piece in pieces(list(reads), self._crossings, self._rows):
-            self._device.send_inputs(piece, self._inputs.to_wire(piece, [reads[group] for group in piece]))
         found: dict[int, list[Tensor]] = {}
-        while len(found) < len(reads):
+
+        def receive() -> int:
             message = self._device.receive(m.GroupDelta)
             for known, tensor in zip(self._deltas, message.deltas, strict=False):
                 values = known.take(message.groups, tensor, self._torch_device)
                 for group, each in zip(message.groups, values, strict=True):
                     found.setdefault(group, []).append(each.to(self._dtype))
+            return len(message.groups)
+
+        def send(piece: tuple[int, ...]) -> None:
+            self._device.send_inputs(piece, self._inputs.to_wire(piece, [reads[group] for group in piece]))
+
+        self._exchange(list(reads), send, receive)
         return found
 
     def input_grads(
         self, grads: Mapping[int, Sequence[Tensor]], reading: Sequence[int], number: int
     ) -> dict[int, Tensor]:
         """Send the gradients of these groups' outputs; gives those of the inputs of ``reading`` ones."""
-        for answer in (False, True):  # in this order: what asks for nothing is not waited for
-            chosen = [group for group in grads if (group in reading) is answer]
-            for piece in pieces(chosen, self._crossings, self._rows):
-                columns = zip(*(grads[group] for group in piece), strict=True)
-                pairs = zip(self._grads, columns, strict=False)
-                tensors = tuple(known.to_wire(piece, column) for known, column in pairs)
-                self._device.send_output_grads(piece, tensors, answer=answer, backward_pass=number)
         found: dict[int, Tensor] = {}
-        while len(found) < len(reading):
+
+        def receive() -> int:
             message = self._device.receive(m.GroupInputGrad)
             values = self._input_grads.take(message.groups, message.grad_hidden_states, self._torch_device)
             found.update(zip(message.groups, (each.to(self._dtype) for each in values), strict=True))
+            return len(message.groups)
+
+        def send(piece: tuple[int, ...], *, answer: bool = True) -> None:
+            columns = zip(*(grads[group] for group in piece), strict=True)
+            pairs = zip(self._grads, columns, strict=False)
+            tensors = tuple(known.to_wire(piece, column) for known, column in pairs)
+            self._device.send_output_grads(piece, tensors, answer=answer, backward_pass=number)
+
+        for piece in self._pieces([group for group in grads if group not in reading]):
+            send(piece, answer=False)  # before the others: nobody waits for these
+        self._exchange([group for group in grads if group in reading], send, receive)
         return found
+
+    def _exchange(
+        self, groups: Sequence[int], send: Callable[[tuple[int, ...]], None], receive: Callable[[], int]
+    ) -> None:
+        """Send all of these in pieces, and receive as many answers; ``receive`` gives how many groups one is of.
+
+        Not all before the first answer is read: a device reads nothing while it sends, and could not send.
+        """
+        unanswered: deque[int] = deque()  # bytes of each group
+        pieces_sent = 0
+        for piece in self._pieces(groups):
+            nbytes = 4 * self._rows * self._crossings[piece[0]].width
+            while unanswered and not _may_send(sum(unanswered) + nbytes * len(piece), pieces_sent):
+                pieces_sent -= 1
+                for _ in range(receive()):
+                    unanswered.popleft()
+            send(piece)
+            unanswered.extend([nbytes] * len(piece))
+            pieces_sent += 1
+        left = len(unanswered)
+        while left:
+            left -= receive()
+
+    def _pieces(self, groups: Sequence[int]) -> list[tuple[int, ...]]:
+        return pieces(groups, self._crossings, self._rows)
+
+
+def _may_send(nbytes: int, pieces_sent: int) -> bool:
+    """Whether another piece may be sent, which makes ``nbytes`` without an answer."""
+    return pieces_sent < _MOST_PIECES or (nbytes <= _FEW_BYTES and pieces_sent < _MOST_SMALL_PIECES)

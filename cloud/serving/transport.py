@@ -76,6 +76,7 @@ class SessionTransport:
         self._changed = threading.Condition()
         self._connection: ServerConnection | None = connection
         self._sending: list[tuple[ServerConnection, Future[None]]] = []
+        self._leaving = asyncio.Lock()  # of the present connection: one frame after the other
         self._ended: Exception | None = None
         self._receiving: Future[bytes] | None = None
         self._sent_away_s = 0.0  # how much longer than park_s it may stay away, as it was told to
@@ -86,8 +87,18 @@ class SessionTransport:
         """Send over the present connection; without one, the link keeps the frame for the next."""
         with self._changed:
             if self._connection is not None:
-                sending = asyncio.run_coroutine_threadsafe(self._connection.send(frame), self._loop)
-                self._sending.append((self._connection, sending))
+                self._begin_to_send(self._connection, frame)
+
+    def _begin_to_send(self, connection: ServerConnection, frame: bytearray) -> None:
+        leaving = self._leaving
+
+        async def send() -> None:
+            # Each leaves when the one before is on its way: a wave's frames would all be written at once, and whoever
+            # reads slowly be taken for one who does not read.
+            async with leaving:
+                await connection.send(frame)
+
+        self._sending.append((connection, asyncio.run_coroutine_threadsafe(send(), self._loop)))
 
     def receive(self, timeout_s: float, give_up_at: float = math.inf) -> bytes:
         """The next frame.
@@ -208,9 +219,9 @@ class SessionTransport:
             old, self._connection = self._connection, connection
             self.parked_at, self._sent_away_s = None, 0.0
             self._sending.clear()
+            self._leaving = asyncio.Lock()
             for frame in frames:
-                sending = asyncio.run_coroutine_threadsafe(connection.send(frame), self._loop)
-                self._sending.append((connection, sending))
+                self._begin_to_send(connection, frame)
             self._changed.notify_all()
             self.times_lost += old is not None
         if old is not None:

@@ -180,6 +180,7 @@ class DeviceMicroBatch:
         self.is_finished = not self._to_come
         if self.is_finished:
             self.grads |= passes.weight_grads()
+            self._passes = None  # it may wait for others to be through
 
     def _send_input_grads(self, groups: tuple[int, ...], tensor: WireTensor) -> None:
         step, micro_batch = self.key
