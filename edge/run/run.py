@@ -126,11 +126,11 @@ def _complete_config(run: TrainRun, checkpoint: Checkpoint | None) -> Resolved:
 def _connect_settings(
     run: TrainRun, display: Display, should_stop: Callable[[], bool], *, has_begun: bool
 ) -> ConnectSettings:
-    """A run that has begun, in this process or an earlier one, does not end because its server is away."""
-    max_s = run.config.server.max_retry_s
+    """A run that has begun, in this process or an earlier one, does not end because its server is away; nor does one
+    whose server was there when it was looked for."""
     return replace(
         run.connecting,
-        retry=replace(run.connecting.retry, max_s=max_s, at_start=has_begun or bool(max_s)),
+        retry=replace(run.connecting.retry, at_start=run.connecting.retry.at_start or has_begun),
         say=display.warn,
         should_stop=should_stop,
         recorder=run.recorder,

@@ -101,6 +101,8 @@ def start_run(settings: Settings, start: Start, display: Display, make_watchers:
         assert settings.server.server is not None
         with Connection(settings.server.server, connecting) as connection:
             check_base_model(bundle, connection.welcome)
+        # It was there: if it is away from now on, it is waited for.
+        connecting = replace(connecting, retry=replace(retry, at_start=retry.max_s != 0))
     if loaded is None:
         settings, loaded = _load(settings, bundle, display, begun)
     # Not before: data sets are read while this process is small and has no threads.
