@@ -22,7 +22,7 @@ from torch import Tensor
 from dlora.cloud.model.base_model import BaseModel
 from dlora.protocol.groups import GroupSpec
 from dlora.protocol.micro_batch import GroupStates
-from dlora.protocol.passes import Passes, backward_waves
+from dlora.protocol.passes import Passes, backward_waves, forward_waves
 
 from .exchange import RowRunner
 from .kinds import Site
@@ -101,11 +101,10 @@ class PassExchange:
             reads: of the base pass.
             run: the base model, at the rows that adapters act at and after.
         """
-        for number in range(self._passes.forward):
-            # Nothing that an adapter changes reaches the lowest group.
-            asked = self._live[1:] if number else self._live
+        waves = forward_waves(self._live, self._passes)
+        for number, asked in enumerate(waves):
             self._outputs |= device.write({group: reads[group] for group in asked})
-            has_graph = bool(self._trained) and number == self._passes.forward - 1
+            has_graph = bool(self._trained) and number == len(waves) - 1
             if has_graph:
                 lowest = min(self._trained)
                 for leaf in (leaf for group in self._live if group >= lowest for leaf in self._outputs[group]):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -23,7 +25,7 @@ from .micro_batch_device import MicroBatchDevice
 from .pass_device import PassDevice
 from .pass_rows import PassRows
 
-_KNOWN_BYTES = 4  # of a number of what crosses in passes
+_KNOWN_BYTES: Final = 4  # of a number of what crosses in passes
 
 
 class ServerMicroBatch:
@@ -63,9 +65,9 @@ class ServerMicroBatch:
         if begun.crossing_positions is not None:
             self._crossing = self._rows_of(begun.crossing_positions)
         self._crossing_rows = begun.tokens if begun.crossing_positions is None else len(begun.crossing_positions.data)
-        self.graded = self._find_graded(begun)
         can_divide = begun.passes is not None and model.row_blocks is not None
         self.pass_rows = PassRows.of(begun) if can_divide else None
+        self.graded = None if can_divide else self._find_graded(begun)
 
     @property
     def lowest_trained(self) -> GroupSpec | None:
@@ -96,8 +98,9 @@ class ServerMicroBatch:
         """In passes: of what groups read and write, and of its gradients, what both sides know, and what is in hand."""
         if self._passes is None:
             return 0
-        live = [crossings(self._model.adapter, self._model.groups)[group] for group in self._group_states.live]
-        widths = sum(4 * each.input_width + 5 * sum(each.output_widths) for each in live)
+        each = crossings(self._model.adapter, self._model.groups)
+        live = (each[group] for group in self._group_states.live)
+        widths = sum(4 * one.input_width + 5 * sum(one.output_widths) for one in live)
         return _KNOWN_BYTES * self._crossing_rows * widths
 
     def run(self, device: MicroBatchDevice) -> None:
