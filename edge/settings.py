@@ -294,7 +294,7 @@ class Server(Section, frozen=True, kw_only=True):
         more(
             "How the adapters are asked. live, the default: group after group, two round trips each in a step. F,B: "
             "all groups at once, in F passes forward and B back: F + B + 1 round trips a step, whatever the number of "
-            "groups; 2,2 trains what live trains.",
+            "groups.",
             metavar="live|F,B",
             makes_bits=True,
         ),
