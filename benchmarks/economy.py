@@ -184,8 +184,10 @@ def run(place: Place, data: Data, settings: Settings, recipe: Recipe) -> Run:
             with meter.aside():
                 validated = evaluate_rows(trainer, validation, settings.batch_size)
                 tested = evaluate_rows(trainer, test, settings.batch_size)
+                if config.passes is not None:
+                    scores["test_in_passes"] = score(evaluate_rows(trainer, test, settings.batch_size, live=False))
             evaluated(cost, score(validated[:CURVE_ROWS]).loss)
-            scores = {"validation": score(validated), "test": score(tested, keep_rows=True)}
+            scores |= {"validation": score(validated), "test": score(tested, keep_rows=True)}
         except NonFiniteError as error:
             log(f"diverged: {error}")
             cost = meter.cost()
@@ -209,8 +211,7 @@ def run(place: Place, data: Data, settings: Settings, recipe: Recipe) -> Run:
             steps_rerun=trainer.steps_rerun,
             found_lr=None if found is None else found.lr,
             curve=curve,
-            validation=scores.get("validation"),
-            test=scores.get("test"),
+            **{name: scores.get(name) for name in ("validation", "test", "test_in_passes")},
         )
 
 

@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -16,6 +16,7 @@ from economy_runs import Rows, Score
 
 from dlora.edge.data.batches import evaluation_batches
 from dlora.edge.data.examples import Dataset
+from dlora.edge.model.split import SplitModel
 from dlora.edge.training.trainer import Trainer
 from dlora.protocol.errors import NonFiniteError
 
@@ -99,11 +100,13 @@ class Row(NamedTuple):
     is_right: bool
 
 
-def evaluate_rows(trainer: Trainer, dataset: Dataset, batch_size: int) -> list[Row]:
-    """As ``Trainer.evaluate``, but row by row."""
+def evaluate_rows(trainer: Trainer, dataset: Dataset, batch_size: int, *, live: bool = True) -> list[Row]:
+    """As ``Trainer.evaluate``, but row by row: live, or in the run's passes."""
     rows: list[Row] = []
+    model = trainer.model
     for batch in evaluation_batches(dataset.acting_on_answers(trainer.config.invocation), batch_size):
-        losses, predictions = trainer.model.evaluate(batch)
+        with model.asked_live() if live and isinstance(model, SplitModel) else nullcontext():
+            losses, predictions = model.evaluate(batch)
         ends = np.searchsorted(batch.label_positions, np.cumsum(batch.sequence_lengths))
         is_right, start = predictions == batch.labels, 0
         for end in ends.tolist():

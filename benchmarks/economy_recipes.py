@@ -18,6 +18,8 @@ GRID: Final = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 
 BASELINE: Final = "lora-qv-all"
 DEFAULT: Final = "default"
+PASSES: Final = "default-2,2"
+"""The default with its groups asked in passes, two forward and two backward."""
 FORMER: Final = "bottleneck-96-answer-int8"
 """The default before it had gains."""
 SECOND: Final = "bottleneck-192-answer-int8"
@@ -110,6 +112,14 @@ RECIPES: Final[dict[str, Recipe]] = {
         "bottleneck r 96, answer, int8 (the default)", _bottleneck(96, "answer", "int8"), default_lr=8e-3,
         weight_decay=1.0, bars=BARRED_SETS, has_grid=False,  # of some sets and models, ``defaults.py`` has one
     ),
+    # With fewer passes: what a round trip or two less costs.
+    **{
+        f"default-{passes}": Recipe(
+            f"the default in passes {passes}", _bottleneck(96, "answer", "int8") | {"passes": passes}, default_lr=8e-3,
+            weight_decay=1.0, sets=BARRED_SETS, bars=BARRED_SETS if passes == "2,2" else (), has_grid=passes == "2,2",
+        )
+        for passes in ("2,2", "2,1", "1,1")
+    },
     SECOND: _former("bottleneck r 192, answer, int8 (the second)", _bottleneck(192, "answer", "int8"), "dialogue"),
     FP16_ALL: _former("bottleneck r 64, all positions, fp16", _bottleneck(64, "all", "fp16"), *INTENTS, "dialogue"),
     FORMER: _former(

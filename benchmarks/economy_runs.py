@@ -107,6 +107,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
         round_trips_per_step: median.
         edge_compute_s: what the device's graphs took; device_cpu_s: processor time of its whole process.
         train_loss_last: mean loss of the last 50 steps; it, validation and test are None where the run diverged.
+        validation, test: with the adapter used live, as PEFT does; test_in_passes: used in the passes of its training.
         reconnects, steps_rerun: 0 where nothing went wrong; their bytes are counted.
     """
 
@@ -136,6 +137,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     curve: list[Point]
     validation: Score | None
     test: Score | None
+    test_in_passes: Score | None = None
 
     @property
     def validation_loss(self) -> float:
