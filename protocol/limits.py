@@ -7,3 +7,4 @@ from typing import Final
 MAX_RANK: Final = 4096  # of a LoRA: a typing slip, or a stranger's file, must not fill the memory
 MAX_STEPS: Final = 10**9  # of a run
 MAX_THREADS: Final = 1024
+MAX_WINDOW: Final = 64  # micro-batches of a session that are under way at a time

@@ -23,6 +23,12 @@ REMEMBERED_FRAMES: Final = 256
 MAX_REPEATS: Final = 16  # in a row; a network that doubles frames makes one
 
 
+def frame_count(window: int, groups: int = 0) -> int:
+    """How many frames of one direction so many micro-batches have under way at most, of ``groups`` that are asked at
+    once, in two backward passes after one another."""
+    return window * (MAX_UNACKNOWLEDGED + 2 * groups)
+
+
 class Link:
     """One side's end; ``sent`` and ``received`` are the last number in each direction, 0 before the first.
 
@@ -38,9 +44,8 @@ class Link:
         self._limit = MAX_UNACKNOWLEDGED
 
     def set_limit(self, window: int, groups: int = 0) -> None:
-        """Let so many micro-batches be under way at a time, each with a frame for each of ``groups`` that are asked at
-        once, in two backward passes after one another."""
-        self._limit = window * (MAX_UNACKNOWLEDGED + 2 * groups)
+        """Let so many micro-batches be under way at a time, as ``frame_count`` has it."""
+        self._limit = frame_count(window, groups)
 
     def keep(self, frame: bytearray) -> None:
         """Keep the frame with the next number until it is acknowledged. Raises ``RemoteProtocolError`` where the peer

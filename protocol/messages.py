@@ -14,6 +14,7 @@ import msgspec
 from .adapters import AdapterSpec
 from .errors import ErrorCode as ErrorCode
 from .groups import GroupSpec
+from .limits import MAX_WINDOW
 from .passes import MAX_PIECE_GROUPS
 from .passes import Passes as Passes
 from .purposes import MAX_TICKET_BYTES as MAX_TICKET_BYTES
@@ -29,7 +30,6 @@ Mode = Literal["train", "evaluate", "basis", "decode", "encode"]
 WITHOUT_GRADIENTS: tuple[Mode, ...] = ("evaluate", "decode", "encode")
 
 MAX_GROUPS = 16_384
-MAX_WINDOW = 64
 RESUME_TOKEN_BYTES = 32
 MAX_RETRY_AFTER_S = 86_400
 MAX_ENCODED_SEQUENCES = 128  # C may run each by itself, and answers each with a tensor of its own

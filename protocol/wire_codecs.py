@@ -86,8 +86,11 @@ class Codecs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     def for_evaluation(self) -> Codecs:
         """How evaluations of a run with these cross: as fp32 where all of them are, else as fp16, so that what is
-        measured is the adapter and not its wire."""
-        return Codecs.all("fp32" if self == Codecs.all("fp32") else "fp16")
+        measured is the adapter and not its wire. Differences are as exact in int8 then, for they are small."""
+        if self == Codecs.all("fp32"):
+            return self
+        chosen = Codecs.all("fp16")
+        return msgspec.structs.replace(chosen, difference="int8") if self.difference in ("int4", "int8") else chosen
 
     def of(self, role: TensorRole) -> Codec:
         """The codec of a role."""

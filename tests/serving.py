@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import conversations
+import msgspec
 import numpy as np
 import pytest
 from waiting import loop_in_thread
@@ -164,8 +165,9 @@ def training(
 ) -> Iterator[Trainer]:
     """A device's trainer, connected; by default it gives up on the first failure."""
     opened, window = Bundle.open(bundle), settings.pop("window", 1)
+    run = msgspec.structs.replace(run, server=msgspec.structs.replace(run.server, window=str(window)))
     with Connection(url, connecting) as connection:
-        make_side = partial(ServerSide, connection=connection, window=window)
+        make_side = partial(ServerSide, connection=connection)
         yield Trainer(opened, OnnxEngine(opened, 1), make_side, run, dataset, **settings)
 
 

@@ -340,7 +340,7 @@ def test_server_options_are_documented_with_their_defaults() -> None:
     told = {row[0]: row[1] for row in rows(OPERATING) if row[0].startswith("--")}
     assert list(told) == list(wanted)
     for option, default in wanted.items():
-        assert told[option] == (f"{default:g}" if default else ""), option
+        assert told[option] == (f"{default:g}" if isinstance(default, float) else str(default or "")), option
 
 
 def test_deadlines_match_the_docs() -> None:

@@ -104,3 +104,19 @@ def test_passes_are_those_of_the_run(place: Place, wholes: dict[str, Path], tmp_
     assert_fails(done, 10, "has --passes 2,2, not live")
     for wrong in ("2", "0,1", "5,1", "some"):
         assert_fails(run_edge(*place.train(tmp_path / "no", "--passes", wrong)), 2, "--passes")
+
+
+@pytest.mark.parametrize("passes", ["live", "2,2"])
+def test_micro_batches_under_way_together_change_no_bit(place: Place, tmp_path: Path, passes: str) -> None:
+    """One after the other; all of a step at once, killed in the midst of it; and the rest two at a time."""
+    options = (*BOTTLENECK, "--passes", passes, "--grad-accum", 3, "--batch-size", 2, "--eval", place.data)
+    done = run_edge(*place.train(tmp_path / "one", *options, "--window", 1))
+    assert done.code == 0, done.stderr
+    run = start_edge(*place.train(tmp_path / "all", *options))
+    wait_for_lines(tmp_path / "all" / "metrics.jsonl", SAVE_EVERY + 3)
+    run.send_signal(signal.SIGKILL)
+    finish(run)
+    done = run_edge("resume", tmp_path / "all", "--window", 2)
+    assert done.code == 0, done.stderr
+    assert_same_run(tmp_path / "all", tmp_path / "one")
+    assert_fails(run_edge(*place.train(tmp_path / "no", "--window", 65)), 2, "--window")

@@ -24,6 +24,7 @@ from dlora.cloud.serving.ticket_key import load_key
 from dlora.cloud.serving.timeouts import SessionTimeouts
 from dlora.protocol.connections import raise_file_limit
 from dlora.protocol.errors import UsageError
+from dlora.protocol.limits import MAX_WINDOW
 
 from .torch_start import start_torch
 
@@ -86,6 +87,14 @@ def serve(
         int | None,
         limit(help="Most tokens of one micro-batch. By default what takes half of --live-mb, 8192 at most.", min=1),
     ] = None,
+    window: Annotated[
+        str,
+        limit(
+            help="Most micro-batches of a session under way at a time; each runs once there is memory for it. auto: as "
+            "many of 256 tokens as a device's quota holds, 8 at most.",
+            metavar="N|auto",
+        ),
+    ] = "auto",
     park_s: Annotated[float, timeout(help="Seconds that a session is kept whose device is away.", min=0)] = 120.0,
     exchange_timeout_s: Annotated[
         float, timeout(help="Least seconds for one answer of a device; slow ones get more.", min=0.1)
@@ -112,6 +121,7 @@ def serve(
     check_exposure(host, tls=tls_cert is not None, authenticated=authenticated, insecure=insecure)
     tls = _tls(tls_cert, tls_key, tls_client_ca)
     check_address(host, port)
+    most_under_way = _parse_window(window)
     find_source(model)
     raise_file_limit()
     limit_arenas()
@@ -135,6 +145,7 @@ def serve(
         timeouts=SessionTimeouts(exchange_timeout_s, step_timeout_s, idle_timeout_s, park_s),
         live_limit=live_limit,
         drain_s=drain_s,
+        window=most_under_way,
     )
     server = CloudServer(base, settings, ticket_key=key, access=Access(tokens, required=authenticated), tls=tls)
     _log_limits(server, live_limit, max_sessions)
@@ -145,6 +156,14 @@ def serve(
             print(json.dumps({"url": f"{server.scheme}://{host}:{server.port}", **server.health()}), flush=True)
 
     asyncio.run(server.serve_until_stopped(host, port, say))
+
+
+def _parse_window(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not (text.isascii() and text.isdecimal() and 1 <= int(text) <= MAX_WINDOW):
+        raise UsageError(f"--window {text}: give a number from 1 to {MAX_WINDOW}, or auto")
+    return int(text)
 
 
 def _log_to_stderr() -> None:
@@ -184,8 +203,10 @@ def _log_limits(server: CloudServer, live_limit: int, max_sessions: int) -> None
         f"{live_limit / 1e6:,.0f}", f"{(server.service.quotas.limits.live_bytes or live_limit) / 1e6:,.0f}",
     )  # fmt: skip
     logger.info(
-        "micro-batches: up to %s tokens (--max-tokens), which take %s MB; %d sessions (--max-sessions)",
+        "micro-batches: up to %s tokens (--max-tokens), which take %s MB; %d sessions (--max-sessions), each with up "
+        "to %d micro-batches under way (--window)",
         f"{server.service.max_tokens:,}", f"{server.largest_micro_batch / 1e6:,.0f}", max_sessions,
+        server.service.window,
     )  # fmt: skip
     if server.largest_micro_batch > live_limit:
         logger.warning("memory: the largest micro-batches do not fit; raise --live-mb, or lower --max-tokens")

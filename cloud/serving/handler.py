@@ -23,6 +23,7 @@ from dlora.protocol.errors import NonFiniteError, RefusedError, RemoteProtocolEr
 from dlora.protocol.frames import encode
 from dlora.protocol.groups import without_gains
 from dlora.protocol.kill_revive import KillReviveConfig
+from dlora.protocol.link import frame_count
 from dlora.protocol.session import Session, choose_version
 from dlora.protocol.states import Side
 from dlora.protocol.text import one_line
@@ -129,7 +130,7 @@ class _Handshake:
             max_sequence_length=min(base.max_sequence_length, max_tokens),
             max_tokens=max_tokens,
             packs=self.service.may_pack,
-            window=self.service.settings.window,
+            window=self.service.window,
             max_context_length=self.service.max_context_length,
         )
 
@@ -153,10 +154,13 @@ class _Handshake:
             quota = undo.enter_context(service.quotas.open_session(caller.name))
             service.sessions.make_room()
             name = secrets.token_hex(4)
+            opening = session.opened_with
+            assert opening is not None
             transport = SessionTransport(
                 asyncio.get_running_loop(),
                 self.connection,
                 name=f"{name} of {caller.name}",
+                frames_ahead=0 if opening.window == 1 else frame_count(opening.window, len(opening.groups)),
                 park_s=service.settings.timeouts.park_s,
                 closing_tasks=service.closing_tasks,
                 clock=service.settings.clock,

@@ -31,6 +31,7 @@ from dlora.cloud.model.memory import collect_garbage
 from dlora.cloud.model.parts import ModelParts
 from dlora.cloud.model.row_blocks import RowBlocks
 from dlora.protocol import interrupts
+from dlora.protocol.device_memory import USUAL_TOKENS
 from dlora.protocol.version import PROTOCOL_VERSIONS, SOFTWARE_VERSION
 
 from .handler import handle_connection, opening_limit
@@ -50,6 +51,7 @@ RELEASE_EVERY_S = 5.0
 END_PARKED_EVERY_S = 1.0
 DRAIN_CHECK_S = 0.05
 LEAST_TOKENS, MOST_TOKENS = 256, 8192
+MOST_WINDOW = 8
 
 
 class CloudServer:
@@ -109,6 +111,7 @@ class CloudServer:
             row_blocks=row_blocks,
             max_context_length=parts.most_context(context_bytes, live_bytes.context_token_bytes) if parts else 0,
             max_tokens=max_tokens,
+            window=settings.window or default_window(live_bytes, min(max_tokens, longest), quotas.live_bytes),
             opening_bytes=max(opening_limit(base), self.guard.limits.first_frame_bytes),
             ticket_key=ticket_key,
             sessions=Sessions(settings.max_sessions, settings.clock),
@@ -263,6 +266,7 @@ class CloudServer:
             "parked_sessions": sessions.parked,
             "max_sessions": sessions.limit,
             "max_tokens": self.service.max_tokens,
+            "window": self.service.window,
             "max_context_length": self.service.max_context_length,
             "live_mb": round(self.service.quotas.live_bytes / 1e6, 1),
             "live_mb_limit": None if (limit := self.service.quotas.total_live_bytes) is None else round(limit / 1e6, 1),
@@ -290,6 +294,14 @@ def default_max_tokens(live_bytes: LiveBytes, longest: int, live_limit: int | No
     tokens = range(LEAST_TOKENS, MOST_TOKENS + 1, LEAST_TOKENS)
     fitting = bisect.bisect_right(tokens, live_limit // 2, key=lambda many: live_bytes.largest(many, longest))
     return tokens[max(0, fitting - 1)]
+
+
+def default_window(live_bytes: LiveBytes, longest: int, limit: int | None) -> int:
+    """How many micro-batches of the usual size take at most ``limit`` bytes together: at least one, at most
+    ``MOST_WINDOW``. ``longest``: tokens of a sequence."""
+    if limit is None:
+        return MOST_WINDOW
+    return max(1, min(MOST_WINDOW, limit // live_bytes.largest(min(USUAL_TOKENS, longest), longest)))
 
 
 def _json_response(status: http.HTTPStatus, body: bytes, more: Mapping[str, str] = MappingProxyType({})) -> Response:

@@ -33,7 +33,8 @@ class ServerSettings:
             of a device that ``quotas`` leaves out.
         limits: of strangers' connections; None: as many as suit ``max_sessions``.
         drain_s: how long running steps may take to finish once the server is asked to stop.
-        window: the most micro-batches that a session may have under way at a time.
+        window: the most micro-batches that a session may have under way at a time; None: as many of the usual size as
+            a device has memory for, ``MOST_WINDOW`` at most.
         clock: seconds that never go back, which everything that a session waits for is measured with.
     """
 
@@ -45,7 +46,7 @@ class ServerSettings:
     limits: ConnectionLimits | None = None
     live_limit: int | None = None
     drain_s: float = 30.0
-    window: int = 1
+    window: int | None = None
     clock: Callable[[], float] = time.monotonic
 
 
@@ -57,6 +58,7 @@ class Service:
         may_pack: whether the base model runs sequences end to end.
         parts: the base model in parts; None where it cannot be run so; row_blocks: likewise.
         max_context_length: the most tokens of a context, in all blocks; 0 where the base model keeps none.
+        window: the most micro-batches that a session may have under way at a time.
         opening_bytes: the largest frame before a session is open.
         openings: one thread that decodes and checks what may be large, off the event loop and one after the other.
         draining: set once the server stops: running steps are finished, nothing new is begun.
@@ -71,6 +73,7 @@ class Service:
     row_blocks: RowBlocks | None
     max_context_length: int
     max_tokens: int
+    window: int
     opening_bytes: int
     ticket_key: bytes
     sessions: Sessions

@@ -13,6 +13,7 @@ import logging
 import math
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
 from typing import TypeVar
@@ -47,6 +48,9 @@ class SessionTransport:
 
     Args:
         name: of session and device, for the log.
+        frames_ahead: how many frames may still wait to leave when the next message is read. Where several micro-batches
+            are under way, the device may be sending for one while another's frames leave: it reads those only once we
+            have read what it sends.
         park_s: how long a session without a connection is kept.
         closing_tasks: to devices that are told to go, until they have heard it.
         clock: seconds that never go back.
@@ -62,6 +66,7 @@ class SessionTransport:
         connection: ServerConnection,
         *,
         name: str,
+        frames_ahead: int = 0,
         park_s: float,
         closing_tasks: Tasks,
         clock: Callable[[], float] = time.monotonic,
@@ -70,12 +75,13 @@ class SessionTransport:
         self.parked_at: float | None = None
         self._loop = loop
         self._name = name
+        self._frames_ahead = frames_ahead
         self._park_s = park_s
         self._closing_tasks = closing_tasks
         self._clock = clock
         self._changed = threading.Condition()
         self._connection: ServerConnection | None = connection
-        self._sending: list[tuple[ServerConnection, Future[None]]] = []
+        self._sending: deque[tuple[ServerConnection, Future[None]]] = deque()
         self._leaving = asyncio.Lock()  # of the present connection: one frame after the other
         self._ended: Exception | None = None
         self._receiving: Future[bytes] | None = None
@@ -172,10 +178,13 @@ class SessionTransport:
         return asyncio.run_coroutine_threadsafe(run(), self._loop).result()
 
     def _flush(self, until: float) -> None:
-        """Wait for what was sent to leave. Raises ``ConnectionClosed`` or ``TimeoutError`` if it does not."""
-        with self._changed:
-            sending, self._sending = self._sending, []
-        for connection, sent in sending:
+        """Wait for what was sent to leave, all but ``frames_ahead``. Raises ``ConnectionClosed`` or ``TimeoutError`` if
+        it does not."""
+        while True:
+            with self._changed:
+                if not self._sending or (len(self._sending) <= self._frames_ahead and not self._sending[0][1].done()):
+                    return
+                connection, sent = self._sending.popleft()
             try:
                 sent.result(max(0.0, until - self._clock()))
             except ConnectionClosed:

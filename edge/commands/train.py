@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 _SAVING: Final = "Saving and evaluating"
 _CHANGEABLE: Final = (
-    "steps", "epochs", "server", "token_file", "ca", "client_cert", "client_key", "insecure", "max_retry_s", "threads",
-    "engine", "pause_when", "cache_mb", "keep_cache", "cache_key_file", "save_every", "eval_every", "keep", "patience",
-    "on_worse", "tensorboard",
+    "steps", "epochs", "server", "token_file", "ca", "client_cert", "client_key", "insecure", "window", "max_retry_s",
+    "threads", "engine", "pause_when", "cache_mb", "keep_cache", "cache_key_file", "save_every", "eval_every", "keep",
+    "patience", "on_worse", "tensorboard",
 )  # fmt: skip
 """What of a run may be otherwise when it goes on."""
 

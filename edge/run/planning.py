@@ -146,7 +146,7 @@ def _row(question: Question, kind: KindChoice, count: int) -> Row:
     peaks: dict[BlockDtype, float] = {}
     tokens = _largest_micro_batch(config, datasets)
     if not config.device_blocks or spec is None:
-        peak = split_bytes(manifest, config.spec, config.groups(manifest), tokens)
+        peak = split_bytes(manifest, config.spec, config.groups(manifest), config.window * tokens)
     else:
         peaks = _device_peaks(config, manifest, tokens)
         peak = peaks[spec.dtype]

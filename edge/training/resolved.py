@@ -16,6 +16,7 @@ from dlora.protocol.choices import KindChoice
 from dlora.protocol.errors import CheckpointError, UsageError
 from dlora.protocol.groups import GroupSpec, without_gains
 from dlora.protocol.kill_revive import KillReviveConfig
+from dlora.protocol.limits import MAX_WINDOW
 from dlora.protocol.manifest import Manifest
 from dlora.protocol.passes import Passes
 from dlora.protocol.targets import choose_groups, number_ranges
@@ -106,6 +107,12 @@ class Resolved(Settings, frozen=True, kw_only=True):
     def passes(self) -> Passes | None:
         """How groups are asked; None: live."""
         return Passes.parse(self.server.passes)
+
+    @property
+    def window(self) -> int:
+        """How many micro-batches may be under way at a time, where the server allows as many."""
+        asked = self.server.window
+        return min(self.training.grad_accum, MAX_WINDOW) if asked == "auto" else int(asked)
 
     def groups(self, manifest: Manifest) -> tuple[GroupSpec, ...]:
         """The exchange groups that are trained. Raises ``UsageError`` where the bundle has no such module or block."""

@@ -66,10 +66,7 @@ MakeSide = Callable[[Bundle, Engine, AdapterSet, Resolved], Side]
 
 
 class ServerSide(Side):
-    """All blocks on a server: at every step it exchanges with the adapters.
-
-    ``window``: how many micro-batches of a step may be under way at a time, where the server allows as many.
-    """
+    """All blocks on a server: at every step it exchanges with the adapters."""
 
     session: TrainSession
     model: SplitModel
@@ -82,13 +79,12 @@ class ServerSide(Side):
         config: Resolved,
         *,
         connection: Connection,
-        window: int = 1,
     ) -> None:
         fingerprint = bundle.manifest.base_model.fingerprint
         self.crossed = connection
         self.recorder = connection.recorder
         self.spans = connection.spans
-        self.session = TrainSession(connection, adapters, config, base_fingerprint=fingerprint, window=window)
+        self.session = TrainSession(connection, adapters, config, base_fingerprint=fingerprint)
         self.model = SplitModel(
             bundle, engine, self.session, invocation=config.invocation, send=config.server.send, passes=config.passes
         )

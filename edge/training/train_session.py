@@ -32,7 +32,7 @@ class TrainSession(ModelSession):
     """
 
     def __init__(
-        self, connection: Connection, adapters: AdapterSet, config: Resolved, *, base_fingerprint: str, window: int
+        self, connection: Connection, adapters: AdapterSet, config: Resolved, *, base_fingerprint: str
     ) -> None:
         super().__init__(connection, adapters)
         self.basis_pass: Callable[[], int] | None = None
@@ -41,7 +41,6 @@ class TrainSession(ModelSession):
         self.unanswered: FloatArray | None = None
         self._config = config
         self._base_fingerprint = base_fingerprint
-        self._window = window
 
     def opening_message(self) -> m.OpenSession:
         config = self._config
@@ -59,7 +58,7 @@ class TrainSession(ModelSession):
                 ticket=self.ticket,
                 learnt=tuple(index for index, unit in enumerate(self.adapters.units) if unit.has_learnt),
             ),
-            window=min(self._window, self.connection.welcome.window),
+            window=min(config.window, self.connection.welcome.window),
             times=self.connection.spans.asks_server,
         )
 
