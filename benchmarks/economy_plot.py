@@ -1,9 +1,9 @@
-"""Loss against bytes as one SVG that is readable on a light page and on a dark one."""
+"""Curves, as loss against bytes, as one SVG that is readable on a light page and on a dark one."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Final
@@ -23,7 +23,7 @@ STYLE: Final = (
 
 @dataclass(frozen=True)
 class Series:
-    """One line: points of (bytes, loss) in the order of training; the last one is labelled with its loss."""
+    """One line: points of (x, y), as bytes and loss in the order of training; the last one is labelled with its y."""
 
     name: str
     points: tuple[tuple[float, float], ...]
@@ -57,7 +57,10 @@ class Axis:
         return [value for value in found if 0.9999 * self.low <= value <= 1.0001 * self.high]
 
 
-def plot(title: str, series: Sequence[Series], y_title: str) -> str:
+BYTES: Final = "bytes on the wire since the run began, both ways"
+
+
+def plot(title: str, series: Sequence[Series], y_title: str, x_title: str = BYTES) -> str:
     """The picture. All values must be above 0; there must be a series."""
     bottom, middle = TOP + PLOT_HEIGHT, TOP + PLOT_HEIGHT / 2
     legend_top = bottom + 62
@@ -77,9 +80,9 @@ def plot(title: str, series: Sequence[Series], y_title: str) -> str:
         f"<style>{STYLE}{colours}@media(prefers-color-scheme:dark){{{dark}}}</style>",
         f'<rect class="page" width="{WIDTH}" height="{height}"/>',
         f'<text class="title" x="{LEFT}" y="24">{escape(title)}</text>',
-        *_grid(x_axis, y_axis),
+        *_grid(x_axis, y_axis, _bytes_text if x_title == BYTES else "{:g}".format),
         f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{bottom + 38}" text-anchor="middle">'
-        "bytes on the wire since the run began, both ways (log scale)</text>",
+        f"{escape(x_title)} (log scale)</text>",
         f'<text x="16" y="{middle}" text-anchor="middle" transform="rotate(-90 16 {middle})">'
         f"{escape(y_title)}{' (log scale)' if is_log else ''}</text>",
     ]
@@ -109,12 +112,12 @@ def _colours(count: int, palette: Sequence[str], page: str, text: str, grid: str
     return found
 
 
-def _grid(x_axis: Axis, y_axis: Axis) -> Iterator[str]:
+def _grid(x_axis: Axis, y_axis: Axis, x_text: Callable[[float], str]) -> Iterator[str]:
     left, right, bottom, top = (f"{each:.1f}" for each in (x_axis.start, x_axis.end, y_axis.start, y_axis.end))
     for value in x_axis.ticks():
         x = f"{x_axis.place(value):.1f}"
         yield f'<line class="grid" x1="{x}" y1="{top}" x2="{x}" y2="{bottom}"/>'
-        yield f'<text x="{x}" y="{y_axis.start + 17:.1f}" text-anchor="middle">{_bytes_text(value)}</text>'
+        yield f'<text x="{x}" y="{y_axis.start + 17:.1f}" text-anchor="middle">{x_text(value)}</text>'
     for value in y_axis.ticks():
         y = y_axis.place(value)
         yield f'<line class="grid" x1="{left}" y1="{y:.1f}" x2="{right}" y2="{y:.1f}"/>'

@@ -116,7 +116,7 @@ RECIPES: Final[dict[str, Recipe]] = {
     **{
         f"default-{passes}": Recipe(
             f"the default in passes {passes}", _bottleneck(96, "answer", "int8") | {"passes": passes}, default_lr=8e-3,
-            weight_decay=1.0, sets=BARRED_SETS, bars=BARRED_SETS if passes == "2,2" else (), has_grid=passes == "2,2",
+            weight_decay=1.0, sets=BARRED_SETS, bars=BARRED_SETS if passes == "2,2" else (), has_grid=False,
         )
         for passes in ("2,2", "2,1", "1,1")
     },
@@ -143,7 +143,12 @@ def order() -> Iterator[tuple[str, str]]:
 
 def in_passes(recipe: Recipe, passes: str) -> Recipe:
     """The same, with its groups asked so."""
-    return replace(recipe, adapter={**recipe.adapter, "passes": passes})
+    return with_settings(recipe, passes=passes)
+
+
+def with_settings(recipe: Recipe, **settings: Any) -> Recipe:
+    """The same, with these."""
+    return replace(recipe, adapter={**recipe.adapter, **settings})
 
 
 def train_config(

@@ -290,12 +290,12 @@ class Server(Section, frozen=True, kw_only=True):
         ),
     ] = "embeddings"
     passes: Annotated[
-        Annotated[str, Meta(pattern=r"\A(live|[1-4],[1-4])\Z")] | None,
+        Annotated[str, Meta(pattern=r"\A(live|auto|[1-4],[1-4])\Z")] | None,
         more(
             "How the adapters are asked. live, the default: group after group, two round trips each in a step. F,B: "
             "all groups at once, in F passes forward and B back: F + B + 1 round trips a step, whatever the number of "
-            "groups.",
-            metavar="live|F,B",
+            "groups. auto: live or 2,2, whichever is quicker as network and server are measured before the run.",
+            metavar="live|F,B|auto",
             makes_bits=True,
         ),
     ] = None

@@ -108,6 +108,12 @@ class Session:
         """Whether no step is under way, nor a part of the set-up that the server computes."""
         return self.state is State.SETTING_UP or (self.state is State.IDLE and self.next_micro_batch == 0)
 
+    def go_on_counting(self, before: Session) -> None:
+        """Count on from what another session of the conversation has come to."""
+        self.bytes_sent += before.bytes_sent
+        self.bytes_received += before.bytes_received
+        self.round_trips += before.round_trips
+
     @property
     def window(self) -> int:
         """How many micro-batches may be under way at a time, once the session is opened."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import typer
@@ -14,13 +15,22 @@ from .options import JsonOption
 from .output import escaped, print_result
 from .settings_options import takes_settings
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from dlora.edge.adapters.peft import LoadedAdapter
+    from dlora.edge.data.examples import Dataset
+    from dlora.edge.engine.bundle import Bundle
+    from dlora.edge.run.planning import Row
+
 
 @takes_settings(required=("bundle", "data"), has_file=True, changes={"device_blocks": {"default": "auto"}})
 def plan(settings: Settings, json_output: JsonOption = False) -> None:
     """What fits on this device: each way to run with its memory and traffic for your data, and what to take.
 
-    Settings are those of train: rank, blocks, modules and so on count. No server is asked. dlora-edge train
-    --device-blocks auto takes what this recommends.
+    Settings are those of train: rank, blocks, modules and so on count. dlora-edge train --device-blocks auto takes what
+    this recommends. With --server, network and server are measured with a few random tokens, and each way to ask the
+    adapters has the seconds that a step will take; --passes auto takes the fastest that is as good.
 
     Example:  dlora-edge plan --bundle build/smollm2 --data chat.jsonl
     """
@@ -50,13 +60,38 @@ def make_plan(settings: Settings, display: Any) -> dict[str, Any]:
     loaded = read_data(settings.data, bundle, display)
     rows = rows_of(Question(settings, bundle.manifest, init, loaded, memory))
     found = recommend(rows)
-    return {
+    return _ways(settings, bundle, init, loaded, rows, display) | {
         "memory_mb": round(memory / 1e6, 1),
         "rows": [msgspec.to_builtins(row) for row in rows],
         "recommended": None if found is None else found.row.options,
         "reason": why_none(rows, memory) if found is None else found.reason,
         "other": "" if found is None else found.other,
         "notes": notes_of(bundle.manifest, rows, memory, asked=settings.placement.memory is not None),
+    }
+
+
+def _ways(
+    settings: Settings, bundle: Bundle, init: LoadedAdapter | None, loaded: Sequence[Dataset], rows: Sequence[Row],
+    display: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """How the adapters of the first row without blocks here can be asked at the server that is named."""
+    row = next((row for row in rows if not row.device_blocks and not row.problem), None)
+    if row is None or settings.server.server is None:
+        return {}
+    from dlora.edge.run.network import measure_network
+    from dlora.edge.run.planning import settings_for
+    from dlora.edge.run.ways import ways_of
+    from dlora.edge.training.resolve import resolve
+    from dlora.edge.wire.connecting import ConnectSettings
+    from dlora.edge.wire.credentials import Credentials
+
+    config, (dataset, *_) = resolve(settings_for(settings, row), bundle.manifest, init, loaded)
+    measured = measure_network(bundle, config, ConnectSettings(Credentials.of(settings.server, display.warn)))
+    ways = ways_of(config, bundle.manifest, dataset, measured)
+    return {
+        "network": measured._asdict(),
+        "network_words": measured.words,
+        "ways": [msgspec.to_builtins(way) | {"step_s": round(way.seconds, 3)} for way in ways],
     }
 
 
@@ -110,6 +145,8 @@ def show(result: dict[str, Any]) -> None:
         )  # fmt: skip
     console = Console()
     console.print(table)
+    if "ways" in result:
+        _show_ways(console, result)
     for line in result["notes"]:
         console.print(escaped(line), highlight=False)
     if result["recommended"] is not None:
@@ -119,3 +156,20 @@ def show(result: dict[str, Any]) -> None:
         console.print(f"[red]{escaped(result['reason'])}[/]", highlight=False)
     if result["other"]:
         console.print(escaped(result["other"]), highlight=False)
+
+
+def _show_ways(console: Console, result: dict[str, Any]) -> None:
+    """Each way to ask the adapters without blocks here, and what a step takes."""
+    from rich.table import Column, Table
+
+    names = ("trips", "MB", "network, s", "server, s", "head, s", "all, s")
+    numbers = [Column(name, justify="right") for name in names]
+    table = Table("--passes", *numbers, "as good", box=None, padding=(0, 1, 0, 0))
+    for way in result["ways"]:
+        seconds = (way["network_s"], way["server_s"], way["device_s"], way["step_s"])
+        as_good = "[green]yes[/]" if way["as_good"] else "not measured so"
+        table.add_row(
+            way["passes"], f"{way['round_trips']}", f"{way['mb']:.2f}", *(f"{each:.2f}" for each in seconds), as_good
+        )
+    console.print(f"a step with no blocks here, over this network ({result['network_words']}):", highlight=False)
+    console.print(table)

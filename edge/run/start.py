@@ -35,6 +35,7 @@ from .reading import read_data
 from .recommendation import choose_automatically
 from .run_file import RunFile, load_run_file
 from .watcher import RunWatcher
+from .ways import choose_passes
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,8 @@ def start_run(settings: Settings, start: Start, display: Display, make_watchers:
     if start.resume:  # the rate and the invocation were chosen once, whatever steps and held-out data are now
         with suppress(CheckpointError):
             begun = load_run_file(out)
+    if begun is not None and settings.server.passes == "auto":
+        settings = settings.replaced(passes=begun.settings.server.passes)
     if is_auto and begun is not None:
         settings = _as_begun(settings, begun.settings)
     elif is_auto:
@@ -97,10 +100,12 @@ def start_run(settings: Settings, start: Start, display: Display, make_watchers:
     retry = Retry(settings.server.max_retry_s, at_start=bool(settings.server.max_retry_s))
     liveness = Liveness(exchange_s=settings.server.exchange_timeout_s)
     connecting = ConnectSettings(credentials, load_device_id(warn=display.warn), retry, liveness, display.warn)
+    round_trip_s = 0.0
     if asks_server_first(known, resume=start.resume):
         assert settings.server.server is not None
         with Connection(settings.server.server, connecting) as connection:
             check_base_model(bundle, connection.welcome)
+            round_trip_s = 0.0 if known.device_blocks else connection.ping_s()
         # It was there: if it is away from now on, it is waited for.
         connecting = replace(connecting, retry=replace(retry, at_start=retry.max_s != 0))
     if loaded is None:
@@ -112,6 +117,8 @@ def start_run(settings: Settings, start: Start, display: Display, make_watchers:
 
     invocation = begun.invocation if begun is not None else ()
     config, (dataset, *evaluated) = resolve(settings, manifest, init, loaded, known=invocation, say=display.say)
+    is_asked = settings.server.passes == "auto"
+    config = choose_passes(config, bundle, dataset, connecting, init, round_trip_s, is_asked=is_asked, say=display.say)
     spans = Spans(asks_server=start.profile is not None)
     run = TrainRun(
         bundle=bundle,

@@ -129,6 +129,12 @@ def expected_round_trips(config: Resolved, manifest: Manifest, dataset: Dataset)
     return _expected(config, manifest, dataset, 0, lambda traffic: traffic.round_trips)
 
 
+def mean_step_traffic(config: Resolved, manifest: Manifest, dataset: Dataset) -> Traffic:
+    """Of a mean step in which all units are active, a report left out; round trips as if one micro-batch were under way
+    at a time."""
+    return _mean_traffic(config, manifest, dataset, range(len(config.groups(manifest))))
+
+
 def _expected(
     config: Resolved, manifest: Manifest, dataset: Dataset, next_step: int, count: Callable[[Traffic], int]
 ) -> float:

@@ -90,6 +90,7 @@ def resolve_without_data(settings: Settings, manifest: Manifest, init: LoadedAda
     decay = _first(settings.optimizer.weight_decay, defaults.weight_decay if init is None else 0.0)
     wire_dtype = settings.server.wire_dtype or defaults.wire_dtype
     passes = settings.server.passes or "live"
+    passes = "live" if passes == "auto" else passes  # until network and server are measured
     usual = (DEFAULT_WARMUP_STEPS, DEFAULT_RAMP_FRACTION) if defaults.warms_up else (0, 0.0)
     kill_revive = msgspec.structs.replace(
         kill_revive,

@@ -130,6 +130,22 @@ class ConnectionLostError(Exception):
         self.retry_after_s = retry_after_s
 
 
+class AnswerTimeoutError(ConnectionLostError):
+    """Nothing came in time."""
+
+
+def least_ping_s(websocket: ClientConnection, timeout_s: float, times: int = 5) -> float:
+    """Seconds until its peer answers a ping, the least of so many; 0: it does not, or is gone."""
+    found = []
+    with contextlib.suppress(*PEER_GONE):
+        for _ in range(times):
+            started = time.perf_counter()
+            if not websocket.ping().wait(timeout_s):
+                break
+            found.append(time.perf_counter() - started)
+    return min(found, default=0.0)
+
+
 _SCHEMES: Final = {"ws": "ws", "wss": "wss", "http": "ws", "https": "wss"}
 
 

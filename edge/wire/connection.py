@@ -38,8 +38,10 @@ from .connecting import (
     CLOSE_TIMEOUT_S,
     PEER_GONE,
     STOP_CHECK_S,
+    AnswerTimeoutError,
     ConnectionLostError,
     ConnectSettings,
+    least_ping_s,
     open_websocket,
     refusal_of,
     websocket_url,
@@ -51,10 +53,6 @@ MAX_FRAME_BYTES: Final = 1 << 30
 CONTROL_BYTES: Final = 2 << 20  # what is no tensor of tokens: a ticket, states, headers, padding
 
 M = TypeVar("M", bound=m.Message)
-
-
-class _AnswerTimeoutError(ConnectionLostError):
-    """Nothing came in time."""
 
 
 class Connection:
@@ -113,6 +111,10 @@ class Connection:
     def counters(self) -> WireCounters:
         """Bytes up, bytes down and round trips so far; a lost session takes none of it with it."""
         return self.session.counters
+
+    def ping_s(self) -> float:
+        """Seconds that the server takes to answer a ping of the websocket: the least of several; 0: it does not."""
+        return least_ping_s(self._socket, self._settings.liveness.open_s) if self._socket is not None else 0.0
 
     def open(self, opening: m.OpenSession) -> m.SessionOpened:
         """Open a session; after ``SessionLostError``, another one. Raises what the server's refusal means."""
@@ -173,7 +175,7 @@ class Connection:
             try:
                 message = self._read(self.session, min(self._deadline.seconds, longest_s))
             except ConnectionLostError as lost:
-                if isinstance(lost, _AnswerTimeoutError):
+                if isinstance(lost, AnswerTimeoutError):
                     self._deadline.missed()
                     self._away_s += self._settings.clock() - started
                 self._reconnect_and_resume(lost)
@@ -287,9 +289,7 @@ class Connection:
 
     def _replace_session(self, handshake: Session) -> None:
         """Go on in a new session, past its greeting; counters go on too."""
-        handshake.bytes_sent += self.session.bytes_sent
-        handshake.bytes_received += self.session.bytes_received
-        handshake.round_trips += self.session.round_trips
+        handshake.go_on_counting(self.session)
         self.session = handshake
 
     def _allow_frames(self, nbytes: int) -> None:
@@ -359,7 +359,7 @@ class Connection:
             left_s = until - self._settings.clock()
             if left_s <= 0:
                 text = f"the server {self.url} said nothing new for {timeout_s:.0f} s {self._where_in_run()}"
-                raise _AnswerTimeoutError(ConnectionFailedError(text))
+                raise AnswerTimeoutError(ConnectionFailedError(text))
             try:
                 frame = self._socket.recv(timeout=min(left_s, STOP_CHECK_S), decode=False)
                 if self.recorder is not None:
