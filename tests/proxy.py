@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -40,8 +41,8 @@ class Proxy:
 
 
 @contextmanager
-def recording_proxy(server_url: str) -> Iterator[Proxy]:
-    """Stand between devices and a server until the context ends."""
+def recording_proxy(server_url: str, *, delay_s: float = 0.0) -> Iterator[Proxy]:
+    """Stand between devices and a server until the context ends. Each piece waits for ``delay_s``."""
     host, port = server_url.removeprefix("ws://").split(":")
     listener = socket.create_server(("127.0.0.1", 0))
     proxy = Proxy(f"ws://127.0.0.1:{listener.getsockname()[1]}")
@@ -55,7 +56,7 @@ def recording_proxy(server_url: str) -> Iterator[Proxy]:
                 recording = Recording()
                 proxy.recordings.append(recording)
                 for source, sink, kept in ((device, server, recording.up), (server, device, recording.down)):
-                    threads.append(threading.Thread(target=_pump, args=(source, sink, kept), daemon=True))
+                    threads.append(threading.Thread(target=_pump, args=(source, sink, kept, delay_s), daemon=True))
                     threads[-1].start()
 
     accepting = threading.Thread(target=accept, daemon=True)
@@ -71,10 +72,11 @@ def recording_proxy(server_url: str) -> Iterator[Proxy]:
             thread.join(5)
 
 
-def _pump(source: socket.socket, sink: socket.socket, kept: bytearray) -> None:
+def _pump(source: socket.socket, sink: socket.socket, kept: bytearray, delay_s: float) -> None:
     with suppress(OSError):
         while data := source.recv(1 << 16):
             kept += data
+            time.sleep(delay_s)
             sink.sendall(data)
         sink.shutdown(socket.SHUT_WR)
 

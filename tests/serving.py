@@ -124,6 +124,7 @@ def config(
     wire_dtype: str = "fp32",
     send: Send = "embeddings",
     passes: str = "live",
+    window: str = "1",
     is_local: bool = False,
     **changes: Any,
 ) -> Resolved:
@@ -147,7 +148,7 @@ def config(
         ),
         optimizer=ChosenOptimizer(**{"lr": 1e-2, "schedule": "constant", "warmup": 0.0, **(optimizer or {})}),
         training=Training(batch_size=batch_size, grad_accum=grad_accum),
-        server=ChosenServer(wire_dtype=wire_dtype, send=send, passes=passes),
+        server=ChosenServer(wire_dtype=wire_dtype, send=send, passes=passes, window=window),
         units=KillReviveConfig(**units),
         blocks=device_blocks if is_local else device_blocks + 1,
         **{"total_steps": 6, "seed": (3,), **changes},
@@ -164,8 +165,11 @@ def training(
     **settings: Any,
 ) -> Iterator[Trainer]:
     """A device's trainer, connected; by default it gives up on the first failure."""
-    opened, window = Bundle.open(bundle), settings.pop("window", 1)
-    run = msgspec.structs.replace(run, server=msgspec.structs.replace(run.server, window=str(window)))
+    opened = Bundle.open(bundle)
+    if "window" in settings:
+        run = msgspec.structs.replace(
+            run, server=msgspec.structs.replace(run.server, window=str(settings.pop("window")))
+        )
     with Connection(url, connecting) as connection:
         make_side = partial(ServerSide, connection=connection)
         yield Trainer(opened, OnnxEngine(opened, 1), make_side, run, dataset, **settings)

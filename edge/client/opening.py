@@ -108,6 +108,8 @@ def resolve_settings(
     settings: Settings, manifest: Manifest, init: LoadedAdapter | None, datasets: Sequence[Dataset]
 ) -> tuple[Resolved, Dataset | None]:
     """The run and what it trains on, as the command has it; without data, what takes none. Raises ``UsageError``."""
+    if settings.server.passes == "auto":
+        raise UsageError("passes: auto is measured by dlora-edge train; choose live, or 2,2")
     drawn = draw_seed() if settings.training.seed is None else (settings.training.seed,)
     if datasets:
         config, (dataset, *_) = resolve(settings, manifest, init, datasets)

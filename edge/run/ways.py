@@ -12,6 +12,7 @@ import msgspec
 
 from dlora.edge.adapters.compatibility import check_passes
 from dlora.edge.adapters.peft import LoadedAdapter
+from dlora.edge.data.batches import steps_an_epoch
 from dlora.edge.data.examples import Dataset
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.training.expected import mean_step_traffic
@@ -65,12 +66,11 @@ def _way(config: Resolved, manifest: Manifest, dataset: Dataset, measured: Measu
     config = _in_passes(config, passes)
     traffic = mean_step_traffic(config, manifest, dataset)
     nbytes = traffic.bytes_up + traffic.bytes_down
-    micro_batches = config.training.grad_accum
-    together = min(config.window, micro_batches)
-    round_trips = -(-traffic.round_trips // together)
+    steps = steps_an_epoch(len(dataset), config.examples_a_step)
+    micro_batches = -(-len(dataset) // (steps * config.training.batch_size))
+    round_trips = -(-traffic.round_trips // min(config.window, micro_batches))
     tokens, labelled, acting = (
-        config.examples_a_step * each / len(dataset)
-        for each in (dataset.tokens, dataset.labelled, _acting_rows(config, dataset))
+        each / steps for each in (dataset.tokens, dataset.labelled, _acting_rows(config, dataset))
     )
     passed = acting * _upper_share(config, manifest) * _passes_above_base(config.passes)
     return Way(
