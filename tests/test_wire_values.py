@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -79,8 +80,13 @@ def test_codecs_as_users_write_them() -> None:
 
 
 def test_evaluations_cross_as_fp16_unless_all_is_fp32() -> None:
-    for text, name in (("int8", "fp16"), ("fp16", "fp16"), ("fp32,embeddings=int8", "fp16"), ("fp32", "fp32")):
-        assert Codecs.parse(text).for_evaluation() == Codecs.all(name)
+    """But for differences, where those cross as integers in training."""
+    for text, name, difference in (
+        ("int8", "fp16", "int8"), ("fp16", "fp16", "fp16"), ("fp32,embeddings=int8", "fp16", "fp16"),
+        ("fp16,difference=int4", "fp16", "int8"), ("fp32", "fp32", "fp32"),
+    ):  # fmt: skip
+        wanted = msgspec.structs.replace(Codecs.all(name), difference=difference)
+        assert Codecs.parse(text).for_evaluation() == wanted
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
