@@ -300,7 +300,7 @@ class Server(Section, frozen=True, kw_only=True):
         ),
     ] = None
     window: Annotated[
-        Annotated[str, Meta(pattern=r"\A(auto|[1-9]|[1-5][0-9]|6[0-4])\Z")],
+        Annotated[str, Meta(pattern=r"\A(auto|[1-9]|1[0-6])\Z")],
         more(
             "How many micro-batches of a step (--grad-accum) are under way at a time, where the server takes as many; "
             "auto: all of them. What comes out is the same, sooner where the server is far.",

@@ -47,6 +47,12 @@ class Link:
         """Let so many micro-batches be under way at a time, as ``frame_count`` has it."""
         self._limit = frame_count(window, groups)
 
+    @property
+    def kept_bytes(self) -> int:
+        """Of the frames that the peer has not acknowledged."""
+        with self._lock:
+            return sum(len(frame) for _, frame in self._outbox)
+
     def keep(self, frame: bytearray) -> None:
         """Keep the frame with the next number until it is acknowledged. Raises ``RemoteProtocolError`` where the peer
         has not acknowledged for too long: it must not be able to make us keep more and more."""

@@ -119,4 +119,4 @@ def test_micro_batches_under_way_together_change_no_bit(place: Place, tmp_path: 
     done = run_edge("resume", tmp_path / "all", "--window", 2)
     assert done.code == 0, done.stderr
     assert_same_run(tmp_path / "all", tmp_path / "one")
-    assert_fails(run_edge(*place.train(tmp_path / "no", "--window", 65)), 2, "--window")
+    assert_fails(run_edge(*place.train(tmp_path / "no", "--window", 17)), 2, "--window")

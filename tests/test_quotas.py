@@ -117,6 +117,29 @@ def test_unread_frames_count_in_the_quota() -> None:
         other.charge(1, 10**6)
 
 
+def test_as_many_frames_as_micro_batches_may_begin_find_room() -> None:
+    quotas = Quotas(QuotaLimits(), StandingClock(), total_live_bytes=10**6)
+    one, other = quotas.open_session("a"), quotas.open_session("b")
+    one.window = 3
+    other.charge(1, 10**6)
+    assert [one.add(500_000) for _ in range(4)] == [True, True, True, False]
+    one.remove(500_000)
+    assert one.add(500_000)
+
+
+def test_what_a_device_does_not_acknowledge_counts_in_its_quota() -> None:
+    quotas = Quotas(QuotaLimits(live_bytes=1000), StandingClock())
+    session = quotas.open_session("a")
+    for kept in (300, 700, 600):
+        session.count_kept(kept)
+        assert quotas.live_bytes == kept
+    assert refused(lambda: session.charge(1, 500)).retryable
+    session.charge(1, 400).end(0.0)
+    session.close()
+    session.count_kept(100)
+    assert quotas.live_bytes == 0
+
+
 def test_frames_of_waiting_sessions_do_not_block_others() -> None:
     quotas = Quotas(QuotaLimits(), StandingClock(), total_live_bytes=100)
     first, second = quotas.open_session("a"), quotas.open_session("b")

@@ -6,26 +6,32 @@ import asyncio
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from queue import Queue
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 from families import VOCABULARY
 from serving import config, random_dataset, serving, training
 from tiny import TinyFactory
-from waiting import PassingClock
+from waiting import PassingClock, eventually
 from websockets.asyncio.server import ServerConnection
 
 from dlora.cloud.admission.access import Caller
 from dlora.cloud.admission.quotas import QuotaLimits
 from dlora.cloud.exchange.gate import ComputeGate
 from dlora.cloud.model.base_model import BaseModel
+from dlora.cloud.serving.session_device import SessionDevice
 from dlora.cloud.serving.tasks import Tasks
 from dlora.cloud.serving.timeouts import MAX_DEVICES, MAX_WAIT_S, DeviceDeadlines, SessionTimeouts
 from dlora.cloud.serving.transport import SessionTransport
 from dlora.edge.wire.connecting import ConnectSettings, Retry
+from dlora.protocol import messages as m
 from dlora.protocol.errors import RefusedError, UsageError
+from dlora.protocol.session import Session
 
 
 @pytest.fixture(scope="module")
@@ -182,3 +188,31 @@ def test_a_device_that_was_sent_away_is_waited_for_in_every_thread() -> None:
         return await received
 
     assert asyncio.run(come_back()) == b"answer"
+
+
+def test_who_leaves_reading_to_another_waits_anew_once_the_device_is_back() -> None:
+    """Of two micro-batches one reads; the deadline of both stops while the device is away."""
+    away = SimpleNamespace(times_lost=0, parked_at=None)
+    came: Queue[m.AnyMessage] = Queue()
+
+    class Watched(SessionDevice):
+        def _read(self, seconds: float, give_up_at: float) -> m.AnyMessage:
+            return came.get(timeout=20)
+
+    device = Watched(cast(Session, None), cast(SessionTransport, away), time.monotonic)
+    with ThreadPoolExecutor(2) as pool:
+        reads = pool.submit(device.receive, (0, 1), 20.0)
+        eventually(lambda: device._is_reading)
+        away.parked_at = 0.0
+        waits = pool.submit(device.receive, (0, 2), 0.1)
+        time.sleep(0.3)
+        assert not waits.done()
+        away.times_lost, away.parked_at = 1, None
+        for micro_batch in (2, 1):
+            came.put(m.GroupDelta(step=0, micro_batch=micro_batch, groups=(0,), deltas=()))
+        assert [each.result(20).micro_batch for each in (reads, waits)] == [1, 2]  # type: ignore[union-attr]
+        again = pool.submit(device.receive, (0, 1), 20.0)
+        eventually(lambda: device._is_reading)
+        assert device.receive((0, 2), 0.1) is None
+        came.put(m.GroupDelta(step=0, micro_batch=1, groups=(0,), deltas=()))
+        again.result(20)

@@ -28,7 +28,7 @@ __all__ = ["place"]
 
 DELAY_S = 0.02
 """Each way."""
-FAR = Measured(round_trip_s=0.08, bytes_per_s=1e6, server_s=1e-4, device_s=1e-5)
+FAR = Measured(round_trip_s=0.08, bytes_per_s=1e6, server_s=1e-4, device_s=1e-5, window=8)
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +55,8 @@ def test_a_way_has_the_seconds_of_its_formula(tiny: TinyFactory) -> None:
     assert two.device_s == pytest.approx(3e-5 * 8 * dataset.labelled / len(dataset), abs=1e-3)
     together = msgspec.structs.replace(run, server=msgspec.structs.replace(run.server, window="auto"))
     assert [way.round_trips for way in ways_of(together, manifest, dataset, FAR)] == [2 * groups + 1, 3, 4, 5]
+    two_at_a_time = [way.round_trips for way in ways_of(together, manifest, dataset, FAR._replace(window=2))]
+    assert two_at_a_time == [2 * (2 * groups + 1), 6, 8, 10]
 
 
 def way_of(passes: str, seconds: float, *, as_good: bool = True) -> Way:
@@ -62,13 +64,13 @@ def way_of(passes: str, seconds: float, *, as_good: bool = True) -> Way:
 
 
 def test_another_way_is_advised_where_it_takes_less_than_half() -> None:
-    run = config()
-    assert advice([way_of("live", 2.1), way_of("2,2", 1.0)], run, FAR) == (
+    assert advice(way_of("3,3", 2.1), [way_of("live", 3.0), way_of("2,2", 1.0)], FAR) == (
         "the server is far (80 ms, 8 Mbit/s): a step takes about 2.1 s, 5 round trips; with --passes 2,2 about 1.0 s, "
         "5 round trips"
     )
-    assert advice([way_of("live", 1.9), way_of("2,2", 1.0)], run, FAR) is None
-    assert advice([way_of("live", 2.1), way_of("1,1", 1.0, as_good=False)], run, FAR) is None
+    live = way_of("live", 2.1)
+    assert advice(way_of("live", 1.9), [live, way_of("2,2", 1.0)], FAR) is None
+    assert advice(live, [live, way_of("1,1", 1.0, as_good=False)], FAR) is None
     assert fastest([way_of("live", 1.0), way_of("2,2", 1.0)]).passes == "live", "the exact one, of two that are alike"
 
 
@@ -105,6 +107,16 @@ def test_a_run_that_is_far_says_so(place: Place, far: Place, tmp_path: Path) -> 
         assert done.code == 0, done.stderr
         assert ("the server is far (" in done.stderr) is bool(words)
         assert ("with --passes 2,2 about " in done.stderr) is bool(words)
+
+
+def test_a_server_that_cannot_be_measured_is_said(place: Place, tmp_path: Path) -> None:
+    """Away, a plan is made without; over its quota, a run that did not ask for it goes on."""
+    planned = run_edge("plan", "--bundle", place.bundle, "--data", place.data, "--json", "--server", "127.0.0.1:9")
+    assert planned.code == 0, planned.stderr
+    assert "ways" not in json.loads(planned.stdout)
+    assert "warning: network and server are not measured: cannot reach ws://127.0.0.1:9" in planned.stderr
+    refused = run_edge(*place.train(tmp_path, *BOTTLENECK, "--passes", "auto", "--bytes-per-token", 900))
+    assert_fails(refused, 2, "--bytes-per-token is for one way to ask the adapters")
 
 
 def test_auto_is_for_the_command(tiny: TinyFactory) -> None:

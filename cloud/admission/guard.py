@@ -47,7 +47,8 @@ class ConnectionLimits:
         unfinished_bytes: bytes that those may have sent, together.
         first_frame_bytes: largest frame until ``limit_frames`` says otherwise.
         control_frames: pings and pongs in ``control_window_s``; keepalive needs one in 20 s.
-        waiting_frames: messages that nobody has taken yet; the conversation has a few in flight.
+        waiting_frames: messages that nobody has taken yet; the conversation has a few in flight, in passes up to 32
+            small ones of each micro-batch.
         unread_frames: answers that a device has not read yet, in largest frames.
         handshake_s: time for TLS, and again for the websocket's handshake.
         close_s: time for a peer that is told to go.
@@ -59,7 +60,7 @@ class ConnectionLimits:
     first_frame_bytes: int = 64 << 10
     control_frames: int = 60
     control_window_s: float = 10.0
-    waiting_frames: int = 64
+    waiting_frames: int = 256
     unread_frames: int = 4
     handshake_s: float = 10.0
     close_s: float = 5.0
@@ -295,7 +296,8 @@ class GuardedConnection(ServerConnection):
         if self._made:
             super().connection_lost(exc)
         # What has come stays to be read, but for as long as nobody does it is held for nobody.
-        self._count_taken(sum(self._waiting))
+        for nbytes in self._waiting:
+            self._count_taken(nbytes)
         self._waiting = deque(0 for _ in self._waiting)
 
     # ----------------------------------------------------------------------------------------------------

@@ -165,7 +165,9 @@ class SessionQuota:
         name: the caller's.
         live_bytes: of its micro-batches under way.
         held_bytes: of what the server keeps for it until it ends.
-        queued_bytes: of its frames that nobody has read yet.
+        queued_bytes: of its frames that nobody has read yet; queued_frames: how many.
+        kept_bytes: of frames that its device has not acknowledged, when they were last counted.
+        window: how many micro-batches its device may begin at a time.
     """
 
     def __init__(self, quotas: Quotas, name: str) -> None:
@@ -173,6 +175,9 @@ class SessionQuota:
         self.live_bytes = 0
         self.held_bytes = 0
         self.queued_bytes = 0
+        self.queued_frames = 0
+        self.kept_bytes = 0
+        self.window = 1
         self.is_open = True
         self._quotas = quotas
         self._freed = quotas._freed
@@ -245,12 +250,14 @@ class SessionQuota:
     def add(self, nbytes: int) -> bool:
         """Count a frame that came and that nobody has read yet; False where there is no room for it.
 
-        One frame of a session always finds room: its conversation is lock-step, so that more is not needed.
+        One frame for each micro-batch of the window always finds room: each of these is lock-step.
         """
         with self._freed:
-            if self.queued_bytes > _SMALL_BYTES and not (self._has_room(nbytes) and self._quotas._fits(nbytes)):
+            has_more = self.queued_bytes > _SMALL_BYTES and self.queued_frames >= self.window
+            if has_more and not (self._has_room(nbytes) and self._quotas._fits(nbytes)):
                 return False
             self.queued_bytes += nbytes
+            self.queued_frames += 1
             self._take(nbytes)
             return True
 
@@ -258,7 +265,15 @@ class SessionQuota:
         """It was read, or dropped."""
         with self._freed:
             self.queued_bytes -= nbytes
+            self.queued_frames -= 1
             self._free(nbytes)
+
+    def count_kept(self, nbytes: int) -> None:
+        """So many bytes are kept now of frames that the device has not acknowledged."""
+        with self._freed:
+            if self.is_open:
+                self._free(self.kept_bytes - nbytes)
+                self.kept_bytes = nbytes
 
     def close(self) -> None:
         """The session is gone; a micro-batch that is still under way counts until it ends. Again does nothing."""
@@ -266,8 +281,8 @@ class SessionQuota:
             if self.is_open:
                 self.is_open = False
                 self._quotas._caller(self.name).sessions -= 1
-                self._free(self.held_bytes)
-                self.held_bytes = 0
+                self._free(self.held_bytes + self.kept_bytes)
+                self.held_bytes = self.kept_bytes = 0
 
     def __enter__(self) -> Self:
         return self

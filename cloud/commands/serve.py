@@ -91,7 +91,7 @@ def serve(
         str,
         limit(
             help="Most micro-batches of a session under way at a time; each runs once there is memory for it. auto: as "
-            "many of 256 tokens as a device's quota holds, 8 at most.",
+            "many of 256 tokens as a device's quota holds, 4 at most.",
             metavar="N|auto",
         ),
     ] = "auto",

@@ -165,6 +165,7 @@ class _Handshake:
                 closing_tasks=service.closing_tasks,
                 clock=service.settings.clock,
             )
+            quota.window = opening.window
             live = ServerSession(name, caller, device_id, session, transport, quota)
             loop = SessionLoop(service, live, controller, service.deadlines.of(caller, device_id))
             limit = frame_limit(service, session)

@@ -32,6 +32,7 @@ from dlora.cloud.model.parts import ModelParts
 from dlora.cloud.model.row_blocks import RowBlocks
 from dlora.protocol import interrupts
 from dlora.protocol.device_memory import USUAL_TOKENS
+from dlora.protocol.limits import USUAL_WINDOW
 from dlora.protocol.version import PROTOCOL_VERSIONS, SOFTWARE_VERSION
 
 from .handler import handle_connection, opening_limit
@@ -51,7 +52,6 @@ RELEASE_EVERY_S = 5.0
 END_PARKED_EVERY_S = 1.0
 DRAIN_CHECK_S = 0.05
 LEAST_TOKENS, MOST_TOKENS = 256, 8192
-MOST_WINDOW = 8
 
 
 class CloudServer:
@@ -298,10 +298,10 @@ def default_max_tokens(live_bytes: LiveBytes, longest: int, live_limit: int | No
 
 def default_window(live_bytes: LiveBytes, longest: int, limit: int | None) -> int:
     """How many micro-batches of the usual size take at most ``limit`` bytes together: at least one, at most
-    ``MOST_WINDOW``. ``longest``: tokens of a sequence."""
+    ``USUAL_WINDOW``. ``longest``: tokens of a sequence."""
     if limit is None:
-        return MOST_WINDOW
-    return max(1, min(MOST_WINDOW, limit // live_bytes.largest(min(USUAL_TOKENS, longest), longest)))
+        return USUAL_WINDOW
+    return max(1, min(USUAL_WINDOW, limit // live_bytes.largest(min(USUAL_TOKENS, longest), longest)))
 
 
 def _json_response(status: http.HTTPStatus, body: bytes, more: Mapping[str, str] = MappingProxyType({})) -> Response:

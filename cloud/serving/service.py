@@ -34,7 +34,7 @@ class ServerSettings:
         limits: of strangers' connections; None: as many as suit ``max_sessions``.
         drain_s: how long running steps may take to finish once the server is asked to stop.
         window: the most micro-batches that a session may have under way at a time; None: as many of the usual size as
-            a device has memory for, ``MOST_WINDOW`` at most.
+            a device has memory for, ``USUAL_WINDOW`` at most.
         clock: seconds that never go back, which everything that a session waits for is measured with.
     """
 

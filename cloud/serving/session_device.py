@@ -68,7 +68,11 @@ class SessionDevice:
         while True:
             began, times_lost = self.clock(), self.transport.times_lost
             if not self._wait_for_turn_to_read(key, min(left_s, give_up_at - began)):
-                return self._pop_message(key)
+                message = self._pop_message(key)
+                if message is None and self._was_away(times_lost) and self.clock() < give_up_at:
+                    left_s = seconds  # while another read
+                    continue
+                return message
             try:
                 message = self._read(left_s, give_up_at)
             except TimeoutError:
@@ -90,6 +94,16 @@ class SessionDevice:
                     self._boxes[owner].append(message)
             here = self.transport.times_lost == times_lost  # else it is another connection, and was away in between
             left_s = max(0.0, left_s - (self.clock() - began)) if here else seconds
+
+    def _was_away(self, times_lost: int) -> bool:
+        """Whether the device is away, or was since it had been ``times_lost``."""
+        return self.transport.times_lost != times_lost or self.transport.parked_at is not None
+
+    def raise_failure(self) -> None:
+        """Raise what ``fail`` was given."""
+        with self._changed:
+            if self._failure is not None:
+                raise self._failure
 
     def _wait_for_turn_to_read(self, key: Key | None, seconds: float) -> bool:
         """Wait until there is a message for us, or nobody reads: whether it is our turn to read."""

@@ -68,6 +68,7 @@ class SessionLoop:
         self._window = opening.window
         self._running: set[Future[None]] = set()
         self._charge_ended = threading.Condition()
+        self._beginning = threading.Lock()  # one at a time is laid out and waits for memory
         purpose = opening.purpose
         self._is_given = isinstance(purpose, m.Train) and purpose.kill_revive.gives_to_server
         if not live.session.has_adapter_state:
@@ -217,12 +218,13 @@ class SessionLoop:
             self._quota.hold(self._model.sketch_bytes)
             self._model.begin_sketches()
         group_states = self._session.units.group_states
-        run = ServerMicroBatch(self._model, begun, group_states, max_tokens=service.max_tokens, packs=packs)
-        tokens = counted_tokens(begun.sequence_lengths.data, packs=packs)
-        del begun
-        texts = run.pass_rows.texts if run.pass_rows is not None else None
-        live_bytes = service.live_bytes.estimate(run.layout, run.lowest_trained, run.context_length, texts)
-        charge = self._admit(tokens, live_bytes + run.sketched_bytes + run.exchanged_bytes)
+        with self._beginning:
+            run = ServerMicroBatch(self._model, begun, group_states, max_tokens=service.max_tokens, packs=packs)
+            tokens = counted_tokens(begun.sequence_lengths.data, packs=packs)
+            del begun
+            texts = run.pass_rows.texts if run.pass_rows is not None else None
+            live_bytes = service.live_bytes.estimate(run.layout, run.lowest_trained, run.context_length, texts)
+            charge = self._admit(tokens, live_bytes + run.sketched_bytes + run.exchanged_bytes)
         device = MicroBatchDevice(
             self._device, run.key, run.codecs, service.base.dtype, gate=service.gate, deadlines=self._deadlines,
             arrived=arrived,
@@ -230,9 +232,11 @@ class SessionLoop:
         started, times_lost = self._clock(), self._transport.times_lost
         try:
             with device.computing(), torch.autograd.set_multithreading_enabled(False):
+                self._device.raise_failure()  # of another micro-batch, while this one waited
                 run.run(device)
         finally:
             charge.end(self._clock() - started - device.idle_s)
+            self._quota.count_kept(self._session.link.kept_bytes)
             with self._charge_ended:
                 self._charge_ended.notify_all()
         if self._transport.times_lost == times_lost:
@@ -256,6 +260,7 @@ class SessionLoop:
         """
         give_up_at = math.inf
         while True:
+            self._quota.count_kept(self._session.link.kept_bytes)
             try:
                 return self._quota.charge(tokens, live_bytes)
             except RefusedError as refusal:

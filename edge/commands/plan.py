@@ -84,9 +84,15 @@ def _ways(
     from dlora.edge.training.resolve import resolve
     from dlora.edge.wire.connecting import ConnectSettings
     from dlora.edge.wire.credentials import Credentials
+    from dlora.protocol.errors import DloraError
 
     config, (dataset, *_) = resolve(settings_for(settings, row), bundle.manifest, init, loaded)
-    measured = measure_network(bundle, config, ConnectSettings(Credentials.of(settings.server, display.warn)))
+    connecting = ConnectSettings(Credentials.of(settings.server, display.warn))
+    try:
+        measured = measure_network(bundle, config, connecting)
+    except DloraError as error:
+        display.warn(f"network and server are not measured: {error}")
+        return {}
     ways = ways_of(config, bundle.manifest, dataset, measured)
     return {
         "network": measured._asdict(),

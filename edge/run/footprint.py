@@ -44,10 +44,14 @@ def split_bytes(
     groups: Sequence[GroupSpec],
     tokens: int,
     head_dtype: StoredDtype | None = None,
+    *,
+    together: int = 1,
 ) -> float:
-    """Likewise in bytes, of a run in ``split`` with any adapters."""
+    """Likewise in bytes, of a run in ``split`` with any adapters. ``together``: how many such micro-batches are under
+    way at a time; each has gradients of its own."""
     fixed = _fixed_bytes(manifest, head_dtype or manifest.head.dtype, spec, groups)
-    return fixed + tokens * _token_bytes(manifest, spec, groups)
+    gradients = 4 * parameter_count(spec, groups) * (together - 1)
+    return fixed + gradients + together * tokens * _token_bytes(manifest, spec, groups)
 
 
 def usual_tokens(manifest: Manifest) -> int:

@@ -21,19 +21,21 @@ _TRIES: Final = 2  # the first one loads what is loaded when it is first used
 
 
 class Measured(NamedTuple):
-    """All but the first in seconds and bytes.
+    """In seconds and bytes.
 
     Attributes:
         round_trip_s: of a ping.
         bytes_per_s: that cross, either way, while nothing else does.
         server_s: that the server takes for a token in all blocks, without adapters and without gradients.
         device_s: that the LM head here takes for the loss at a token.
+        window: how many micro-batches of a session the server lets be under way.
     """
 
     round_trip_s: float
     bytes_per_s: float
     server_s: float
     device_s: float
+    window: int
 
     @property
     def words(self) -> str:
@@ -58,7 +60,7 @@ def measure_network(bundle: Bundle, config: Resolved, connecting: ConnectSetting
         connection = model.connection
         round_trip_s = connection.ping_s()
         welcome = connection.welcome
-        length = min(USUAL_TOKENS, welcome.max_tokens, welcome.max_sequence_length)
+        length = max(2, min(USUAL_TOKENS, welcome.max_tokens, welcome.max_sequence_length))
         ids = np.random.default_rng().integers(0, base.vocabulary_size, length).tolist()
         batch = pack([Dataset.of([(ids, list(range(length - 1)))])[0]])
         found = []
@@ -72,4 +74,4 @@ def measure_network(bundle: Bundle, config: Resolved, connecting: ConnectSetting
             nbytes = sum(model.counters[:2]) - sum(counted[:2])
             found.append((nbytes / max(crossing_s, _LEAST_S), usage.computed_s / length, device_s / length))
     rates, server_s, device_s_each = zip(*found, strict=True)
-    return Measured(round_trip_s, max(rates), min(server_s), min(device_s_each))
+    return Measured(round_trip_s, max(rates), min(server_s), min(device_s_each), welcome.window)

@@ -31,6 +31,7 @@ from dlora.protocol.adapters import parameter_count
 from dlora.protocol.choices import KindChoice
 from dlora.protocol.device_memory import BLOCK_DTYPES, DeviceModel, training_bytes
 from dlora.protocol.errors import BundleError, UsageError
+from dlora.protocol.limits import USUAL_WINDOW
 from dlora.protocol.manifest import BlockDtype, Manifest
 from dlora.protocol.sizes import parse_size
 from dlora.protocol.targets import ALL_LINEAR, choose_groups, module_names
@@ -146,7 +147,8 @@ def _row(question: Question, kind: KindChoice, count: int) -> Row:
     peaks: dict[BlockDtype, float] = {}
     tokens = _largest_micro_batch(config, datasets)
     if not config.device_blocks or spec is None:
-        peak = split_bytes(manifest, config.spec, config.groups(manifest), config.window * tokens)
+        together = min(config.window, config.training.grad_accum, USUAL_WINDOW)
+        peak = split_bytes(manifest, config.spec, config.groups(manifest), tokens, together=together)
     else:
         peaks = _device_peaks(config, manifest, tokens)
         peak = peaks[spec.dtype]

@@ -15,7 +15,8 @@ from dlora.protocol.manifest import Manifest
 from .planning import Question, Row, rows_of, settings_for
 
 _WHAT_HELPS: Final = (
-    "lower --batch-size or --max-length, or export with --head-dtype int8, fewer --device-blocks or --block-dtype int8"
+    "lower --batch-size or --max-length, or --window to 1, or export with --head-dtype int8, fewer --device-blocks or "
+    "--block-dtype int8"
 )
 
 

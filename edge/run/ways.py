@@ -18,7 +18,7 @@ from dlora.edge.engine.bundle import Bundle
 from dlora.edge.training.expected import mean_step_traffic
 from dlora.edge.training.resolved import Resolved
 from dlora.edge.wire.connecting import ConnectSettings
-from dlora.protocol.errors import CheckpointError
+from dlora.protocol.errors import CheckpointError, DloraError
 from dlora.protocol.manifest import Manifest
 from dlora.protocol.passes import Passes
 
@@ -59,20 +59,19 @@ class Way(msgspec.Struct, frozen=True, kw_only=True):
 
 def ways_of(config: Resolved, manifest: Manifest, dataset: Dataset, measured: Measured) -> list[Way]:
     """Each way to ask the adapters of a run in ``split``."""
-    return [_way(config, manifest, dataset, measured, passes) for passes in WAYS]
+    return [_way(_in_passes(config, passes), manifest, dataset, measured) for passes in WAYS]
 
 
-def _way(config: Resolved, manifest: Manifest, dataset: Dataset, measured: Measured, passes: str) -> Way:
-    config = _in_passes(config, passes)
+def _way(config: Resolved, manifest: Manifest, dataset: Dataset, measured: Measured) -> Way:
     traffic = mean_step_traffic(config, manifest, dataset)
     nbytes = traffic.bytes_up + traffic.bytes_down
     steps = steps_an_epoch(len(dataset), config.examples_a_step)
-    micro_batches = -(-len(dataset) // (steps * config.training.batch_size))
-    round_trips = -(-traffic.round_trips // min(config.window, micro_batches))
+    round_trips = -(-traffic.round_trips // min(_together(config, dataset), measured.window))
     tokens, labelled, acting = (
         each / steps for each in (dataset.tokens, dataset.labelled, _acting_rows(config, dataset))
     )
     passed = acting * _upper_share(config, manifest) * _passes_above_base(config.passes)
+    passes = config.server.passes
     return Way(
         passes=passes,
         round_trips=round_trips,
@@ -82,6 +81,12 @@ def _way(config: Resolved, manifest: Manifest, dataset: Dataset, measured: Measu
         device_s=round(_HEAD_PASSES * labelled * measured.device_s, 3),
         as_good=passes in AS_GOOD,
     )
+
+
+def _together(config: Resolved, dataset: Dataset) -> int:
+    """How many micro-batches of a mean step may be under way together."""
+    steps = steps_an_epoch(len(dataset), config.examples_a_step)
+    return min(config.window, -(-len(dataset) // (steps * config.training.batch_size)))
 
 
 def _acting_rows(config: Resolved, dataset: Dataset) -> float:
@@ -106,9 +111,9 @@ def fastest(ways: Sequence[Way]) -> Way:
     return min((way for way in ways if way.as_good), key=lambda way: way.seconds)
 
 
-def advice(ways: Sequence[Way], config: Resolved, measured: Measured) -> str | None:
-    """A line where another way would take less than half of the run's own; None where none does."""
-    own, best = next(way for way in ways if way.passes == config.server.passes), fastest(ways)
+def advice(own: Way, ways: Sequence[Way], measured: Measured) -> str | None:
+    """A line where one of ``ways`` would take less than half of the run's own; None where none does."""
+    best = fastest(ways)
     if 2 * best.seconds >= own.seconds:
         return None
     return (
@@ -135,15 +140,20 @@ def choose_passes(
         init: the adapter to start from: it is trained as it was, or live.
         round_trip_s: that a ping took; 0: nobody has asked.
 
-    Raises what ``Connection`` raises.
+    Raises what ``Connection`` raises, where it ``is_asked`` for.
     """
     manifest = bundle.manifest
     if config.device_blocks or not (is_asked or _is_worth_a_look(config, manifest, dataset, round_trip_s)):
         return config
-    measured = measure_network(bundle, config, connecting)
+    try:
+        measured = measure_network(bundle, config, connecting)
+    except DloraError:
+        if is_asked:
+            raise
+        return config  # what is wrong, the run itself will say
     ways = [way for way in ways_of(config, manifest, dataset, measured) if init is None or _can_go_on(init, way)]
     if not is_asked:
-        if line := advice(ways, config, measured):
+        if line := advice(_way(config, manifest, dataset, measured), ways, measured):
             say(line)
         return config
     best = fastest(ways)
@@ -158,7 +168,7 @@ def _is_worth_a_look(config: Resolved, manifest: Manifest, dataset: Dataset, rou
     """Whether round trips are so much of a step that measuring all the rest, about a second, is soon repaid."""
     least = mean_step_traffic(_in_passes(config, "1,1"), manifest, dataset).round_trips
     more = mean_step_traffic(config, manifest, dataset).round_trips - least
-    return more / config.window * round_trip_s > _NOTICEABLE_S
+    return more / _together(config, dataset) * round_trip_s > _NOTICEABLE_S
 
 
 def _can_go_on(init: LoadedAdapter, way: Way) -> bool:

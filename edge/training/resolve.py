@@ -130,6 +130,8 @@ def check_together(settings: Settings) -> None:
         raise UsageError("--bytes-per-token chooses how many units are active; leave the options out that do so too")
     if chosen.bytes_per_token is not None and chosen.on_kill == "hold_forward":
         raise UsageError("--bytes-per-token cannot be kept with --kr-on-kill hold_forward: every unit exchanges")
+    if chosen.bytes_per_token is not None and settings.server.passes == "auto":
+        raise UsageError("--bytes-per-token is for one way to ask the adapters: give --passes live, or 2,2, not auto")
     if chosen.static_units and chosen.score != "static":
         raise UsageError("--static-units needs --kr-score static")
     if chosen.active_fraction == 0 and chosen.score != "static":
@@ -180,10 +182,10 @@ def choose_device_blocks(settings: Settings, manifest: Manifest) -> int:
         return 0
     if placement.keep_cache and wanted == last:
         raise UsageError("--keep-cache is for what a server gave, and no server is asked: leave that out")
-    on_kill = settings.kill_revive.on_kill
+    on_kill, passes = settings.kill_revive.on_kill, settings.server.passes
     for option, is_given, what_to_do in (
         ("--bytes-per-token", settings.kill_revive.bytes_per_token is not None, "its steps send nothing"),
-        (f"--passes {settings.server.passes}", settings.server.passes not in (None, "live"), "its steps send nothing"),
+        (f"--passes {passes}", passes not in (None, "live", "auto"), "its steps send nothing"),
         (f"--kr-on-kill {on_kill}", on_kill in ("give_to_server", "bypass"), "a killed unit keeps its effect"),
     ):
         if is_given:
