@@ -128,15 +128,17 @@ def test_as_many_frames_as_micro_batches_may_begin_find_room() -> None:
 
 
 def test_what_a_device_does_not_acknowledge_counts_in_its_quota() -> None:
-    quotas = Quotas(QuotaLimits(live_bytes=1000), StandingClock())
-    session = quotas.open_session("a")
-    for kept in (300, 700, 600):
-        session.count_kept(kept)
+    quotas = Quotas(QuotaLimits(live_bytes=10**6), StandingClock())
+    session, a_little = quotas.open_session("a"), 64 << 10
+    for kept in (300_000, 700_000, 600_000):
+        session.count_kept(a_little + kept)
         assert quotas.live_bytes == kept
-    assert refused(lambda: session.charge(1, 500)).retryable
-    session.charge(1, 400).end(0.0)
+    assert refused(lambda: session.charge(1, 500_000)).retryable
+    session.charge(1, 400_000).end(0.0)
+    session.count_kept(a_little)
+    session.charge(1, 10**6).end(0.0)
     session.close()
-    session.count_kept(100)
+    session.count_kept(10**6)
     assert quotas.live_bytes == 0
 
 

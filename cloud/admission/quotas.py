@@ -166,7 +166,7 @@ class SessionQuota:
         live_bytes: of its micro-batches under way.
         held_bytes: of what the server keeps for it until it ends.
         queued_bytes: of its frames that nobody has read yet; queued_frames: how many.
-        kept_bytes: of frames that its device has not acknowledged, when they were last counted.
+        kept_bytes: of frames that its device has not acknowledged, when they were last counted, but for some.
         window: how many micro-batches its device may begin at a time.
     """
 
@@ -269,7 +269,8 @@ class SessionQuota:
             self._free(nbytes)
 
     def count_kept(self, nbytes: int) -> None:
-        """So many bytes are kept now of frames that the device has not acknowledged."""
+        """So many bytes are kept now of frames that the device has not acknowledged. The last answer always is such."""
+        nbytes = max(0, nbytes - _SMALL_BYTES)
         with self._freed:
             if self.is_open:
                 self._free(self.kept_bytes - nbytes)
