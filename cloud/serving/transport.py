@@ -82,9 +82,10 @@ class SessionTransport:
         self._changed = threading.Condition()
         self._connection: ServerConnection | None = connection
         self._sending: deque[tuple[ServerConnection, Future[None]]] = deque()
-        self._leaving = asyncio.Lock()  # of the present connection: one frame after the other
+        self._leaving, self._arriving = asyncio.Lock(), asyncio.Lock()  # of the present connection: one after the other
+        self._arrived: deque[bytes] = deque()  # likewise, what nobody has taken yet
         self._ended: Exception | None = None
-        self._receiving: Future[bytes] | None = None
+        self._receiving: Future[deque[bytes]] | None = None
         self._sent_away_s = 0.0  # how much longer than park_s it may stay away, as it was told to
 
     # -- the session's thread ----------------------------------------------------------------------------
@@ -121,7 +122,7 @@ class SessionTransport:
                 self._flush(until)
                 receiving = self._begin_to_receive(connection)
                 try:
-                    return receiving.result(max(0.0, until - self._clock()))
+                    return receiving.result(max(0.0, until - self._clock())).popleft()
                 except TimeoutError:
                     receiving.cancel()
                     raise
@@ -134,11 +135,20 @@ class SessionTransport:
                 self._lose(connection)
                 del connection, receiving  # parked for long, it would keep the dead websocket
 
-    def _begin_to_receive(self, connection: ServerConnection) -> Future[bytes]:
+    def _begin_to_receive(self, connection: ServerConnection) -> Future[deque[bytes]]:
         with self._changed:
             if self._ended is not None:
                 raise self._ended
-            self._receiving = asyncio.run_coroutine_threadsafe(connection.recv(decode=False), self._loop)
+            arriving, arrived = self._arriving, self._arrived
+
+            async def receive() -> deque[bytes]:
+                # Whoever gave up waiting may not have left yet; what came for that one then is for the next.
+                async with arriving:
+                    if not arrived:
+                        arrived.append(await connection.recv(decode=False))
+                return arrived
+
+            self._receiving = asyncio.run_coroutine_threadsafe(receive(), self._loop)
             return self._receiving
 
     def disconnect(self, refusal: RefusedError | RemoteProtocolError) -> None:
@@ -228,7 +238,7 @@ class SessionTransport:
             old, self._connection = self._connection, connection
             self.parked_at, self._sent_away_s = None, 0.0
             self._sending.clear()
-            self._leaving = asyncio.Lock()
+            self._leaving, self._arriving, self._arrived = asyncio.Lock(), asyncio.Lock(), deque()
             for frame in frames:
                 self._begin_to_send(connection, frame)
             self._changed.notify_all()
