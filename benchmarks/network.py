@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import msgspec
-import numpy as np
 import psutil
 from bars import Entry, at_most, write_bars
 from children import cloud_server, log, need_bundle, new_parser
@@ -29,6 +28,7 @@ from delaying_proxy import delaying_proxy
 from economy_plot import Series, plot
 from economy_recipes import DEFAULT, RECIPES, Recipe, in_passes, train_config, with_settings
 from economy_trunk import new_source
+from step import INVOCATION, random_tokens
 
 from dlora.edge.data.examples import Dataset
 from dlora.edge.engine.bundle import Bundle
@@ -42,9 +42,6 @@ from dlora.edge.wire.connection import Connection
 COMMAND: Final = "python benchmarks/network.py"
 FILE: Final = Path("benchmarks") / "network.json"
 PICTURE: Final = Path("benchmarks") / "network.svg"
-INVOCATION: Final = (98, 99)
-"""What each sequence has before its labels: where adapters begin to act. Other tokens begin at ``FIRST_RANDOM``."""
-FIRST_RANDOM: Final = 100
 PASSES: Final = ("1,1", "2,1", "2,2")
 WINDOWS: Final = (1, 4)
 MICRO_BATCHES: Final = 4
@@ -135,11 +132,8 @@ def _way(name: str, options: argparse.Namespace) -> tuple[Recipe, int]:
 
 def _dataset(bundle: Bundle, sequences: int, options: argparse.Namespace) -> Dataset:
     """Random sequences whose last tokens are labels."""
-    rng = np.random.default_rng(0)
     vocabulary, length = bundle.manifest.base_model.vocabulary_size, options.length
-    ids = rng.integers(FIRST_RANDOM, vocabulary, (8 * MICRO_BATCHES * sequences, length))
-    first = max(len(INVOCATION), round(length * (1 - options.labelled)))
-    ids[:, first - len(INVOCATION) : first] = INVOCATION
+    ids, first = random_tokens(vocabulary, 8 * MICRO_BATCHES * sequences, length, options.labelled)
     return Dataset.of([(row.tolist(), list(range(first - 1, length - 1))) for row in ids])
 
 

@@ -48,7 +48,8 @@ def main() -> None:
     options = _options()
     bundle = Bundle.open(need_bundle(options.bundle))
     defaults = bundle.manifest.defaults
-    ids, first = _tokens(bundle.manifest.base_model.vocabulary_size, options)
+    vocabulary = bundle.manifest.base_model.vocabulary_size
+    ids, first = random_tokens(vocabulary, 8 * options.batch_size, options.length, options.labelled)
     dataset = Dataset.of([(row.tolist(), list(range(first - 1, options.length - 1))) for row in ids])
     log(f"starting PEFT and the server, {options.threads} threads each")
     lora = (",".join(defaults.target_modules), defaults.r, defaults.lora_alpha, 1e-3)
@@ -79,11 +80,11 @@ def main() -> None:
     print(json.dumps(result, indent=1))
 
 
-def _tokens(vocabulary: int, options: argparse.Namespace) -> tuple[Any, int]:
-    """Eight batches of random sequences, (sequences, length), and where the labels of each begin."""
+def random_tokens(vocabulary: int, sequences: int, length: int, labelled: float) -> tuple[Any, int]:
+    """Random sequences, (sequences, length), and where the labels of each begin, of which they have that share."""
     rng = np.random.default_rng(0)
-    ids = rng.integers(FIRST_RANDOM, vocabulary, (8 * options.batch_size, options.length))
-    first = max(len(INVOCATION), round(options.length * (1 - options.labelled)))
+    ids = rng.integers(FIRST_RANDOM, vocabulary, (sequences, length))
+    first = max(len(INVOCATION), round(length * (1 - labelled)))
     ids[:, first - len(INVOCATION) : first] = INVOCATION
     return ids, first
 

@@ -216,3 +216,36 @@ def test_who_leaves_reading_to_another_waits_anew_once_the_device_is_back() -> N
         assert device.receive((0, 2), 0.1) is None
         came.put(m.GroupDelta(step=0, micro_batch=1, groups=(0,), deltas=()))
         again.result(20)
+
+
+class ReadByOne:
+    """A connection that is read by one at a time, as websockets has it, answers in a while and is left in a while."""
+
+    def __init__(self) -> None:
+        self._is_read = False
+
+    async def recv(self, decode: bool | None = None) -> bytes:
+        assert not self._is_read
+        self._is_read = True
+        try:
+            await asyncio.sleep(0.2)
+        finally:
+            await asyncio.sleep(0.05)
+            self._is_read = False
+        return b"answer"
+
+
+def test_a_reader_that_gave_up_has_left_before_the_next_one_reads() -> None:
+    async def read_twice() -> bytes:
+        loop = asyncio.get_running_loop()
+        connection = cast(ServerConnection, ReadByOne())
+        transport = SessionTransport(loop, connection, name="one", park_s=60.0, closing_tasks=Tasks())
+
+        def read() -> bytes:
+            with pytest.raises(TimeoutError):
+                transport.receive(0.01)
+            return transport.receive(20.0)
+
+        return await loop.run_in_executor(None, read)
+
+    assert asyncio.run(read_twice()) == b"answer"

@@ -110,7 +110,7 @@ def test_a_run_that_is_far_says_so(place: Place, far: Place, tmp_path: Path) -> 
 
 
 def test_a_server_that_cannot_be_measured_is_said(place: Place, tmp_path: Path) -> None:
-    """Away, a plan is made without; over its quota, a run that did not ask for it goes on."""
+    """And a plan is made without. What is fitted to one way of asking is not for a way that is still to be chosen."""
     planned = run_edge("plan", "--bundle", place.bundle, "--data", place.data, "--json", "--server", "127.0.0.1:9")
     assert planned.code == 0, planned.stderr
     assert "ways" not in json.loads(planned.stdout)
