@@ -17,9 +17,9 @@ from trunk_runs import trunk_config, trunk_training
 from dlora.edge.data.examples import Dataset
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.onnx_engine import OnnxEngine
-from dlora.edge.model import blocks as blocks_module
 from dlora.edge.model.cache_key import CacheKey
 from dlora.edge.model.kept_outputs_cache import kept_outputs_path
+from dlora.edge.model.trained_block import TrainedBlock
 from dlora.edge.run.blocks import open_blocks
 from dlora.edge.settings import Placement
 from dlora.edge.training.trainer import Trainer
@@ -55,13 +55,13 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, int]]:
     """How often a pass of which block was run."""
     found: Counter[tuple[str, int]] = Counter()
     for name in ("forward", "backward"):
-        original = getattr(blocks_module._Block, name)
+        original = getattr(TrainedBlock, name)
 
         def counted(block: Any, *given: Any, name: str = name, original: Callable[..., Any] = original) -> Any:
             found[name, block.spec.index] += 1
             return original(block, *given)
 
-        monkeypatch.setattr(blocks_module._Block, name, counted)
+        monkeypatch.setattr(TrainedBlock, name, counted)
     return found
 
 

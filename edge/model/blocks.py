@@ -7,7 +7,7 @@ a token without a label the graphs of the last block compute keys and values onl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Final
@@ -15,14 +15,15 @@ from typing import Final
 import numpy as np
 
 from dlora.edge.engine.bundle import Bundle
-from dlora.edge.engine.engine import Array, Engine, Graph, scalar
-from dlora.protocol.errors import BundleError, DataError
-from dlora.protocol.manifest import BlockSpec
+from dlora.edge.engine.engine import Array, Engine, scalar
+from dlora.protocol.errors import DataError
 from dlora.protocol.tensors import FloatArray, IntArray
 
-from .block_weights import BLOCKED, LORA, BlockWeights, last_blocks
+from .block_weights import BLOCKED, last_blocks
+from .trained_block import TrainedBlock
 
-_GRAD: Final = "grad."  # what names of a backward graph's outputs begin with: docs/reference/bundle.md has them all
+_KINDS: Final = ("block_forward", "block_backward")
+_LAST: Final = ("last_block_forward", "last_block_backward")
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class DeviceBlocks:
         load = cache(engine.load)
         self.max_length = spec.max_length
         self._blocks = [
-            _Block(bundle, load, block, rank, spec.max_length, "last_" if block is chosen[-1] else "")
+            TrainedBlock(bundle, load, block, _LAST if block is chosen[-1] else _KINDS, rank, spec.max_length)
             for block in chosen
         ]
         self._norm_forward, self._norm_backward = engine.load("final_norm_forward"), engine.load("final_norm_backward")
@@ -115,13 +116,13 @@ class DeviceBlocks:
 
     def _forward(
         self,
-        blocks: Sequence[_Block],
+        blocks: Sequence[TrainedBlock],
         hidden_states: FloatArray,
         lengths: IntArray,
         lora: Mapping[str, FloatArray],
         scaling: float,
         label_positions: IntArray | None = None,
-    ) -> Iterator[tuple[_Block, dict[str, Array], FloatArray]]:
+    ) -> Iterator[tuple[TrainedBlock, dict[str, Array], FloatArray]]:
         """Of each block what its backward graph is to be given, and what comes out of it: of the last one for
         ``label_positions``."""
         self.check_length(int(lengths.max()))
@@ -187,40 +188,3 @@ def labels(label_positions: IntArray, tokens: int) -> dict[str, Array]:
     index = np.full(tokens, len(label_positions), np.int64)
     index[label_positions] = np.arange(len(label_positions))
     return {"label_positions": label_positions.astype(np.int64), "label_index": index}
-
-
-class _Block(BlockWeights):
-    """One block: its two passes, with its weights. ``prefix``: of the kinds of its graphs."""
-
-    def __init__(
-        self, bundle: Bundle, load: Callable[..., Graph], spec: BlockSpec, rank: int, max_length: int, prefix: str
-    ) -> None:
-        kinds = (f"{prefix}block_forward", f"{prefix}block_backward")
-        self._forward_spec, self._backward_spec = (bundle.manifest.graph(kind, spec.graph) for kind in kinds)
-        lora = [f"{_GRAD}{tensor.name}" for tensor in self._forward_spec.inputs if tensor.name.endswith(LORA)]
-        if [tensor.name for tensor in self._backward_spec.outputs] != ["grad_x", *lora]:
-            text = f"{bundle.path}: {kinds[1]}.{spec.graph} gives other gradients than it must"
-            raise BundleError(f"{text}; export the bundle again")
-        super().__init__(bundle, spec, self._forward_spec.inputs, rank, max_length)
-        self._forward, self._backward = (load(kind, spec.graph) for kind in kinds)
-
-    def has_any(self, names: Collection[str]) -> bool:
-        """Whether one of these parameters is its."""
-        return not self.zeros.keys().isdisjoint(names)
-
-    def forward(
-        self, given: Mapping[str, Array], lora: Mapping[str, FloatArray], scale: FloatArray
-    ) -> tuple[FloatArray, dict[str, Array]]:
-        """y (tokens or labelled, width), and what ``backward`` is to be given. ``given``: x and what else its graph
-        takes that is neither a weight nor LoRA."""
-        y, *products = self._forward(self._inputs(self._forward_spec, given, lora, scale))
-        names = (tensor.name for tensor in self._forward_spec.outputs[1:])
-        return y, dict(given) | dict(zip(names, products, strict=True))
-
-    def backward(
-        self, grad: FloatArray, kept: Mapping[str, Array], lora: Mapping[str, FloatArray], scale: FloatArray
-    ) -> tuple[FloatArray, dict[str, FloatArray]]:
-        """The gradient of x (tokens, width), and those of all LoRA of the block, by full name."""
-        grad_x, *grads = self._backward(self._inputs(self._backward_spec, {**kept, "grad": grad}, lora, scale))
-        names = (f"{self.spec.path}.{tensor.name.removeprefix(_GRAD)}" for tensor in self._backward_spec.outputs[1:])
-        return grad_x, dict(zip(names, grads, strict=True))
