@@ -1,6 +1,8 @@
 """Blocks on the device: how long a step takes, what the device's process needs, and what crosses in a whole run.
 
 ``step``: the device's step and a split step with all of q, v active take turns in one run on the same batches; medians.
+``answers``: processor time of a device's steps on first texts of three sets, where adapters act on answers only: in the
+first epoch, and in the second, with keys and values of what comes before kept; against steps over all rows.
 ``memory``: the peak of a real ``dlora-edge train``. ``traffic``: of a real run of three epochs, against the formula of
 all-active q, v. What has to be reached is written into docs/log/benchmarks/trunk.json.
 """
@@ -9,21 +11,26 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 import time
-from contextlib import closing
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
 import numpy as np
 from bars import Entry, at_least, at_most, write_bars
 from children import cloud_server, log, need_bundle, new_parser, run_json
+from economy_data import load
 from economy_recipes import BASELINE, DEFAULT, RECIPES, Recipe, train_config
 from economy_trunk import new_source
 
 from dlora.edge.data.examples import Dataset
+from dlora.edge.data.invocation import find_invocation
+from dlora.edge.data.tokenizer import EdgeTokenizer
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.onnx_engine import OnnxEngine
 from dlora.edge.files import write_atomically
@@ -43,6 +50,7 @@ FILE: Final = Path("benchmarks") / "trunk.json"
 MEMORY_FILE: Final = Path("benchmarks") / "trunk-memory.json"
 """In docs: the peak of a device's process that trains each of ``OPTIONS_OF``."""
 LR: Final = 2e-3
+TRUNK_BLOCKS: Final = 12  # two fifths of the model's
 OPTIONS_OF: Final[dict[str, tuple[str, ...]]] = {
     BASELINE: ("--kind", "lora", "--active-fraction", "1"),
     DEFAULT: ("--kind", "bottleneck"),
@@ -97,9 +105,52 @@ def _step(url: str, options: argparse.Namespace) -> dict[str, Any]:
     return {"step_s": {name: statistics.median(each) for name, each in seconds.items()}, "tokens": options.tokens}
 
 
-def _config(manifest: Manifest, options: argparse.Namespace, recipe: Recipe) -> Resolved:
+def _config(
+    manifest: Manifest, options: argparse.Namespace, recipe: Recipe, invocation: tuple[int, ...] = ()
+) -> Resolved:
     optimizer = {"lr": LR, "schedule": "constant", "warmup": 0.0}
-    return train_config(recipe, manifest, steps=1000, batch_size=options.batch_size, seed=0, optimizer=optimizer)
+    return train_config(
+        recipe, manifest, steps=1000, batch_size=options.batch_size, seed=0, optimizer=optimizer, invocation=invocation
+    )
+
+
+def _answers(url: str, options: argparse.Namespace) -> dict[str, Any]:
+    """By set: seconds of the processor a step of all rows, of answers' rows, and of these with what is before kept."""
+    bundle, found = Bundle.open(need_bundle(options.bundle)), dict[str, Any]()
+    tokenizer = EdgeTokenizer.open(bundle)
+    batches = argparse.Namespace(**vars(options) | {"batch_size": 8})
+    for name in ("b10", "b20", "dialogue"):
+        data = load(name, options.data, options.work, tokenizer)
+        dataset = data.train.subset(range(options.texts))
+        invocation = find_invocation(data.train)
+        rows = [len(example.crossing_rows) for example in dataset.acting_on_answers(invocation)]
+        seconds: dict[str, list[float]] = {}
+        all_linear = {"rank": 8, "lora_alpha": 16.0, "target_modules": ("all-linear",)}
+        engine = OnnxEngine(bundle, options.threads)
+        with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
+            trainers = {}
+            for where in ("start", "answer"):
+                recipe = Recipe(where, all_linear | {"adapt": where}, device_blocks=TRUNK_BLOCKS)
+                acts = invocation if where == "answer" else ()
+                config = _config(bundle.manifest, batches, recipe, acts)
+                if acts:
+                    config = msgspec.structs.replace(config, keeps_outputs=True)
+                source = stack.enter_context(closing(new_source(bundle, engine, url, config, Path(directory) / where)))
+                source.fill(texts_of(dataset))
+                side = partial(DeviceSide, source=source)
+                trainers[where] = Trainer(bundle, engine, side, config, dataset)
+            an_epoch = trainers["start"].batches.steps_per_epoch
+            for step in range(2 * an_epoch):
+                for where, trainer in trainers.items():
+                    before = time.process_time()
+                    trainer.run_step()
+                    spent = time.process_time() - before
+                    is_kept = where == "answer" and step >= an_epoch
+                    seconds.setdefault("kept" if is_kept else where, []).append(spent)
+        means = {each: statistics.mean(values) for each, values in seconds.items()}
+        log(f"{name}: " + ", ".join(f"{each} {value:.3f} s" for each, value in means.items()))
+        found[name] = {"cpu_s": means, "acting": sum(rows) / dataset.tokens, "tokens": dataset.tokens}
+    return found
 
 
 # -- whole runs --------------------------------------------------------------------------------------------
@@ -180,6 +231,11 @@ def _bars(result: dict[str, Any]) -> dict[str, Entry]:
     if step := result.get("step"):
         seconds = step["step_s"]
         bars["split_step"] = at_least(5, seconds["split_all"] / seconds["device"], command("step"))
+    if answers := result.get("answers"):
+        of_sets = [each["cpu_s"] for each in answers.values()]
+        all_rows = sum(each["start"] for each in of_sets)
+        for name, what, bar in (("cpu_answers", "answer", 0.65), ("cpu_answers_kept", "kept", 0.40)):
+            bars[name] = at_most(bar, sum(each[what] for each in of_sets) / all_rows, command("answers"))
     if memory := result.get("memory"):
         for dtype, bar in (("fp16", 300), ("int8", 250)):
             bars[f"peak_rss_{dtype}"] = at_most(bar, memory[dtype], command("memory"))
@@ -192,7 +248,7 @@ def _bars(result: dict[str, Any]) -> dict[str, Entry]:
     return bars
 
 
-MEASURES: Final = {"step": _step, "memory": _memory, "traffic": _traffic}
+MEASURES: Final = {"step": _step, "answers": _answers, "memory": _memory, "traffic": _traffic}
 
 
 def _options() -> argparse.Namespace:
@@ -204,6 +260,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=256, help="of a micro-batch")
     parser.add_argument("--labelled", type=float, default=1 / 3, help="share of tokens that are labels, in step")
     parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--texts", type=int, default=64, help="of each set, in answers")
+    parser.add_argument("--data", type=Path, default=Path(os.environ.get("DLORA_DATA", "../shared/data")))
+    parser.add_argument("--work", type=Path, default=Path("build/benchmarks/trunk"), help="for what several runs use")
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--warmup", type=int, default=3)
     return parser.parse_args()

@@ -15,6 +15,7 @@ from dlora.protocol.errors import DloraError
 from dlora.protocol.manifest import BlockDtype
 from dlora.protocol.text import first_line
 
+from .graphs.answer_block import answer_graphs, first_rows_graphs
 from .graphs.block import LAST, block_graphs, final_norm_graphs
 from .graphs.block_decode import decode_graph
 from .graphs.block_materials import BlockMaterials, DeviceBlocks, FinalNormMaterials
@@ -120,10 +121,11 @@ def prepare_blocks(
 
 
 def _with_decode(base: BaseModel, made: DeviceBlocks, say: Say) -> DeviceBlocks:
-    """With a ``block_decode`` for each shape; without any where the family does not go on from keys and values so."""
+    """With the graphs that go on from keys and values for each shape; without any where the family does not so."""
     say("tracing blocks that go on from earlier tokens")
     try:
-        return replace(made, blocks=tuple(_decoding(base, made.blocks)))
+        blocks, last = _decoding(base, made.blocks)
+        return replace(made, blocks=blocks, last_first_rows=last)
     except CannotRunOnDevice as error:
         reason = str(error)
     except Exception as error:  # whatever a family's code does with a cache that it does not know
@@ -131,20 +133,28 @@ def _with_decode(base: BaseModel, made: DeviceBlocks, say: Say) -> DeviceBlocks:
     return replace(made, without_decode=reason)
 
 
-def _decoding(base: BaseModel, blocks: Sequence[BlockMaterials]) -> Iterator[BlockMaterials]:
+def _decoding(base: BaseModel, blocks: Sequence[BlockMaterials]) -> tuple[tuple[BlockMaterials, ...], TrainingGraph]:
+    """The blocks with these graphs, and the last one's of keys and values alone."""
     arguments, past = cache_arguments(base), unusual_number(base, but=blocks[0].call.tokens)
-    graphs: dict[str, TrainingGraph] = {}
+    graphs: dict[str, tuple[TrainingGraph, ...]] = {}
+    made = []
     for block in blocks:
         argument = arguments[block.call.index]
         if not argument:
             raise CannotRunOnDevice("its decoder hands its blocks no cache")
         _check_past(block, argument)
         if block.key not in graphs:
-            graphs[block.key] = decode_graph(block.call, argument, past, block.weights, block.targets, block.key)
+            given = block.call, argument, past, block.weights, block.targets, block.key
+            of_first = first_rows_graphs(block.call, argument, past, block.weights, block.key)
+            graphs[block.key] = decode_graph(*given), *answer_graphs(*given), *of_first
             known = _inputs(block) | {PAST_KEYS, PAST_VALUES, PAST_MASK}
-            if unknown := {spec.name for spec in graphs[block.key].inputs} - known:
+            if unknown := {spec.name for spec in graphs[block.key][0].inputs} - known:
                 raise CannotRunOnDevice(f"its blocks take {sorted(unknown)[0]} only with a cache")
-        yield replace(block, decode=graphs[block.key], cache_argument=argument)
+        decode, forward, backward, first_rows, keys = graphs[block.key]
+        made.append(
+            replace(block, decode=decode, answers=(forward, backward), first_rows=first_rows, cache_argument=argument)
+        )
+    return tuple(made), keys
 
 
 def _check_past(block: BlockMaterials, argument: str) -> None:

@@ -29,14 +29,24 @@ from dlora.protocol.manifest import TensorSpec
 from .installed import check_executorch
 
 # What a program takes at most of each dynamic dimension. Devices cut what is longer into pieces, all but the rank,
-# ``positions``, which are tokens that see each other, ``labelled``, which are some of these, and ``past``, which those
-# see that are ``new``.
+# ``positions``, which are tokens that see each other, ``labelled``, which are some of these, ``first``, which they come
+# after, and ``past``, which those see that are ``new``.
 BOUNDS: Final = {
     "tokens": 4096, "rank": 256, "rows": 256, "n": 1 << 20, "positions": 1024, "labelled": 1024, "new": 128,
-    "past": 8192,
+    "past": 8192, "first": 1024,
 }  # fmt: skip
 # All different, so that none is taken for another.
-_EXAMPLE: Final = {"tokens": 7, "rank": 5, "rows": 6, "n": 9, "positions": 11, "labelled": 8, "new": 13, "past": 17}
+_EXAMPLE: Final = {
+    "tokens": 7,
+    "rank": 5,
+    "rows": 6,
+    "n": 9,
+    "positions": 11,
+    "labelled": 8,
+    "new": 13,
+    "past": 17,
+    "first": 19,
+}
 _DTYPES: Final = {"fp32": torch.float32, "fp16": torch.float16, "int8": torch.int8, "int64": torch.int64}
 
 
@@ -46,7 +56,7 @@ def bounds_for(max_length: int) -> dict[str, int]:
     Some families cut a table by how many tokens there are, past and new ones. torch.export assumes two new ones at
     least, and wants to know that the table is never too short.
     """
-    return {**BOUNDS, "past": min(BOUNDS["past"], max_length - 2)}
+    return {**BOUNDS, **{name: min(BOUNDS[name], max_length - 2) for name in ("past", "first")}}
 
 
 def to_executorch(graph: TrainingGraph, bounds: Mapping[str, int] = BOUNDS) -> bytes:

@@ -117,10 +117,14 @@ def prepared(family: str, count: int = 0, dtype: Any = "fp32") -> DeviceBlocks:
 
 def graphs_of(blocks: DeviceBlocks) -> list[TrainingGraph]:
     """Each once."""
-    each = [graph for block in blocks.blocks for graph in (block.forward, block.backward, block.decode)]
-    named = {graph.name: graph for graph in each if graph is not None}
-    last = blocks.last_forward, blocks.last_backward
-    return [*named.values(), *last, blocks.final_norm.forward, blocks.final_norm.backward]
+    each = [
+        graph
+        for block in blocks.blocks
+        for graph in (block.forward, block.backward, block.decode, *(block.answers or ()), block.first_rows)
+    ]
+    last = blocks.last_forward, blocks.last_backward, blocks.last_first_rows
+    named = {graph.name: graph for graph in (*each, *last) if graph is not None}
+    return [*named.values(), blocks.final_norm.forward, blocks.final_norm.backward]
 
 
 def with_programs(bundle: Path, family: str, dtype: Any = "fp32") -> Path:

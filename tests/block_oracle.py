@@ -84,28 +84,41 @@ class TorchBlocks:
             parameter.data.copy_(torch.from_numpy(value))
             self.parameters[full] = parameter
         assert sum(each.requires_grad for each in self.peft.parameters()) == len(lora)
+        self._acts_from = 0
+        for name in names:
+            self._model.get_submodule(name).lora_B["default"].register_forward_hook(self._only_where_it_acts)
+
+    def _only_where_it_acts(self, _module: Any, _args: Any, delta: Tensor) -> Tensor:
+        acts = torch.arange(delta.shape[-2]) >= self._acts_from
+        return delta * acts[:, None] if self._acts_from else delta
 
     def last_hidden_states(self, sequences: Sequence[Tensor]) -> Tensor:
         """(tokens, hidden_size), part of autograd's graph."""
         return torch.cat([self._decode(ids) for ids in sequences])
 
     def run(
-        self, sequences: Sequence[Tensor], grad: Tensor | None, given: Mapping[str, np.ndarray] | None = None
+        self,
+        sequences: Sequence[Tensor],
+        grad: Tensor | None,
+        given: Mapping[str, np.ndarray] | None = None,
+        acts_from: Sequence[int] = (),
     ) -> Passes:
         """Each sequence by itself.
 
         Args:
             grad: of the last hidden states; None: each block has a random one of its own.
             given: what comes into each block in place of what came out of the one before, (tokens, width).
+            acts_from: of each sequence the row from which on LoRA acts; empty: everywhere.
         """
         self.peft.zero_grad()
         parts = []
         start = 0
-        for ids in sequences:
+        for ids, self._acts_from in zip(sequences, acts_from or [0] * len(sequences), strict=True):
             rows = slice(start, start + len(ids))
             mine = {name: torch.from_numpy(value[rows].copy()) for name, value in (given or {}).items()}
             parts.append(self._run(ids, None if grad is None else grad[rows], mine))
             start += len(ids)
+        self._acts_from = 0
         found = Passes(last=torch.cat([part.last for part in parts]))
         for name in ("x", "y", "grad_x", "grad_y"):
             of = [getattr(part, name) for part in parts]

@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 import onnx
 import pytest
+from answers import INVOCATION, random_answers
 from attacks.fuzz_target import decode_json, encode_json, mutate_value
 from block_bundles import Files, changed
 from drawn import DAY
@@ -20,8 +21,10 @@ from serving import random_dataset
 from tiny import TinyFactory
 from trunk_runs import trunk_config
 
+from dlora.edge.data.batches import pack
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.onnx_engine import OnnxEngine
+from dlora.edge.model.answer_blocks import AnswerBlocks
 from dlora.edge.model.block_weights import encoded_width
 from dlora.edge.model.blocks import DeviceBlocks
 from dlora.edge.model.decode_blocks import DecodeBlocks
@@ -151,11 +154,42 @@ def decode(path: Path) -> None:
     DecodeBlocks(opened, OnnxEngine(opened, 1), 2, DeviceLora()).append(x)
 
 
+ANSWER_CHANGES: dict[str, tuple[Callable[[Manifest], Manifest], str]] = {
+    "no graph": (without_graphs("answer_block_forward"), "no answer_block_forward graph of 0"),
+    "no graph of first rows": (without_graphs("first_rows"), "no first_rows graph of 0"),
+    "no keys alone": (without_graphs("last_first_rows"), "no last_first_rows graph of 0"),
+    "fewer gradients": (with_outputs("answer_block_backward", 3), "answer_block_backward.0 gives other gradients"),
+    "fewer outputs": (with_outputs("first_rows", 2), "first_rows of block 0 gives something else"),
+    "huge keys": (
+        graphs_with("first_rows", input_with("past_keys", ("past", 10**6, 10**6))), "are not .past, heads, width"
+    ),
+    "other keys": (graphs_with("first_rows", input_with("past_keys", ("past", 1, 4))), "export"),
+    "other keys of the last block": (with_outputs("last_first_rows", 1), "gives something else"),
+    "no reason": DECODE_CHANGES["no reason"],
+}  # fmt: skip
+
+
+def answer(path: Path) -> None:
+    """Forward and backward through both blocks at the rows of answers."""
+    opened = Bundle.open(path)
+    blocks = AnswerBlocks(opened, OnnxEngine(opened, 1), 2, 3)
+    lora = {name: np.ones(shape, np.float32) for name, shape in blocks.parameter_shapes.items()}
+    batch = pack(list(random_answers().acting_on_answers(INVOCATION))).until_last_label()
+    last, kept = blocks.forward(np.ones((len(batch.ids), encoded_width(opened.manifest)), np.float32), batch, lora, 1.0)
+    blocks.backward(last, kept, lora, 1.0)
+
+
 @pytest.mark.parametrize(
     ("run", "change", "text"),
-    [*((use, *each) for each in CHANGES.values()), *((decode, *each) for each in DECODE_CHANGES.values())],
-    ids=[*CHANGES, *(f"decode: {name}" for name in DECODE_CHANGES)],
-)
+    [
+        (run, *each)
+        for run, changes in ((use, CHANGES), (decode, DECODE_CHANGES), (answer, ANSWER_CHANGES))
+        for each in changes.values()
+    ],
+    ids=[
+        *CHANGES, *(f"decode: {name}" for name in DECODE_CHANGES), *(f"answers: {name}" for name in ANSWER_CHANGES)
+    ],
+)  # fmt: skip
 def test_blocks_that_lie_are_one_line(
     bundle: Path, run: Callable[[Path], object], change: Callable[[Manifest], Manifest], text: str, tmp_path: Path
 ) -> None:
@@ -182,7 +216,7 @@ def test_files_that_lie_are_one_line(bundle: Path, tmp_path: Path) -> None:
 
 
 def train(path: Path) -> None:
-    """A step with all blocks on the device, an evaluation, and tokens one after the other."""
+    """A step with all blocks on the device, an evaluation, tokens one after the other, and a step on answers."""
     opened = Bundle.open(path)
     engine, vocabulary = OnnxEngine(opened, 1), opened.manifest.base_model.vocabulary_size
     source, data = EmbeddingSource(opened, engine), random_dataset(min(vocabulary, 97), 4)
@@ -192,6 +226,8 @@ def train(path: Path) -> None:
     blocks = DecodeBlocks(opened, engine, 2, DeviceLora())
     for ids in ([3, 4], [3, 4, 5]):
         source.feed(np.array(ids), len(ids), blocks)
+    run = trunk_config((0, 1), is_local=True, invocation=INVOCATION)
+    Trainer(opened, engine, partial(DeviceSide, source=source), run, random_answers()).run_step()
 
 
 def with_output(content: bytes, name: str, operator: str) -> bytes:
@@ -215,6 +251,7 @@ def with_output(content: bytes, name: str, operator: str) -> bytes:
     ("graph", "output"),
     [
         ("block_backward.0", "grad.mlp.up_proj.lora_B"), ("last_block_forward.0", "y"), ("block_decode.0", "y"),
+        ("first_rows.0", "keys"), ("answer_block_backward.0", "grad.mlp.up_proj.lora_B"),
         ("final_norm_backward", "grad_x"), ("head_train", "losses"), ("head_loss", "losses"),
         ("adamw", "new_exp_avg_sq"), ("embedding", "hidden_states"),
     ],

@@ -16,9 +16,12 @@ from drawn import one_in
 from families import FAMILIES, MORE_FAMILIES, VOCABULARY, tiny_model
 from tiny import TinyFactory
 
+from dlora.edge.data.batches import MicroBatch
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.onnx_engine import OnnxEngine
-from dlora.edge.model.blocks import DeviceBlocks, attention_mask
+from dlora.edge.model.answer_blocks import AnswerBlocks
+from dlora.edge.model.attention_masks import Rows, attention_mask
+from dlora.edge.model.blocks import DeviceBlocks
 from dlora.edge.model.decode_blocks import DecodeBlocks
 from dlora.export.tracing.calls import CannotRunOnDevice, sees, windows
 from dlora.protocol.errors import BundleError
@@ -70,6 +73,7 @@ def test_blocks_compute_what_peft_and_autograd_do(family: str, tiny: TinyFactory
     models = {dtype: TorchBlocks(tiny_model(family), paths, lora, SCALING, dtype) for dtype in EXACT_AND_SINGLE}
     check_whole(blocks, models, lora)
     check_in_pieces(bundle, engine, models, lora, WITHOUT_DECODE.get(family))
+    check_answers(bundle, engine, models, lora, WITHOUT_DECODE.get(family))
     check_each_graph(bundle, engine, models, lora)
     check_last_block(bundle)
 
@@ -92,6 +96,59 @@ def check_whole(blocks: DeviceBlocks, models: dict[torch.dtype, TorchBlocks], lo
     assert_as_near_as_torch({"": last}, wanted, torchs, FORWARD)
     grads = blocks.backward(grad[LABELLED].numpy(), kept, lora, SCALING)
     assert_as_near_as_torch(grads, numbers(exact.grads), numbers(single.grads), BACKWARD)
+
+
+def check_answers(
+    bundle: Bundle,
+    engine: OnnxEngine,
+    models: dict[torch.dtype, TorchBlocks],
+    lora: oracles.Arrays,
+    refused: str | None,
+) -> None:
+    """LoRA that acts from a row of each text on, or nowhere: in torch all rows, on the device the answers' alone."""
+    count = len(models[torch.float32].run(sequences(), None).x)
+    if refused is not None:
+        with pytest.raises(BundleError, match=f"{refused}.*; use --device-blocks 0"):
+            AnswerBlocks(bundle, engine, count, RANK)
+        return
+    lengths = (11, 6, 5, 7)
+    ids = sequences(lengths)
+    hidden_states = next(iter(models[torch.float32].run(ids, None).x.values())).numpy()
+    for most_new in (None, 4):  # first rows at once
+        blocks = AnswerBlocks(bundle, engine, count, RANK, most_new)
+        for acts_from, labelled in ACTING:
+            batch = micro_batch(lengths, acts_from, labelled)
+            grad = torch.zeros(models[torch.float32].run(ids, None).last.shape)
+            grad[labelled] = torch.randn(len(labelled), grad.shape[1], generator=torch.Generator().manual_seed(3))
+            path = next(iter(models[torch.float32].run(ids, None).x))
+            exact, single = (
+                models[dtype].run(ids, grad, {path: hidden_states}, acts_from) for dtype in EXACT_AND_SINGLE
+            )
+            last, kept = blocks.forward(hidden_states, batch, lora, SCALING)
+            wanted, torchs = ({"": each.last[labelled].numpy()} for each in (exact, single))
+            assert_as_near_as_torch({"": last}, wanted, torchs, FORWARD)
+            grads = blocks.backward(grad[labelled].numpy(), kept, lora, SCALING)
+            assert_as_near_as_torch(grads, numbers(exact.grads), numbers(single.grads), BACKWARD)
+
+
+# From which row on LoRA acts in each of four texts, and the rows of all of them that have a label: before answers, too.
+ACTING = (
+    ((7, 2, 0, 4), [2, 7, 8, 10, 13, 16, 17, 21, 26, 28]),
+    ((9, 6, 3, 7), [9, 10, 16, 20, 21, 28]),  # nowhere in two
+)
+
+
+def micro_batch(lengths: tuple[int, ...], acts_from: tuple[int, ...], labelled: list[int]) -> MicroBatch:
+    starts = np.cumsum([0, *lengths[:-1]])
+    acting = [
+        np.arange(start + first, start + length)
+        for start, first, length in zip(starts, acts_from, lengths, strict=True)
+    ]
+    labels = np.array(labelled, np.int32)
+    return MicroBatch(
+        np.zeros(sum(lengths), np.int64), np.array(lengths, np.int32), labels, np.zeros(len(labels), np.int64),
+        np.concatenate(acting).astype(np.int32),
+    )  # fmt: skip
 
 
 def check_in_pieces(
@@ -174,7 +231,8 @@ def test_family_without_blocks_for_a_device_is_refused(family: str) -> None:
 @pytest.mark.parametrize("window", [None, 1, 4, 100])
 @pytest.mark.parametrize("lengths", [(1,), (7,), (1, 1, 1), (9, 3), (2, 70, 5)])
 def test_masks_of_device_and_export_are_one(lengths: tuple[int, ...], window: int | None) -> None:
-    found = attention_mask(np.array(lengths, np.int32), window)
+    rows = Rows.of(np.array(lengths, np.int32))
+    found = attention_mask(rows, rows, window)
     assert (found.dtype, found.shape) == (np.float32, (1, 1, sum(lengths), sum(lengths)))
     assert np.array_equal(found[0, 0], plain_mask(lengths, window))
     assert np.array_equal(found[0, 0] == 0, sees(torch.tensor(lengths), window).numpy())

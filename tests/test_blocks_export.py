@@ -96,7 +96,10 @@ def list_of_blocks(bundle: Bundle) -> tuple[BlockSpec, ...]:
     return bundle.manifest.device_blocks.blocks
 
 
-OF_BLOCKS = {"block_forward", "block_backward", "last_block_forward", "last_block_backward", "block_decode"}
+OF_BLOCKS = {
+    "block_forward", "block_backward", "last_block_forward", "last_block_backward", "block_decode",
+    "answer_block_forward", "answer_block_backward", "first_rows", "last_first_rows",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", one_in(2, ("int8", "int4")))
@@ -118,7 +121,7 @@ def test_selftest_passes_and_notices_a_weight_of_another_block(dtype: str, tiny:
     done = run_edge("selftest", "--bundle", copy, "--json")
     assert done.code == 1, done.stderr
     wrong = {row["graph"] for row in json.loads(done.stdout)["graphs"] if not row["passed"]}
-    assert wrong == OF_BLOCKS
+    assert wrong == OF_BLOCKS - {"last_first_rows"}  # which takes no such weight
 
 
 def test_golden_vectors_hold_no_weight(tiny: TinyFactory) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
+from answers import INVOCATION, random_answers
 from block_bundles import WITHOUT_DECODE, block_bundle, stored_as, with_programs
 from block_oracle import TorchBlocks, random_lora
 from drawn import one_in
@@ -20,10 +21,12 @@ from transformers.pytorch_utils import Conv1D
 from dlora.edge.adapters.kind import Parameter
 from dlora.edge.adapters.lora import LoraGroup, LoraModule
 from dlora.edge.adapters.units import AdapterSet, Unit
+from dlora.edge.data.batches import pack
 from dlora.edge.engine.bundle import Bundle
-from dlora.edge.engine.engine import Engine
+from dlora.edge.engine.engine import OF_BLOCKS, Engine
 from dlora.edge.engine.executorch_engine import ExecutorchEngine
 from dlora.edge.engine.onnx_engine import OnnxEngine, _is_large
+from dlora.edge.model.answer_blocks import AnswerBlocks
 from dlora.edge.model.blocks import DeviceBlocks
 from dlora.edge.model.decode_blocks import DecodeBlocks
 from dlora.edge.model.device_lora import DeviceLora
@@ -166,6 +169,23 @@ def test_twenty_steps_on_executorch_match_torch(family: str, dtype: str, tiny: T
     check_bound(bundle, engine)
     if family not in WITHOUT_DECODE:
         check_token_by_token(bundle, engine)
+        check_answers(bundle, engine)
+
+
+def check_answers(bundle: Bundle, engine: ExecutorchEngine) -> None:
+    """What ONNX Runtime gives where adapters act on answers only, first rows a few at a time."""
+    batch = pack(list(random_answers(3).acting_on_answers(INVOCATION))).until_last_label()
+    spec = bundle.manifest.device_blocks
+    assert spec is not None
+    x, found = random_states(bundle, len(batch.ids)), []
+    for each, most_new in ((engine, 4), (OnnxEngine(bundle, 1), None)):
+        blocks = AnswerBlocks(bundle, each, len(spec.blocks), RANK, most_new)
+        lora = random_lora(blocks.parameter_shapes)
+        last, kept = blocks.forward(x, batch, lora, SCALING)
+        found.append({"": last, **blocks.backward(np.ones_like(last), kept, lora, SCALING)})
+    assert set(found[0]) == set(found[1])
+    for name, value in found[0].items():
+        assert oracles.relative_error(value, found[1][name]) <= PATH, name
 
 
 def check_token_by_token(bundle: Bundle, engine: ExecutorchEngine) -> None:
@@ -258,8 +278,8 @@ def test_sequence_longer_than_the_tables_is_one_line(llama: Bundle) -> None:
 
 
 def test_every_pass_of_a_block_may_use_all_threads(llama: Bundle) -> None:
-    kinds = {graph.kind: _is_large(graph) for graph in llama.manifest.graphs if "block_" in graph.kind}
-    assert len(kinds) == 5
+    kinds = {graph.kind: _is_large(graph) for graph in llama.manifest.graphs if graph.kind.startswith(OF_BLOCKS)}
+    assert len(kinds) == 9
     assert all(kinds.values()), kinds
 
 

@@ -251,6 +251,7 @@ def test_graph_signatures_match_the_docs() -> None:
 
 OF_BLOCKS = (
     "block_forward", "block_backward", "last_block_forward", "last_block_backward", "block_decode",
+    "answer_block_forward", "answer_block_backward", "first_rows", "last_first_rows",
     "final_norm_forward", "final_norm_backward",
 )  # fmt: skip
 
@@ -265,7 +266,7 @@ def test_graphs_of_blocks_match_the_docs(kind: str) -> None:
     (row,) = (row for row in rows(section(BUNDLE, "Blocks of the base model")) if row[0] == kind)
     lora = [f"{module}.lora_{half}" for module in block.targets for half in "AB"]
     kept = [f"{module}.{what}" for module in block.targets for what in ("product", "z")]
-    weights = [*block.weights] if "block" in kind else [*norm.weights]
+    weights = [*norm.weights] if kind.startswith("final_norm") else [*block.weights]
     in_words = {
         "tables": [*block.tables], "weights": weights, "LoRA": lora, "kept": kept,
         "gradients": [f"grad.{name}" for name in lora],

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from dlora.edge.choices import EngineName
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.choose import make_engine, usable_engines
-from dlora.edge.engine.engine import Array, Graph
+from dlora.edge.engine.engine import OF_BLOCKS, Array, Graph
 from dlora.protocol.errors import BundleError
 from dlora.protocol.manifest import GraphSpec
 
@@ -79,7 +79,7 @@ def _input(bundle: Bundle, golden: dict[str, Array], spec: GraphSpec, name: str)
         files = {"weight": head.weight, "row_scales": head.row_scales, "bias": head.bias}
     elif blocks is not None and spec.kind.startswith("final_norm_"):
         files = {**blocks.final_norm}
-    elif blocks is not None and spec.kind.startswith(("block_", "last_block_")):  # the last of the shape
+    elif blocks is not None and spec.kind.startswith(OF_BLOCKS):  # the last of the shape
         files = next(({**block.weights} for block in reversed(blocks.blocks) if block.graph == spec.key), {})
     file = files.get(name)
     if file is None:

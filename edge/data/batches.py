@@ -65,22 +65,22 @@ class MicroBatch:
         return parts
 
     def until_last_label(self) -> MicroBatch:
-        """Each sequence as far as its last label needs it, and at least one token: what comes after has no effect.
-
-        Only where adapters act on all tokens.
-        """
-        assert self.crossing_positions is None
+        """Each sequence as far as its last label needs it, and at least one token: what comes after has no effect."""
         ends = np.cumsum(self.sequence_lengths, dtype=np.int64)
         starts = ends - self.sequence_lengths
         last = np.searchsorted(self.label_positions, ends) - 1  # of each sequence its last label, or one before it
         needed = np.where(last >= 0, self.label_positions[np.maximum(last, 0)], -1)
         lengths = (np.maximum(needed, starts) + 1 - starts).astype(np.int32)
         kept = np.concatenate([np.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)])
+        crossing = self.crossing_positions
+        if crossing is not None:  # none comes after a last label
+            crossing = np.searchsorted(kept, crossing).astype(np.int32)
         return MicroBatch(
             ids=self.ids[kept],
             sequence_lengths=lengths,
             label_positions=np.searchsorted(kept, self.label_positions).astype(np.int32),
             labels=self.labels,
+            crossing_positions=crossing,
         )
 
 

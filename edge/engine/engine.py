@@ -22,6 +22,9 @@ DTYPES: Final[dict[str, np.dtype[Any]]] = {
 }
 """A manifest's dtypes, and numpy's."""
 
+OF_BLOCKS: Final = ("block_", "last_block_", "answer_block_", "first_rows", "last_first_rows")
+"""What kinds of graphs begin with whose weights are those of blocks of the base model."""
+
 
 class Graph(Protocol):
     """A loaded graph: arrays in by name, arrays out in the manifest's order. Inputs are read, never written."""

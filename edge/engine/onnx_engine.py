@@ -13,7 +13,7 @@ from dlora.protocol.errors import BundleError
 from dlora.protocol.manifest import GraphKind, GraphSpec
 
 from .bundle import Bundle
-from .engine import Array, Graph, check_inputs, check_tensors
+from .engine import OF_BLOCKS, Array, Graph, check_inputs, check_tensors
 from .onnx_check import MAX_GRAPH_BYTES, check_graph
 
 # Waking a thread takes as long as half of a narrow adapter's graph: up to this width a second one makes it slower.
@@ -108,4 +108,4 @@ def _is_large(spec: GraphSpec) -> bool:
     """Whether a call is long enough for threads to help."""
     if spec.kind.startswith("adapter_"):
         return any(isinstance(size, int) and size > _NARROW for tensor in spec.inputs for size in tensor.shape)
-    return spec.kind.startswith(("head_", "block_", "last_block_"))
+    return spec.kind.startswith(("head_", *OF_BLOCKS))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Final
 
@@ -27,6 +28,12 @@ def last_blocks(bundle: Bundle, count: int) -> tuple[DeviceBlocksSpec, tuple[Blo
             f"{bundle.path} has {has} blocks for a device, not {count}; export it again with --device-blocks {count}"
         )
     return spec, spec.blocks[-count:]
+
+
+def cannot_go_on(bundle: Bundle, reason: str) -> BundleError:
+    """What to raise for blocks that do not go on from keys and values of earlier tokens."""
+    text = f"the blocks of {bundle.path} cannot go on from earlier tokens on a device: {reason}"
+    return BundleError(f"{text}; use --device-blocks 0")
 
 
 class BlockWeights:
@@ -62,6 +69,21 @@ class BlockWeights:
         """What a decoder would give the block for tokens at these places of their sequences."""
         return {name: np.take(table, positions, axis) for name, (table, axis) in self._tables.items()}
 
+    def _key_shapes(self, spec: GraphSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """(heads, width) of one token's keys, and of its values, in a graph that takes and gives some: not much wider
+        than a weight, which is as large as its file."""
+        if [tensor.name for tensor in spec.outputs] != ["y", "keys", "values"]:
+            raise BundleError(f"{self._where(spec.kind)} gives something else than it must; export it again")
+        widest = max((size for weight in self._weights.values() for size in weight.shape), default=0)
+        found = []
+        for name in ("past_keys", "past_values"):
+            shape = next((each.shape for each in spec.inputs if each.name == name), ())
+            sizes = tuple(size for size in shape if isinstance(size, int))
+            if len(shape) != 3 or shape[0] != "past" or len(sizes) != 2 or not 0 < math.prod(sizes) <= 4 * widest:
+                raise BundleError(f"{self._where(name)} are not (past, heads, width); export the bundle again")
+            found.append(sizes)
+        return found[0], found[1]
+
     def _where(self, name: str) -> str:
         return f"the bundle's {name} of block {self.spec.index}"
 
@@ -93,6 +115,19 @@ class BlockWeights:
             else:
                 raise BundleError(f"block {self.spec.index} has no {tensor.name}, which its graph takes; export again")
         return found
+
+
+def keys_width(manifest: Manifest, count: int) -> int:
+    """Numbers of one token's keys and values in the last ``count`` blocks. Raises ``BundleError`` where the bundle has
+    none that go on from earlier tokens."""
+    blocks, total = manifest.device_blocks, 0
+    if blocks is None or blocks.without_decode is not None:
+        raise BundleError("the bundle has no blocks that go on from earlier tokens; export it again")
+    for block in blocks.blocks[-count:]:
+        for tensor in manifest.graph("block_decode", block.graph).inputs:
+            if tensor.name in ("past_keys", "past_values"):
+                total += math.prod(size for size in tensor.shape if isinstance(size, int))
+    return total
 
 
 def encoded_width(manifest: Manifest) -> int:

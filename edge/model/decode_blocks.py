@@ -6,7 +6,6 @@ keys and values of those before, which are kept here.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Final
@@ -19,8 +18,8 @@ from dlora.protocol.errors import BundleError, UsageError
 from dlora.protocol.manifest import BlockSpec
 from dlora.protocol.tensors import FloatArray
 
-from .block_weights import BLOCKED, BlockWeights, last_blocks
-from .blocks import attention_mask
+from .attention_masks import Rows, attention_mask
+from .block_weights import BLOCKED, BlockWeights, cannot_go_on, last_blocks
 from .device_lora import DeviceLora
 
 _MOST_NEW: Final = 128  # tokens at once: what attention needs is so many times the context
@@ -46,10 +45,7 @@ class DecodeBlocks:
     def __init__(self, bundle: Bundle, engine: Engine, count: int, lora: DeviceLora) -> None:
         spec, chosen = last_blocks(bundle, count)
         if spec.without_decode is not None:
-            raise BundleError(
-                f"the blocks of {bundle.path} cannot go on from earlier tokens on a device: {spec.without_decode}; "
-                "use --device-blocks 0"
-            )
+            raise cannot_go_on(bundle, spec.without_decode)
         load = cache(engine.load)
         self.first = chosen[0].index
         self.length = 0
@@ -107,32 +103,21 @@ class _Block(BlockWeights):
     def __init__(self, bundle: Bundle, load: Callable[..., Graph], spec: BlockSpec, rank: int, max_length: int) -> None:
         self._graph_spec = bundle.manifest.graph("block_decode", spec.graph)
         super().__init__(bundle, spec, self._graph_spec.inputs, rank, max_length)
-        if [tensor.name for tensor in self._graph_spec.outputs] != ["y", "keys", "values"]:
-            raise BundleError(f"{self._where('block_decode')} gives something else than it must; export it again")
         self._graph = load("block_decode", spec.graph)
         self._keys, self._values = (
-            np.zeros((1 + _FIRST_ROOM, *self._shape_of(name)), np.float32) for name in ("past_keys", "past_values")
+            np.zeros((1 + _FIRST_ROOM, *shape), np.float32) for shape in self._key_shapes(self._graph_spec)
         )
-
-    def _shape_of(self, name: str) -> tuple[int, ...]:
-        """Of one token's keys or values: not much wider than a weight, which is as large as its file."""
-        shape = next((each.shape for each in self._graph_spec.inputs if each.name == name), ())
-        sizes = tuple(size for size in shape if isinstance(size, int))
-        widest = max((size for weight in self._weights.values() for size in weight.shape), default=0)
-        if len(shape) != 3 or shape[0] != "past" or len(sizes) != 2 or not 0 < math.prod(sizes) <= 4 * widest:
-            raise BundleError(f"{self._where(name)} are not (past, heads, width); export the bundle again")
-        return sizes
 
     def append(self, x: FloatArray, position: int, lora: Mapping[str, FloatArray]) -> FloatArray:
         """y (new, width) of tokens that come after the first ``position``, which it has seen."""
         new = len(x)
-        window = self.spec.window
+        window, mine = self.spec.window, Rows.of(np.array([new]))
         first = 0 if window is None else max(0, position - max(1, window - 1))  # older ones none sees
         past = slice(1 + first, 1 + position) if position else slice(0, 1)
         own = {
             "x": x,
             "past_mask": _past_mask(new, position, first, window),
-            "mask": attention_mask(np.array([new], np.int32), window),
+            "mask": attention_mask(mine, mine, window),
             "past_keys": self._keys[past],
             "past_values": self._values[past],
             **self.of_positions(np.arange(position, position + new, dtype=np.int32)),

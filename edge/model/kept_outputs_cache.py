@@ -1,10 +1,12 @@
-"""Where what comes out of the device's lowest blocks is kept while none of them is trained: one file, made anew when
-which blocks these are, or their adapters, are others."""
+"""Where what a run computes of its blocks again and again alike is kept: what comes out of the lowest ones while none
+of them is trained, or keys and values of the rows before answers. One file, made anew when that is of other blocks, or
+of other adapters in them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Final
 
 import msgspec
 
@@ -17,9 +19,12 @@ from .cache_key import CacheKey
 from .ends import LongArray
 from .trunk_cache import CacheOwner, OtherKeyError, TrunkCache, text_digest
 
+KEYS_CODEC: Final = "fp16"
+"""How keys and values are kept."""
+
 
 class KeptOutputsCache:
-    """A cache of hidden states after blocks that run here.
+    """A cache of what blocks that run here give.
 
     Args:
         path: of the file.
@@ -56,10 +61,19 @@ class KeptOutputsCache:
 
         Closed with this. Raises ``StorageError``, and ``CheckpointError`` where the file has another key.
         """
-        self.close()
-        owner = msgspec.structs.replace(
-            self._owner, blocks=self._owner.blocks + count, codec="fp32", lora=f"{lora} {self._computed_by}"
+        return self._opened(
+            msgspec.structs.replace(
+                self._owner, blocks=self._owner.blocks + count, codec="fp32", lora=f"{lora} {self._computed_by}"
+            )
         )
+
+    def of_keys(self, count: int, width: int, packs: str) -> TrunkCache:
+        """Likewise, of keys and values (tokens, width) in ``count`` blocks; ``packs`` says how texts were packed."""
+        lora = f"keys and values of {count} blocks, {packs}: {self._computed_by}"
+        return self._opened(msgspec.structs.replace(self._owner, width=width, codec=KEYS_CODEC, lora=lora))
+
+    def _opened(self, owner: CacheOwner) -> TrunkCache:
+        self.close()
         try:
             self._open = TrunkCache(self._path, owner, limit=self._room(), key=self._key)
         except OtherKeyError:

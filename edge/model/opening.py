@@ -107,14 +107,10 @@ def open_to_evaluate(opening: Opening, *, longest: int) -> Iterator[SplitModel |
             yield split
         return
     lora = DeviceLora.load(bundle.manifest, opening.adapter)
-    if lora.invocation:
-        raise UsageError(
-            "the adapter acts on answers only: blocks on a device cannot evaluate it; use --device-blocks 0"
-        )
     count = _blocks_here(opening, lora)
     engine = make_engine(bundle, opening.engine, opening.threads)
     source = _source(opening, engine, count, 0)
-    model = TrunkModel(bundle, engine, lora.adapters(bundle.manifest), count, source)
+    model = TrunkModel(bundle, engine, lora.adapters(bundle.manifest), count, source, lora.invocation)
     model.check_fits(longest)
     with interrupts.raise_on_signal(), closing(source):
         source.begin()

@@ -7,7 +7,7 @@ server gave once for each text (``cached_source.py``), or the embeddings (``embe
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Final
 
 import numpy as np
@@ -21,10 +21,13 @@ from dlora.edge.wire.usage import WireCounters
 from dlora.protocol.errors import DataError, UsageError
 from dlora.protocol.tensors import FloatArray
 
+from .answer_blocks import AnswerBlocks
 from .blocks import DeviceBlocks
 from .ends import Head, LongArray, LossGradient
+from .kept_first_rows import KeptFirstRows
 from .kept_outputs import KeptOutputs
 from .source import HiddenStateSource
+from .trained_blocks import Kept
 
 # Of a micro-batch. What attention computes grows with the square of it; with fewer, weights are widened too often.
 MOST_TOKENS: Final = 256
@@ -36,24 +39,38 @@ class TrunkModel:
     Args:
         count: of blocks on the device.
         source: of what goes into the first of them.
+        invocation: the tokens from which on adapters act; none: they act everywhere.
 
     Attributes:
-        invocation: none: adapters act everywhere.
+        invocation: likewise.
         compute_seconds: that this device has computed so far.
+
+    Raises ``BundleError``, and ``UsageError`` where an adapter is in none of these blocks.
     """
 
-    invocation: Final[tuple[int, ...]] = ()
-
     def __init__(
-        self, bundle: Bundle, engine: Engine, adapters: AdapterSet, count: int, source: HiddenStateSource
+        self,
+        bundle: Bundle,
+        engine: Engine,
+        adapters: AdapterSet,
+        count: int,
+        source: HiddenStateSource,
+        invocation: tuple[int, ...] = (),
     ) -> None:
         self.adapters = adapters
+        self.invocation = invocation
         self.compute_seconds = 0.0
         self._source = source
         self._kept: KeptOutputs | None = None
-        self._bound = _bound(bundle, engine)
-        self._most_tokens = MOST_TOKENS if self._bound is None else min(MOST_TOKENS, self._bound)
-        self._blocks = DeviceBlocks(bundle, engine, count, adapters.adapter_spec.r)
+        self._kept_first: KeptFirstRows | None = None
+        bounds, rank = _bounds(bundle, engine), adapters.adapter_spec.r
+        self._bound = bounds.get("positions")
+        self._most_tokens = min(MOST_TOKENS, self._bound or MOST_TOKENS)
+        self._blocks: DeviceBlocks | AnswerBlocks = (
+            AnswerBlocks(bundle, engine, count, rank, bounds.get("new"))
+            if invocation
+            else DeviceBlocks(bundle, engine, count, rank)
+        )
         if missing := sorted(set(adapters.parameters()) - set(self._blocks.parameter_shapes)):
             module = missing[0].rpartition(".")[0]
             raise UsageError(
@@ -63,9 +80,12 @@ class TrunkModel:
         self._head = Head(bundle, engine)
 
     def keep_outputs(self, dataset: Dataset, examples_a_step: int, unchanged_steps: Callable[[int], range]) -> None:
-        """Keep what comes out of blocks that are not trained for long enough: see ``KeptOutputs``."""
+        """Keep what is computed alike again and again: see ``KeptOutputs`` and ``KeptFirstRows``."""
         kept = self._source.kept
         assert kept is not None  # whoever wants it makes a place for it
+        if isinstance(self._blocks, AnswerBlocks):
+            self._kept_first = KeptFirstRows(self._blocks, self._source, kept, dataset, self._most_tokens)
+            return
         self._kept = KeptOutputs(
             self._blocks,
             self._source,
@@ -107,19 +127,10 @@ class TrunkModel:
         parameters, trained = self.adapters.parameters(), self.adapters.trained_parameters()
         scaling = self.adapters.scaling
         lora = {name: parameter.with_gain for name, parameter in parameters.items()}
-        begin = 0 if self._kept is None else self._kept.count(step, trained)
         losses = []
         own: Sequence[LossGradient | None] = gradients or [None] * len(batches)
         for batch, gradient in zip(map(MicroBatch.until_last_label, batches), own, strict=True):
-            if self._kept is None or not begin:
-                hidden_states = self._source.hidden_states(batch)
-                started = time.perf_counter()
-            else:
-                started = time.perf_counter()
-                hidden_states = self._kept.hidden_states(batch, step, begin, lora, scaling)
-            last, kept = self._blocks.forward(
-                hidden_states, batch.sequence_lengths, batch.label_positions, lora, scaling, trained, begin
-            )
+            last, kept, started = self._forward(batch, lora, scaling, trained, step)
             found, grad = self._head.loss_and_grad(last, batch.labels, grad_scale, gradient)
             for name, each in self._blocks.backward(grad, kept, lora, scaling).items():
                 parameters[name].add_grad_with_gain(each)
@@ -138,18 +149,40 @@ class TrunkModel:
 
     def _evaluate(self, batch: MicroBatch) -> tuple[FloatArray, LongArray]:
         batch = batch.until_last_label()
-        hidden_states = self._source.hidden_states(batch)
-        started = time.perf_counter()
         lora = {name: parameter.with_gain for name, parameter in self.adapters.parameters().items()}
-        last, _ = self._blocks.forward(
-            hidden_states, batch.sequence_lengths, batch.label_positions, lora, self.adapters.scaling, ()
-        )
+        last, _, started = self._forward(batch, lora, self.adapters.scaling)
         found = self._head.loss(last, batch.labels)
         self.compute_seconds += time.perf_counter() - started
         return found
 
+    def _forward(
+        self,
+        batch: MicroBatch,
+        lora: Mapping[str, FloatArray],
+        scaling: float,
+        trained: Collection[str] = (),
+        step: int | None = None,
+    ) -> tuple[FloatArray, Kept, float]:
+        """The last hidden states of labelled tokens, what their backward pass needs, and when the device began.
 
-def _bound(bundle: Bundle, engine: Engine) -> int | None:
-    """The most tokens of a micro-batch that the engine's programs take; None: any number."""
+        ``step``: that is trained, where what was kept for it may be taken.
+        """
+        blocks, is_training = self._blocks, step is not None
+        if isinstance(blocks, AnswerBlocks):
+            hidden_states, started = self._source.hidden_states(batch), time.perf_counter()
+            first = self._kept_first.of(batch) if self._kept_first is not None and is_training else None
+            return *blocks.forward(hidden_states, batch, lora, scaling, trained, first), started
+        begin = 0 if self._kept is None or step is None else self._kept.count(step, trained)
+        if self._kept is None or step is None or not begin:
+            hidden_states, started = self._source.hidden_states(batch), time.perf_counter()
+        else:
+            started = time.perf_counter()
+            hidden_states = self._kept.hidden_states(batch, step, begin, lora, scaling)
+        lengths, labelled = batch.sequence_lengths, batch.label_positions
+        return *blocks.forward(hidden_states, lengths, labelled, lora, scaling, trained, begin), started
+
+
+def _bounds(bundle: Bundle, engine: Engine) -> Mapping[str, int]:
+    """The most of each dimension that the engine's programs take; of one that is not there any number."""
     spec = bundle.manifest.executorch
-    return spec.bounds.get("positions") if spec is not None and engine.name == "executorch" else None
+    return spec.bounds if spec is not None and engine.name == "executorch" else {}

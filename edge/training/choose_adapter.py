@@ -18,7 +18,7 @@ from dlora.protocol.groups import GroupSpec
 from dlora.protocol.manifest import Manifest
 from dlora.protocol.targets import ALL_LINEAR, choose_groups, groups_of, names_selecting, number_ranges, target_names
 
-from .defaults import DEFAULT_KIND, DEFAULTS, default_alpha, default_rank, default_target_modules
+from .defaults import DEFAULT_KIND, DEFAULTS, default_alpha, default_rank, default_target_modules, names_leaving_out
 from .resolved import ChosenAdapter
 from .selection import parse_blocks, target_modules_of
 
@@ -70,21 +70,18 @@ def _usual_active_from(init: LoadedAdapter | None, of_kind: ActiveFrom) -> Activ
 
 
 def _on_device(settings: Adapter, manifest: Manifest, init: LoadedAdapter | None, device_blocks: int) -> Adapter:
-    for option, is_given, what_to_do in (
-        (f"--kind {settings.kind}", settings.kind not in (None, "lora"), "it trains LoRA: leave that out"),
-        (
-            "--active-from answer",
-            settings.active_from == "answer",
-            "adapters on this device act on all tokens: leave that out",
-        ),
-        (
-            "--init-adapter",
-            init is not None and bool(init.invocation),
-            "that adapter acts on answers only; train it with --device-blocks 0",
-        ),
-    ):
-        if is_given:
-            raise UsageError(f"{option} cannot be with --device-blocks {device_blocks}: {what_to_do}")
+    if settings.kind not in (None, "lora"):
+        raise UsageError(
+            f"--kind {settings.kind} cannot be with --device-blocks {device_blocks}: it trains LoRA: leave that out"
+        )
+    active_from = settings.active_from or _usual_active_from(init, "start")
+    spec = manifest.device_blocks
+    if active_from == "answer" and spec is not None and spec.without_decode is not None:
+        option = "--active-from answer" if settings.active_from else "--init-adapter, which acts on answers,"
+        raise UsageError(
+            f"{option} cannot be with --device-blocks {device_blocks}: the bundle's blocks cannot go on from earlier "
+            f"tokens ({spec.without_decode}); use --device-blocks 0"
+        )
     last = manifest.base_model.blocks
     here = range(last - device_blocks, last)
     blocks = parse_blocks(settings.blocks, manifest) if settings.blocks else tuple(here)
@@ -93,12 +90,14 @@ def _on_device(settings: Adapter, manifest: Manifest, init: LoadedAdapter | None
             f"--blocks: only the blocks on this device can be trained, {number_ranges(here)}, not "
             f"{number_ranges(outside)}; name others, or raise --device-blocks"
         )
+    left_out = manifest.without_activation if active_from == "answer" else ()
     return msgspec.structs.replace(
         settings,
         kind="lora",
-        active_from="start",
+        active_from=active_from,
         blocks=number_ranges(blocks),
-        target_modules=settings.target_modules or ALL_LINEAR,
+        target_modules=settings.target_modules
+        or ",".join(names_leaving_out(left_out, (ALL_LINEAR,), manifest, blocks)),
     )
 
 

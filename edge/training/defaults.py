@@ -5,6 +5,7 @@ Figures: docs/log/benchmarks.md.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final
 
@@ -93,9 +94,17 @@ def default_target_modules(kind: KindChoice, manifest: Manifest, active_from: Ac
     left_out = set(manifest.without_activation) if active_from == "answer" else set()
     if DEFAULTS[kind].r is not None:
         left_out.update(target_names(filter(_is_narrow, groups)))
-    all_of_them = set(target_names(groups))
-    kept = all_of_them - left_out
-    return names_selecting(manifest, groups_of(manifest, kept)) if kept and kept != all_of_them else names
+    return names_leaving_out(left_out, names, manifest)
+
+
+def names_leaving_out(
+    left_out: Collection[str], names: tuple[str, ...], manifest: Manifest, blocks: Collection[int] = ()
+) -> tuple[str, ...]:
+    """Names that select what ``names`` do in these blocks (none: in all) but for the modules ``left_out``; itself where
+    that changes nothing, or leaves nothing."""
+    all_of_them = set(target_names(choose_groups(manifest, names, blocks)))
+    kept = all_of_them.difference(left_out)
+    return names_selecting(manifest, groups_of(manifest, kept), blocks) if kept and kept != all_of_them else names
 
 
 def _is_narrow(group: GroupSpec) -> bool:

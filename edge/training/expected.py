@@ -11,8 +11,9 @@ from typing import Any, Final
 
 from dlora.edge.data.batches import steps_an_epoch
 from dlora.edge.data.examples import Dataset
-from dlora.edge.model.block_weights import encoded_width
+from dlora.edge.model.block_weights import encoded_width, keys_width
 from dlora.edge.model.ends import LongArray
+from dlora.edge.model.kept_outputs_cache import KEYS_CODEC
 from dlora.edge.model.text_packs import TextPacks
 from dlora.edge.model.trunk_cache import most_bytes, record_bytes, text_digest
 from dlora.protocol.adapters import crossings, kind_of
@@ -78,6 +79,15 @@ def encoding_bytes(config: Resolved, manifest: Manifest, dataset: Dataset) -> in
 def cache_bytes(manifest: Manifest, dataset: Dataset, codec: str) -> int:
     """The most that keeping hidden states of every text of ``dataset`` takes."""
     return most_bytes(len(dataset), int(dataset.lengths.sum()), encoded_width(manifest), codec)
+
+
+def first_rows_bytes(manifest: Manifest, dataset: Dataset, device_blocks: int) -> int:
+    """The most that keeping keys and values of the rows before answers takes, in so many blocks.
+
+    Raises ``BundleError`` for blocks that give none.
+    """
+    rows = sum(min(example.acts_from or 0, len(example.ids)) for example in dataset)
+    return most_bytes(len(dataset), rows, keys_width(manifest, device_blocks), KEYS_CODEC)
 
 
 def filling(config: Resolved, manifest: Manifest, texts: Iterable[LongArray]) -> tuple[Traffic, int]:

@@ -24,7 +24,7 @@ from dlora.protocol.wire_codecs import Codecs, TensorRole
 
 from .choose_adapter import choose_adapter, choose_where_adapters_act
 from .defaults import DEFAULTS
-from .expected import cache_bytes, total_steps, units_within
+from .expected import cache_bytes, first_rows_bytes, total_steps, units_within
 from .resolved import ChosenOptimizer, ChosenServer, Resolved, check_units
 from .selection import parse_units
 
@@ -234,14 +234,24 @@ def _within_budget(run: Resolved, bytes_per_token: int, manifest: Manifest, data
 
 
 def _has_room_to_keep(run: Resolved, manifest: Manifest, dataset: Dataset, evaluated: Sequence[Dataset]) -> bool:
-    """Whether ``--cache-mb`` allows that what comes out of killed blocks is kept, too, for all data that are trained
-    on, beside what a server gives of these and of those that are ``evaluated``."""
+    """Whether what the device's blocks compute alike again and again is kept, for all data that are trained on: where
+    ``--cache-mb`` allows it, beside what a server gives of these and of those that are ``evaluated``.
+
+    That is what comes out of killed blocks; or, where adapters act on answers, keys and values of the rows before
+    these, in more than one epoch.
+    """
     if not run.device_blocks or run.placement.cache_mb is None:
         return False
     wire = run.codecs.of(TensorRole.LAST_HIDDEN_STATES).dtype
     from_server = (dataset, *evaluated) if run.asks_once else ()
-    kept = [(dataset, "fp32"), *((each, wire) for each in from_server)]
-    return sum(cache_bytes(manifest, each, codec) for each, codec in kept) <= run.placement.cache_mb * 1e6
+    size = sum(cache_bytes(manifest, each, wire) for each in from_server)
+    if run.invocation:
+        if run.total_steps * run.examples_a_step < 2 * len(dataset):
+            return False
+        size += first_rows_bytes(manifest, dataset.acting_on_answers(run.invocation), run.device_blocks)
+    else:
+        size += cache_bytes(manifest, dataset, "fp32")
+    return size <= run.placement.cache_mb * 1e6
 
 
 def _evaluate_every(run: Resolved, dataset: Dataset, evaluated: Dataset | None) -> int:

@@ -118,7 +118,7 @@ class DeviceSide(Side):
         self.crossed = source.crossed
         self.spans = Spans()
         self.session = DeviceSession(adapters, config)
-        self.model = TrunkModel(bundle, engine, adapters, config.device_blocks, source)
+        self.model = TrunkModel(bundle, engine, adapters, config.device_blocks, source, config.invocation)
 
     def check(self, longest: int | None) -> None:
         if longest is not None:

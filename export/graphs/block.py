@@ -33,6 +33,7 @@ from dlora.export.tracing.calls import MASK, CannotRunOnDevice
 from dlora.export.tracing.modules import PRODUCT, SCALE, Z, is_scale, linears, weight_shape, with_weights
 from dlora.export.tracing.onnx_operators import to_nodes
 from dlora.export.tracing.onnx_writer import CannotEmitError
+from dlora.export.tracing.past import PAST_KEYS, PAST_MASK, PAST_VALUES, call_with_past
 from dlora.export.tracing.simplify import ancestors, cut, outputs_of, products_of, simplify
 from dlora.export.tracing.to_module import TracedModule
 from dlora.export.tracing.trace import (
@@ -185,9 +186,14 @@ def reference(block: BlockMaterials, values: Mapping[str, Tensor], dtype: torch.
     values = in_dtype(values, dtype)
     leaves = {name: values[name].detach().clone().requires_grad_() for name in (X, *lora_names(block.targets))}
     values, kept = {**values, **leaves}, dict[str, Tensor]()
-    context = {name: values[name] for name in (MASK, *block.tables, *block.fixed())}
+    names = (MASK, PAST_MASK, *block.tables, *block.fixed())
+    context = {name: values[name] for name in names if name in values}
     with torch.enable_grad(), with_values(block, values, kept):
-        y = block.call(values[X], context)
+        if PAST_KEYS in values:
+            past = values[PAST_KEYS], values[PAST_VALUES]
+            y, _, _ = call_with_past(block.call, block.cache_argument, values[X], context, past)
+        else:
+            y = block.call(values[X], context)
         y = y[values[LABEL_POSITIONS]] if LABEL_POSITIONS in values else y
         grads = torch.autograd.grad(y, list(leaves.values()), values[GRAD])
     found = {**kept, **dict(zip(output_names(block.targets), (y, *grads), strict=True))}

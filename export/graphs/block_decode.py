@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dlora.export.tracing.calls import MASK, BlockCall
+from dlora.export.tracing.modules import SCALE
 from dlora.export.tracing.past import KEYS, PAST_KEYS, PAST_MASK, PAST_VALUES, VALUES, call_with_past
 from dlora.export.tracing.simplify import cut, outputs_of, simplify
 from dlora.export.tracing.trace import OUTPUT, X, trace_decode
@@ -46,12 +47,16 @@ def decode_tests(block: BlockMaterials, graph: TrainingGraph) -> Iterator[Golden
     for before, new in DECODED:
         rank = RANKS[-1]
         whole = block_inputs(block, (before + new,), rank)
+        if SCALE not in {spec.name for spec in graph.inputs}:  # without LoRA
+            whole[SCALE] = torch.tensor(0.0)
         values = {**whole, X: whole[X][before:], **block.context_after(before, new)}
         heads = keys_and_values(block, whole, before, torch.float64)
         values |= {PAST_KEYS: heads[0].float(), PAST_VALUES: heads[1].float()}
         exact, single = (decode_reference(block, values, dtype) for dtype in (torch.float64, torch.float32))
         inputs = {spec.name: values[spec.name].numpy() for spec in graph.inputs}
-        golden, rounded = (to_floats(**found) for found in (exact, single))
+        golden, rounded = (
+            to_floats(**{spec.name: found[spec.name] for spec in graph.outputs}) for found in (exact, single)
+        )
         yield GoldenCase(inputs, golden, allowed(golden, rounded, BLOCK_FLOOR))
 
 

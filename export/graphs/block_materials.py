@@ -27,7 +27,8 @@ class BlockMaterials:
         tables: what the decoder gives it by position, with the axis of these.
         window: as ``calls.windows`` gives it.
         forward, backward: its graphs.
-        decode: likewise, and cache_argument: of ``past.cache_arguments``; None and empty where it takes no past.
+        decode, answers, first_rows: likewise, both passes of answers' rows, and what comes before these;
+            cache_argument: of ``past.cache_arguments``. None and empty where it takes no past.
     """
 
     call: BlockCall
@@ -39,6 +40,8 @@ class BlockMaterials:
     forward: TrainingGraph
     backward: TrainingGraph
     decode: TrainingGraph | None = None
+    answers: tuple[TrainingGraph, TrainingGraph] | None = None
+    first_rows: TrainingGraph | None = None
     cache_argument: str = ""
 
     def fixed(self) -> dict[str, Tensor]:
@@ -58,6 +61,20 @@ class BlockMaterials:
         past = seen[:, :before] if before else torch.zeros(new, 1, dtype=torch.bool)
         masks = {PAST_MASK: _added(past), MASK: _added(seen[:, before:])}
         return masks | self._of_positions(torch.arange(before, before + new))
+
+    def context_of_answers(self, lengths: Sequence[int], firsts: Sequence[int]) -> dict[str, Tensor]:
+        """Likewise, for the rows of sequences of ``lengths`` that come after the first ones, ``firsts`` of each."""
+        is_first = self.are_first(lengths, firsts)
+        seen = sees(torch.tensor(lengths), self.window)[~is_first]
+        past = seen[:, is_first] if is_first.any() else torch.zeros(len(seen), 1, dtype=torch.bool)
+        positions = torch.cat([torch.arange(length) for length in lengths])[~is_first]
+        return {PAST_MASK: _added(past), MASK: _added(seen[:, ~is_first])} | self._of_positions(positions)
+
+    @staticmethod
+    def are_first(lengths: Sequence[int], firsts: Sequence[int]) -> Tensor:
+        """bool (tokens,): which are among the first ones of their sequence."""
+        pairs = zip(lengths, firsts, strict=True)
+        return torch.cat([torch.arange(length) < first for length, first in pairs])
 
     def _of_positions(self, positions: Tensor) -> dict[str, Tensor]:
         return {name: table.index_select(axis, positions) for name, (table, axis) in self.tables.items()}
@@ -89,11 +106,12 @@ class DeviceBlocks:
     """The last blocks of a base model, and what follows them.
 
     Attributes:
-        last_forward, last_backward: graphs of the last block for labelled rows only.
+        last_forward, last_backward: graphs of the last block for labelled rows only; last_first_rows: of its keys
+            and values alone, None where blocks take no past.
         dtype: how the weights of linear modules are stored.
         max_length: the most tokens of a sequence that tables have rows for.
         entry: what stands before block 0, where that is among them.
-        without_decode: why the blocks have no ``block_decode``; None where they have.
+        without_decode: why the blocks have no ``block_decode``, nor what goes with it; None where they have.
     """
 
     blocks: tuple[BlockMaterials, ...]
@@ -104,3 +122,4 @@ class DeviceBlocks:
     max_length: int
     entry: Entry | None = None
     without_decode: str | None = None
+    last_first_rows: TrainingGraph | None = None

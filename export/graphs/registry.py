@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
-from . import adamw, block, block_decode, core, embedding, head, lora
+from . import adamw, answer_block, block, block_decode, core, embedding, head, lora
 from .golden_case import GraphWithCases, Materials
 
-FAMILIES: Final = (lora, core, adamw, embedding, head, block, block_decode)
+FAMILIES: Final = (lora, core, adamw, embedding, head, block, block_decode, answer_block)
 KINDS: Final = tuple(kind for family in FAMILIES for kind in family.KINDS)
 """As ``graphs`` of a manifest names them."""
 

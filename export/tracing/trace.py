@@ -129,22 +129,58 @@ def trace_decode(
 
     Raises ``CannotRunOnDevice`` as ``call_with_past`` does.
     """
-    with torch.no_grad():
-        _, *made = call_with_past(call, argument, call.hidden_states(), {}, None)
-    keys, values = (torch.randn(past, *each.shape[1:]) for each in made)
-    before = {PAST_MASK: torch.zeros(1, 1, call.tokens, past), PAST_KEYS: keys, PAST_VALUES: values}
-    named = _inputs(call, weights, targets, {}, before)
-    modules = linears(call.block)
+    named = _inputs(call, weights, targets, {}, _before(call, argument, past))
+    run = _with_past(call, argument, weights, targets)
 
     def compute(*tensors: Tensor) -> list[Tensor]:
-        given = dict(zip(named, tensors, strict=True))
-        context = {name: given[name] for name in (*call.context, PAST_MASK)}
-        with torch.no_grad(), with_weights(call.block, modules, given, weights, targets):
-            return [*call_with_past(call, argument, given[X], context, (given[PAST_KEYS], given[PAST_VALUES]))]
+        with torch.no_grad():
+            return [*run(dict(zip(named, tensors, strict=True)))]
 
     names = (X, PAST_MASK, PAST_KEYS, PAST_VALUES, *call.context)
     open_sizes = _open_sizes(named, names, targets, {call.tokens: "new", past: "past"})
     return _traced(compute, named, open_sizes, [OUTPUT, KEYS, VALUES])
+
+
+def trace_answers(
+    call: BlockCall, argument: str, first: int, weights: Mapping[str, Tensor], targets: Sequence[str]
+) -> fx.GraphModule:
+    """The graph of a block, as ``trace_block`` gives it, at rows that come after the first ones of their texts.
+
+    What there is of the first rows is named as in ``trace_decode``: ``past_mask`` (1, 1, tokens, first) and so on.
+    Raises as that does.
+
+    Args:
+        first: a number of tokens that is no other dimension.
+    """
+    of_rows = {GRAD: torch.randn_like(call.hidden_states())}
+    named = _inputs(call, weights, targets, of_rows, _before(call, argument, first))
+    run = _with_past(call, argument, weights, targets)
+    names = (X, GRAD, PAST_MASK, PAST_KEYS, PAST_VALUES, *call.context)
+    open_sizes = _open_sizes(named, names, targets, {call.tokens: "positions", first: "first"})
+    compute = _both_passes(lambda values: run(values)[0], named, targets)
+    return _traced(compute, named, open_sizes, output_names(targets))
+
+
+def _before(call: BlockCall, argument: str, past: int) -> dict[str, Tensor]:
+    """What a block is given of so many tokens that came before its own, random keys and values."""
+    with torch.no_grad():
+        _, *made = call_with_past(call, argument, call.hidden_states(), {}, None)
+    keys, values = (torch.randn(past, *each.shape[1:]) for each in made)
+    return {PAST_MASK: torch.zeros(1, 1, call.tokens, past), PAST_KEYS: keys, PAST_VALUES: values}
+
+
+def _with_past(
+    call: BlockCall, argument: str, weights: Mapping[str, Tensor], targets: Sequence[str]
+) -> Callable[[Mapping[str, Tensor]], tuple[Tensor, Tensor, Tensor]]:
+    """A block of a graph's inputs, by name: what ``call_with_past`` gives."""
+    modules = linears(call.block)
+
+    def run(given: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        context = {name: given[name] for name in (*call.context, PAST_MASK)}
+        with with_weights(call.block, modules, given, weights, targets):
+            return call_with_past(call, argument, given[X], context, (given[PAST_KEYS], given[PAST_VALUES]))
+
+    return run
 
 
 def _inputs(

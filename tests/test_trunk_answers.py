@@ -1,0 +1,260 @@
+"""Runs in ``trunk`` whose adapters act on answers only: the losses of all rows, and what comes before is run once."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from answers import INVOCATION, answered, random_answers
+from processes import run_edge
+from runs import settings_in
+from serving import RunningServer, config, final_weights, randomize, serving, training
+from test_cli import assert_fails
+from test_resume import Place, assert_same_run
+from test_trunk_command import BLOCKS as MODEL_BLOCKS
+from test_trunk_command import TRUNK, kill_after, summary
+from tiny import Tiny, TinyFactory
+from training_runs import in_peft, loss_in_peft
+from trunk_runs import trunk_config, trunk_training
+
+from dlora.edge.adapters.peft import load_adapter
+from dlora.edge.data.batches import pack
+from dlora.edge.data.examples import Dataset
+from dlora.edge.engine.bundle import Bundle
+from dlora.edge.model.answer_block import AnswerBlock
+from dlora.edge.model.answer_blocks import AnswerBlocks
+from dlora.edge.model.block_weights import keys_width
+from dlora.edge.model.kept_outputs_cache import kept_outputs_path
+from dlora.edge.run.directory import KEPT_OUTPUTS
+from dlora.edge.training.expected import first_rows_bytes
+from dlora.protocol.errors import BundleError
+from dlora.protocol.manifest import load_manifest
+
+BLOCKS = (1, 2, 3)
+STEPS = 12  # of three examples each: four epochs
+ANSWERS = random_answers()
+
+
+@pytest.fixture(scope="module")
+def model(tiny: TinyFactory) -> Tiny:
+    return tiny(blocks=MODEL_BLOCKS, device_blocks=3, head_dtype="fp32")
+
+
+@pytest.fixture(scope="module")
+def server(model: Tiny) -> Iterator[RunningServer]:
+    with serving(model.base) as running:
+        yield running
+
+
+def answers_config(**changes: Any) -> Any:
+    return trunk_config(BLOCKS, **{"total_steps": STEPS, "invocation": INVOCATION, **changes})
+
+
+@pytest.fixture
+def first_rows(monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
+    """How many first rows each block ran."""
+    found: Counter[int] = Counter()
+    for name in ("run_first", "keys_of"):
+        original: Callable[..., Any] = getattr(AnswerBlock, name)
+
+        def counted(block: Any, *given: Any, original: Callable[..., Any] = original) -> Any:
+            found[block.spec.index] += len(given[1])
+            return original(block, *given)
+
+        monkeypatch.setattr(AnswerBlock, name, counted)
+    return found
+
+
+def test_steps_are_those_of_a_run_whose_blocks_are_all_on_the_server(
+    model: Tiny, server: RunningServer, tmp_path: Path
+) -> None:
+    """It runs all rows with PEFT's own LoRA, whatever acts on them."""
+    of_server = config(blocks=BLOCKS, target_modules=("all-linear",), total_steps=STEPS, invocation=INVOCATION, rank=4)
+    found = []
+    with training(model.bundle, server.url, of_server, ANSWERS) as trainer:
+        found.append(([trainer.run_step().loss for _ in range(STEPS)], final_weights(trainer)))
+    with trunk_training(model.bundle, server.url, answers_config(), ANSWERS, tmp_path / "cache") as trainer:
+        found.append(([trainer.run_step().loss for _ in range(STEPS)], final_weights(trainer)))
+        trainer.save_adapter(tmp_path / "adapter")
+        uninvoked = [([9, 10, 11, 12], [1, 2]), ([7, 8, 9, 7, 8, 10, 11], [1, 2, 4, 5])]
+        held_out = Dataset.of([*uninvoked, answered([9, 9], [10, 30]), ([7, 8, 20], [1])])
+        loss = trainer.evaluate(held_out).loss
+    (of_all, weights), (of_answers, same) = found
+    assert np.allclose(of_answers, of_all, rtol=1e-4)
+    assert all(np.allclose(same[name], value, rtol=1e-3, atol=1e-5) for name, value in weights.items())
+    assert load_adapter(tmp_path / "adapter").invocation == INVOCATION
+    assert loss_in_peft(tmp_path / "adapter", held_out) == pytest.approx(loss, abs=1e-4)
+    assert in_peft(tmp_path / "adapter") is not None
+
+
+def test_first_rows_are_run_once_for_each_text(
+    model: Tiny, server: RunningServer, first_rows: Counter[int], tmp_path: Path
+) -> None:
+    """With the losses of a run that runs them at each step, to half precision."""
+    losses = {}
+    first = sum(int(each.acts_from or 0) for each in ANSWERS.acting_on_answers(INVOCATION))
+    for keeps in (True, False):
+        run = answers_config(keeps_outputs=keeps)
+        with trunk_training(model.bundle, server.url, run, ANSWERS, tmp_path / str(keeps)) as trainer:
+            randomize(trainer)
+            first_rows.clear()
+            losses[keeps] = [trainer.run_step().loss for _ in range(STEPS)]
+        epochs = 1 if keeps else STEPS * 3 // len(ANSWERS)
+        assert dict(first_rows) == dict.fromkeys(BLOCKS, first * epochs)
+    assert np.allclose(losses[True], losses[False], rtol=2e-3)
+    assert kept_outputs_path(tmp_path / "True").exists()
+    assert not kept_outputs_path(tmp_path / "False").exists()
+    kept = kept_outputs_path(tmp_path / "True").stat().st_size
+    manifest = load_manifest(model.bundle)
+    least = 2 * first * keys_width(manifest, 3)
+    assert least < kept < first_rows_bytes(manifest, ANSWERS.acting_on_answers(INVOCATION), 3)
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda kept, cache: kept.unlink(),
+        lambda kept, cache: kept.write_bytes(kept.read_bytes()[:-200]),
+        lambda kept, cache: kept.write_bytes(cache.read_bytes()),
+    ],
+    ids=["none is left", "cut off", "of other blocks"],
+)
+def test_keys_and_values_are_made_again_with_the_same_bits(
+    model: Tiny, server: RunningServer, harm: Callable[[Path, Path], object], tmp_path: Path
+) -> None:
+    run, finals = answers_config(keeps_outputs=True), []
+    for name in ("whole", "harmed"):
+        cache = tmp_path / name
+        for steps in (range(STEPS // 2), range(STEPS // 2, STEPS)):
+            with trunk_training(model.bundle, server.url, run, ANSWERS, cache) as trainer:
+                randomize(trainer)
+                losses = [
+                    trainer.model.forward_backward(trainer.batches.step_batches(step), step=step, grad_scale=1.0)
+                    for step in steps
+                ]
+            if name == "harmed" and not steps.start:
+                harm(kept_outputs_path(cache), cache)
+        finals.append(b"".join(found.tobytes() for step in losses for found in step))
+    assert finals[0] == finals[1]
+
+
+def test_bits_do_not_depend_on_room(model: Tiny, server: RunningServer, tmp_path: Path) -> None:
+    """A cache that is too small for some: these are run again at each step."""
+    run, found = answers_config(keeps_outputs=True), []
+    with trunk_training(model.bundle, server.url, run, ANSWERS, tmp_path / "large") as trainer:
+        found.append([trainer.run_step().loss for _ in range(STEPS)])
+        room = kept_outputs_path(tmp_path / "large").stat().st_size // 2
+    size = (tmp_path / "large").stat().st_size
+    with trunk_training(model.bundle, server.url, run, ANSWERS, tmp_path / "small", limit=size + room) as trainer:
+        found.append([trainer.run_step().loss for _ in range(STEPS)])
+    assert 0 < kept_outputs_path(tmp_path / "small").stat().st_size <= room
+    assert found[0] == found[1]
+
+
+def test_a_text_is_cut_after_its_last_label_with_the_rows_that_adapters_act_on() -> None:
+    dataset = Dataset.of([answered([9, 10], [20, 21]), ([9, 7, 8, 20, 21, 22], [2, 3])]).acting_on_answers(INVOCATION)
+    batch = pack(list(dataset))
+    cut = batch.until_last_label()
+    assert cut.sequence_lengths.tolist() == [5, 4]
+    assert cut.crossing_positions is not None
+    assert cut.crossing_positions.tolist() == [2, 3, 4, 6, 7, 8]
+    assert cut.ids[cut.crossing_positions].tolist() == [7, 8, 20, 7, 8, 20]
+
+
+def test_a_micro_batch_with_nothing_to_train_gives_no_gradient(model: Tiny) -> None:
+    blocks = AnswerBlocks(Bundle.open(model.bundle), engine_of(model), 3, 4)
+    lora = {name: np.ones(shape, np.float32) for name, shape in blocks.parameter_shapes.items()}
+    dataset = Dataset.of([([9, 10, 11, 12], [1, 2])]).acting_on_answers(INVOCATION)
+    batch = pack(list(dataset)).until_last_label()
+    x = np.random.default_rng(0).standard_normal((len(batch.ids), 16), np.float32)
+    last, kept = blocks.forward(x, batch, lora, 1.0)
+    assert last.shape[0] == 2
+    assert np.isfinite(last).all()
+    assert blocks.backward(last, kept, lora, 1.0) == {}
+
+
+def engine_of(model: Tiny) -> Any:
+    from dlora.edge.engine.onnx_engine import OnnxEngine
+
+    return OnnxEngine(Bundle.open(model.bundle), 1)
+
+
+# -- the commands ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def place(model: Tiny, server: RunningServer, tmp_path_factory: pytest.TempPathFactory) -> Place:
+    data = tmp_path_factory.mktemp("answers") / "data.jsonl"
+    rng = np.random.default_rng(3)
+    rows = [
+        {"prompt": " ".join(f"w{n}" for n in rng.integers(0, 80, int(rng.integers(2, 8)))) + " w81 w82",
+         "completion": f" w{n} w{n + 1}"}
+        for n in range(10)
+    ]  # fmt: skip
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Place(model.bundle, data, server.url)
+
+
+ON_ANSWERS = (*TRUNK, "--active-from", "answer")
+
+
+def test_a_killed_run_ends_with_the_bits_of_one_that_was_not(place: Place, tmp_path: Path) -> None:
+    """And its adapter has one loss, wherever its blocks run."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    found = summary(run_edge(*place.train(whole, *ON_ANSWERS, "--eval", place.data, "--json")))
+    assert found["eval_loss_after"] < found["eval_loss_before"]
+    assert settings_in(whole).active_from == "answer"
+    kill_after(3, killed, place.train(killed, *ON_ANSWERS, "--eval", place.data))
+    assert (killed / KEPT_OUTPUTS).stat().st_size > 0
+    resumed = run_edge("resume", killed)
+    assert resumed.code == 0, resumed.stderr
+    assert_same_run(whole, killed)
+    words = ("evaluate", "--bundle", place.bundle, "--server", place.url, "--adapter", whole, "--data", place.data)
+    losses = [
+        json.loads(run_edge(*words, "--wire-dtype", "fp32", "--device-blocks", blocks, "--json").stdout)["loss"]
+        for blocks in ("3", "0")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0] == pytest.approx(found["eval_loss_after"], rel=1e-3)
+
+
+def test_one_epoch_keeps_nothing(place: Place, tmp_path: Path) -> None:
+    kill_after(1, tmp_path, place.train(tmp_path, *ON_ANSWERS, "--steps", 6))
+    assert not (tmp_path / KEPT_OUTPUTS).exists()
+
+
+def test_a_run_begins_with_an_adapter_that_acts_on_answers(place: Place, tmp_path: Path) -> None:
+    """And need not be told so."""
+    summary(run_edge(*place.train(tmp_path / "saved", *ON_ANSWERS, "--steps", 3, "--json")))
+    summary(run_edge(*place.train(tmp_path / "run", *TRUNK, "--init-adapter", tmp_path / "saved", "--json")))
+    assert settings_in(tmp_path / "run").active_from == "answer"
+
+
+def test_blocks_that_do_not_go_on_are_refused_before_a_server_is_asked(
+    tiny: TinyFactory, place: Place, tmp_path: Path
+) -> None:
+    bloom = tiny("bloom", head_dtype="fp32", device_blocks=1).bundle
+    words = Place(bloom, place.data, "ws://127.0.0.1:9").train(
+        tmp_path, "--device-blocks", 1, "--active-from", "answer"
+    )
+    assert_fails(run_edge(*words), 2, "--active-from answer cannot be with --device-blocks 1", "use --device-blocks 0")
+    with pytest.raises(BundleError, match="go on from earlier tokens"):
+        keys_width(load_manifest(bloom), 1)
+
+
+def test_modules_that_peft_does_not_activate_are_left_out(tiny: TinyFactory, place: Place, tmp_path: Path) -> None:
+    """OPT flattens what it gives to fc1 and fc2."""
+    opt = tiny("opt", head_dtype="fp32", device_blocks=1)
+    with serving(opt.base) as server:
+        words = Place(opt.bundle, place.data, server.url).train(
+            tmp_path, "--device-blocks", 1, "--active-from", "answer"
+        )
+        done = run_edge(*words)
+    assert done.code == 0, done.stderr
+    trained = {name.rpartition(".")[2] for name in load_adapter(tmp_path).modules}
+    assert trained == {"q_proj", "k_proj", "v_proj", "out_proj"}
