@@ -62,7 +62,8 @@ class Resolved(Settings, frozen=True, kw_only=True):
             Revive, begin anew there.
         seed: of adapter initialisation and data order; empty: to be drawn when the run begins.
         invocation: the tokens from which on adapters act, as PEFT's activated LoRA has them; none: they act everywhere.
-        keeps_outputs: whether what comes out of the device's lowest blocks is kept while they are not trained.
+        keeps_outputs: whether what the device's blocks compute alike again and again is kept: what comes out of the
+            lowest ones while they are not trained, or keys and values of what comes before answers.
         evaluate_every: steps between evaluations; 0: before and after only.
     """
 
