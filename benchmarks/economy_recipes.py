@@ -18,6 +18,7 @@ GRID: Final = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 
 BASELINE: Final = "lora-qv-all"
 DEFAULT: Final = "default"
+ON_DEVICE: Final = "blocks-12-answer"
 FORMER: Final = "bottleneck-96-answer-int8"
 """The default before it had gains."""
 SECOND: Final = "bottleneck-192-answer-int8"
@@ -118,6 +119,15 @@ RECIPES: Final[dict[str, Recipe]] = {
         )
         for passes in ("2,2", "2,1", "1,1")
     },
+    # At the rate of a user who gives none, as the last three of it.
+    ON_DEVICE: Recipe(
+        "the last 12 blocks on the device, r 8 on all linears, answer",
+        {
+            "rank": 8, "lora_alpha": 16.0, "target_modules": ("all-linear",), "blocks": tuple(range(18, 30)),
+            "adapt": "answer",
+        },
+        sets=(*INTENTS, "dialogue"), device_blocks=12, has_grid=False,
+    ),
     SECOND: _former("bottleneck r 192, answer, int8 (the second)", _bottleneck(192, "answer", "int8"), "dialogue"),
     FP16_ALL: _former("bottleneck r 64, all positions, fp16", _bottleneck(64, "all", "fp16"), *INTENTS, "dialogue"),
     FORMER: _former(
