@@ -155,8 +155,9 @@ class Adapter(Section, frozen=True, kw_only=True):
     active_from: Annotated[
         ActiveFrom | None,
         more(
-            "Where adapters act: from the start, or from the answer on, so that what comes before crosses at no block."
-            " By default start; answer for a bottleneck, where the prompts have a common end.",
+            "Where adapters act: from the start, or from the answer on, so that what comes before crosses at no block, "
+            "and is run once by blocks on the device. By default start; answer for a bottleneck, where the prompts "
+            "have a common end.",
             metavar="WHERE",
             makes_bits=True,
         ),
@@ -242,8 +243,8 @@ class Placement(Section, frozen=True, kw_only=True):
     cache_mb: Annotated[
         Amount | None,
         more(
-            "Disk for what the server gave and for what comes out of killed blocks, in MB, by default 4000; what does "
-            "not fit is asked for, or computed, again at each step that needs it."
+            "Disk for what the server gave, and for what blocks here compute alike again and again, in MB, by default "
+            "4000; what does not fit is asked for, or computed, again at each step that needs it."
         ),
     ] = None
     keep_cache: Annotated[

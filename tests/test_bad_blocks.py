@@ -266,6 +266,28 @@ def test_graph_that_gives_something_else_is_one_line(
         train(changed(bundle, tmp_path / "bundle", files={name: content}))
 
 
+@pytest.mark.parametrize(
+    ("name", "output"),
+    [("answer_block_forward.0", "y"), ("first_rows.0", "y"), ("final_norm_backward", "grad_x")],
+)
+def test_more_rows_than_there_are_is_one_line(bundle: Path, name: str, output: str, tmp_path: Path) -> None:
+    """Of a graph whose manifest says so as well."""
+    kind = name.partition(".")[0]
+    change = graphs_with(
+        kind,
+        lambda graph: replace(
+            graph,
+            outputs=tuple(
+                replace(each, shape=("twice", each.shape[1])) if each.name == output else each for each in graph.outputs
+            ),
+        ),
+    )
+    file = f"graphs/{name}.onnx"
+    content = with_output((bundle / file).read_bytes(), output, "Concat")
+    with pytest.raises(BundleError, match="another shape than its rows"):
+        answer(changed(bundle, tmp_path / "bundle", change, {file: content}))
+
+
 def with_part(content: bytes, change: Callable[[onnx.GraphProto], object]) -> bytes:
     model = onnx.load_from_string(content)
     change(model.graph)

@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from answers import INVOCATION, answered, random_answers
+from generating import save_lora
 from processes import run_edge
 from runs import settings_in
 from serving import RunningServer, config, final_weights, randomize, serving, training
@@ -19,25 +21,39 @@ from test_resume import Place, assert_same_run
 from test_trunk_command import BLOCKS as MODEL_BLOCKS
 from test_trunk_command import TRUNK, kill_after, summary
 from tiny import Tiny, TinyFactory
-from training_runs import in_peft, loss_in_peft
+from training_runs import loss_in_peft
 from trunk_runs import trunk_config, trunk_training
 
 from dlora.edge.adapters.peft import load_adapter
+from dlora.edge.client.datum import Datum
+from dlora.edge.client.training_client import TrainingClient
 from dlora.edge.data.batches import pack
 from dlora.edge.data.examples import Dataset
 from dlora.edge.engine.bundle import Bundle
+from dlora.edge.engine.onnx_engine import OnnxEngine
 from dlora.edge.model.answer_block import AnswerBlock
 from dlora.edge.model.answer_blocks import AnswerBlocks
 from dlora.edge.model.block_weights import keys_width
+from dlora.edge.model.cache_key import CacheKey
 from dlora.edge.model.kept_outputs_cache import kept_outputs_path
+from dlora.edge.run.blocks import open_blocks
 from dlora.edge.run.directory import KEPT_OUTPUTS
+from dlora.edge.settings import Placement, Settings
 from dlora.edge.training.expected import first_rows_bytes
+from dlora.edge.training.trainer import Trainer
+from dlora.edge.wire.connecting import ConnectSettings
 from dlora.protocol.errors import BundleError
 from dlora.protocol.manifest import load_manifest
 
 BLOCKS = (1, 2, 3)
+FRESH: dict[str, Any] = {"is_new": True, "connecting": ConnectSettings(), "warn": print}
+LAST_ONLY = {"score": "static", "static": (2,), "on_kill": "hold_forward"}  # of the units, blocks 1 to 3
 STEPS = 12  # of three examples each: four epochs
 ANSWERS = random_answers()
+SAID = answered([9, 10, 11], [12, 13])
+OTHERS = [(each.ids.tolist(), each.label_positions.tolist()) for each in ANSWERS]
+MIXED = Dataset.of([*OTHERS, SAID, SAID, answered([], [30])])
+"""Some with a text that comes twice, and one in which nothing comes before the invocation."""
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +86,51 @@ def first_rows(monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
     return found
 
 
+def test_killed_units_are_those_of_a_run_whose_blocks_are_all_on_the_server(
+    model: Tiny, server: RunningServer, tmp_path: Path
+) -> None:
+    """Steps of several micro-batches, and of one that is cut in parts."""
+    save_lora(model.bundle, tmp_path / "saved", blocks=BLOCKS, invocation=INVOCATION, size=0.05)
+    changes = {
+        "kill_revive": LAST_ONLY, "grad_accum": 2, "total_steps": 6, "invocation": INVOCATION, "rank": 3,
+        "lora_alpha": 6.0,
+    }  # fmt: skip
+    of_server = config(blocks=BLOCKS, target_modules=("all-linear",), **changes)
+    init = load_adapter(tmp_path / "saved")
+    found = []
+    with training(model.bundle, server.url, of_server, MIXED, init=init) as trainer:
+        found.append([trainer.run_step().loss for _ in range(6)])
+    run = answers_config(**changes, keeps_outputs=True)
+    with trunk_training(model.bundle, server.url, run, MIXED, tmp_path / "cache", init=init) as trainer:
+        trainer.model._most_tokens = 16
+        found.append([trainer.run_step().loss for _ in range(6)])
+    assert np.allclose(found[1], found[0], rtol=2e-3)
+    assert len(set(found[0])) == 6
+
+
+def test_first_rows_are_kept_where_all_blocks_are_here(
+    tiny: TinyFactory, first_rows: Counter[int], tmp_path: Path
+) -> None:
+    """Each different text's once, encrypted or not."""
+    bundle = Bundle.open(tiny(blocks=3, device_blocks=3, head_dtype="fp32").bundle)
+    engine, losses = OnnxEngine(bundle, 1), []
+    texts = {bytes(each.ids): int(each.acts_from or 0) for each in MIXED.acting_on_answers(INVOCATION)}
+    for keeps, key in ((False, None), (True, None), (True, CacheKey(bytes(range(32))))):
+        run = trunk_config((0, 1, 2), is_local=True, total_steps=STEPS, invocation=INVOCATION, keeps_outputs=keeps)
+        run = msgspec.structs.replace(run, placement=Placement(cache_mb=9))
+        out = tmp_path / str(len(losses))
+        out.mkdir()
+        first_rows.clear()
+        with open_blocks(bundle, engine, run, out, key=key, **FRESH) as blocks:
+            trainer = Trainer(bundle, engine, blocks.make_side, run, MIXED)
+            losses.append([trainer.run_step().loss for _ in range(STEPS)])
+        assert (out / KEPT_OUTPUTS).exists() == keeps
+        if keeps:
+            assert dict(first_rows) == dict.fromkeys((0, 1, 2), sum(texts.values()))
+    assert losses[1] == losses[2]
+    assert np.allclose(losses[0], losses[1], rtol=2e-3)
+
+
 def test_steps_are_those_of_a_run_whose_blocks_are_all_on_the_server(
     model: Tiny, server: RunningServer, tmp_path: Path
 ) -> None:
@@ -89,7 +150,6 @@ def test_steps_are_those_of_a_run_whose_blocks_are_all_on_the_server(
     assert all(np.allclose(same[name], value, rtol=1e-3, atol=1e-5) for name, value in weights.items())
     assert load_adapter(tmp_path / "adapter").invocation == INVOCATION
     assert loss_in_peft(tmp_path / "adapter", held_out) == pytest.approx(loss, abs=1e-4)
-    assert in_peft(tmp_path / "adapter") is not None
 
 
 def test_first_rows_are_run_once_for_each_text(
@@ -131,7 +191,7 @@ def test_keys_and_values_are_made_again_with_the_same_bits(
     for name in ("whole", "harmed"):
         cache = tmp_path / name
         for steps in (range(STEPS // 2), range(STEPS // 2, STEPS)):
-            with trunk_training(model.bundle, server.url, run, ANSWERS, cache) as trainer:
+            with trunk_training(model.bundle, server.url, run, MIXED, cache) as trainer:
                 randomize(trainer)
                 losses = [
                     trainer.model.forward_backward(trainer.batches.step_batches(step), step=step, grad_scale=1.0)
@@ -152,7 +212,7 @@ def test_bits_do_not_depend_on_room(model: Tiny, server: RunningServer, tmp_path
     size = (tmp_path / "large").stat().st_size
     with trunk_training(model.bundle, server.url, run, ANSWERS, tmp_path / "small", limit=size + room) as trainer:
         found.append([trainer.run_step().loss for _ in range(STEPS)])
-    assert 0 < kept_outputs_path(tmp_path / "small").stat().st_size <= room
+    assert room / 2 < kept_outputs_path(tmp_path / "small").stat().st_size <= room
     assert found[0] == found[1]
 
 
@@ -167,7 +227,7 @@ def test_a_text_is_cut_after_its_last_label_with_the_rows_that_adapters_act_on()
 
 
 def test_a_micro_batch_with_nothing_to_train_gives_no_gradient(model: Tiny) -> None:
-    blocks = AnswerBlocks(Bundle.open(model.bundle), engine_of(model), 3, 4)
+    blocks = AnswerBlocks(Bundle.open(model.bundle), OnnxEngine(Bundle.open(model.bundle), 1), 3, 4)
     lora = {name: np.ones(shape, np.float32) for name, shape in blocks.parameter_shapes.items()}
     dataset = Dataset.of([([9, 10, 11, 12], [1, 2])]).acting_on_answers(INVOCATION)
     batch = pack(list(dataset)).until_last_label()
@@ -176,12 +236,6 @@ def test_a_micro_batch_with_nothing_to_train_gives_no_gradient(model: Tiny) -> N
     assert last.shape[0] == 2
     assert np.isfinite(last).all()
     assert blocks.backward(last, kept, lora, 1.0) == {}
-
-
-def engine_of(model: Tiny) -> Any:
-    from dlora.edge.engine.onnx_engine import OnnxEngine
-
-    return OnnxEngine(Bundle.open(model.bundle), 1)
 
 
 # -- the commands ------------------------------------------------------------------------------------------------
@@ -224,8 +278,24 @@ def test_a_killed_run_ends_with_the_bits_of_one_that_was_not(place: Place, tmp_p
 
 
 def test_one_epoch_keeps_nothing(place: Place, tmp_path: Path) -> None:
-    kill_after(1, tmp_path, place.train(tmp_path, *ON_ANSWERS, "--steps", 6))
-    assert not (tmp_path / KEPT_OUTPUTS).exists()
+    """Nor does a cache that has no room for all of it, and says so."""
+    kill_after(1, tmp_path / "once", place.train(tmp_path / "once", *ON_ANSWERS, "--steps", 6))
+    assert not (tmp_path / "once" / KEPT_OUTPUTS).exists()
+    done = run_edge(*place.train(tmp_path / "small", *ON_ANSWERS, "--cache-mb", 0.08))
+    assert "what comes before answers is run in each epoch: --cache-mb has no room for 0." in done.stderr
+    done = run_edge("plan", *place.train(tmp_path / "large", *ON_ANSWERS)[1:], "--json")
+    assert done.code == 0, done.stderr
+
+
+def test_a_client_keeps_nothing(tiny: TinyFactory, place: Place) -> None:
+    """Its loop may bring other texts than the data have."""
+    bundle = tiny(blocks=3, device_blocks=3, head_dtype="fp32").bundle
+    settings = Settings.of(
+        bundle=bundle, device_blocks="all", data=place.data, active_from="answer", kind="lora", steps=40
+    )
+    with TrainingClient.create(settings) as client:
+        client.forward_backward(client.step_data(0))
+        client.forward_backward([Datum([*range(20, 30), *INVOCATION, 40])])
 
 
 def test_a_run_begins_with_an_adapter_that_acts_on_answers(place: Place, tmp_path: Path) -> None:
@@ -256,5 +326,6 @@ def test_modules_that_peft_does_not_activate_are_left_out(tiny: TinyFactory, pla
         )
         done = run_edge(*words)
     assert done.code == 0, done.stderr
+    assert "PEFT has no activated LoRA for fc1, fc2 of this base model: these get no adapters" in done.stderr
     trained = {name.rpartition(".")[2] for name in load_adapter(tmp_path).modules}
     assert trained == {"q_proj", "k_proj", "v_proj", "out_proj"}

@@ -113,7 +113,8 @@ def resolve_settings(
     drawn = draw_seed() if settings.training.seed is None else (settings.training.seed,)
     if datasets:
         config, (dataset, *_) = resolve(settings, manifest, init, datasets)
-        return msgspec.structs.replace(config, seed=drawn), dataset
+        # A loop may bring other texts than the data have: nothing is kept for those.
+        return msgspec.structs.replace(config, seed=drawn, keeps_outputs=False), dataset
     given: dict[str, Any] = {"active_from": settings.adapter.active_from or "start"}
     if given["active_from"] != "start":
         raise UsageError("active_from: where answers begin, data say; give some, or leave that out")

@@ -73,7 +73,8 @@ class MicroBatch:
         lengths = (np.maximum(needed, starts) + 1 - starts).astype(np.int32)
         kept = np.concatenate([np.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)])
         crossing = self.crossing_positions
-        if crossing is not None:  # none comes after a last label
+        if crossing is not None:
+            assert np.isin(crossing, kept).all(), "adapters act after a last label"
             crossing = np.searchsorted(kept, crossing).astype(np.int32)
         return MicroBatch(
             ids=self.ids[kept],

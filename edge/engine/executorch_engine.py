@@ -23,6 +23,7 @@ _WHOLE: Final = {  # what it may not, and what to do
     "rank": "lower --rank",
     "positions": "lower --batch-size or --max-length",
     "labelled": "lower --batch-size or --max-length",
+    "first": "lower --batch-size or --max-length",
     "new": "say less",
     "past": "say less",
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final
 
 import numpy as np
@@ -13,12 +13,14 @@ from dlora.protocol.errors import BundleError
 from dlora.protocol.manifest import BlockSpec, GraphSpec
 from dlora.protocol.tensors import FloatArray
 
-from .attention_masks import Rows, attention_mask
-from .block_weights import BLOCKED
+from .attention_masks import Rows
 from .trained_block import TrainedBlock
 
 KeysAndValues = tuple[FloatArray, FloatArray]
 """Of some tokens, float32 (tokens, heads, width) each."""
+
+Masks = Mapping[int | None, Mapping[str, FloatArray]]
+"""By the window of a block what its graphs take to know which rows see which."""
 
 _KINDS: Final = ("answer_block_forward", "answer_block_backward")
 _NO_SCALE: Final = scalar(0.0)  # these have no LoRA
@@ -49,13 +51,16 @@ class AnswerBlock(TrainedBlock):
                 raise BundleError(f"{text}; export the bundle again")
             self._keys = load("last_first_rows", spec.graph)
 
-    def run_first(self, x: FloatArray, rows: Rows, seen: Rows, past: KeysAndValues) -> tuple[FloatArray, KeysAndValues]:
+    def run_first(
+        self, x: FloatArray, rows: Rows, masks: Masks, past: KeysAndValues
+    ) -> tuple[FloatArray, KeysAndValues]:
         """y (new, width) of first rows that come after others, and their keys and values.
 
-        ``past``: of the rows ``seen``.
+        ``past``: keys and values of the others, which ``masks`` says who sees.
         """
-        given = {"x": x, **self.of_rows(rows, seen, past)}
+        given = {"x": x, **self.of_rows(rows, masks, past)}
         y, keys, values = self._first(self._inputs(self._first_spec, given, {}, _NO_SCALE))
+        self._check_rows("first_rows", y, *x.shape)
         return y, self._checked(keys, values, len(rows))
 
     def keys_of(self, x: FloatArray, rows: Rows) -> KeysAndValues:
@@ -65,17 +70,14 @@ class AnswerBlock(TrainedBlock):
         keys, values = self._keys(self._inputs(self._keys_spec, given, {}, _NO_SCALE))
         return self._checked(keys, values, len(rows))
 
-    def of_rows(self, rows: Rows, seen: Rows, past: KeysAndValues) -> dict[str, Array]:
-        """What its graphs take of ``rows`` beside hidden states: which see which, among themselves and of those
-        ``seen``, whose keys and values are ``past``. Where there are none of these, one that none sees stands for
-        them: no engine takes an empty array."""
+    def of_rows(self, rows: Rows, masks: Masks, past: KeysAndValues) -> dict[str, Array]:
+        """What its graphs take of ``rows`` beside hidden states. ``past``: keys and values of those before; where there
+        are none, one stands for them that none sees: no engine takes an empty array."""
         keys, values = past
-        past_mask = attention_mask(rows, seen, self.spec.window)
-        if not len(seen):
+        if not len(keys):
             keys, values = (np.zeros((1, *shape), np.float32) for shape in self.key_shapes)
-            past_mask = np.full((1, 1, len(rows), 1), BLOCKED)
-        given: dict[str, Array] = {"past_mask": past_mask, "past_keys": keys, "past_values": values}
-        return given | {"mask": attention_mask(rows, rows, self.spec.window)} | self.of_positions(rows.places)
+        given: dict[str, Array] = {**masks[self.spec.window], "past_keys": keys, "past_values": values}
+        return given | self.of_positions(rows.places)
 
     def _checked(self, keys: FloatArray, values: FloatArray, rows: int) -> KeysAndValues:
         if (keys.shape, values.shape) != tuple((rows, *shape) for shape in self.key_shapes):

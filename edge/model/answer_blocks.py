@@ -22,9 +22,9 @@ from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.engine import Array, Engine, scalar
 from dlora.protocol.tensors import FloatArray
 
-from .answer_block import AnswerBlock, KeysAndValues
-from .attention_masks import Rows
-from .block_weights import cannot_go_on, last_blocks
+from .answer_block import AnswerBlock, KeysAndValues, Masks
+from .attention_masks import Rows, attention_mask
+from .block_weights import BLOCKED, cannot_go_on, last_blocks
 from .trained_blocks import Kept, TrainedBlocks
 
 _MOST_NEW: Final = 256
@@ -82,12 +82,13 @@ class AnswerBlocks(TrainedBlocks[AnswerBlock]):
         parts = []
         for start in range(0, len(rows), self._most_new):
             end = min(start + self._most_new, len(rows))
-            new, seen, x = rows.only(slice(start, end)), rows.only(slice(0, start)), hidden_states[start:end]
+            new, x = rows.only(slice(start, end)), hidden_states[start:end]
+            masks = self._masks(new, rows.only(slice(0, start)))
             for block, kept in zip(self._blocks, keys, strict=True):
                 if block is self._blocks[-1] and not wants_last:
                     found = block.keys_of(x, new)
                 else:
-                    x, found = block.run_first(x, new, seen, (kept[0][:start], kept[1][:start]))
+                    x, found = block.run_first(x, new, masks, (kept[0][:start], kept[1][:start]))
                 for whole, part in zip(kept, found, strict=True):
                     whole[start:end] = part
             parts.append(x)
@@ -117,8 +118,9 @@ class AnswerBlocks(TrainedBlocks[AnswerBlock]):
         if first is None or (first.last is None and (is_labelled & ~acts).any()):
             first = self.run_first(hidden_states[~acts], seen, wants_last=bool((is_labelled & ~acts).any()))
         x, kept, scale = hidden_states[acts], list[Mapping[str, Array]](), scalar(scaling)
+        masks = self._masks(mine, seen)
         for block, past in zip(self._blocks if len(mine) else (), first.keys, strict=False):
-            x, inputs = block.forward({"x": x, **block.of_rows(mine, seen, past)}, lora, scale)
+            x, inputs = block.forward({"x": x, **block.of_rows(mine, masks, past)}, lora, scale)
             if kept or block.has_any(trained):
                 kept.append(inputs)
         last = np.zeros((len(rows), x.shape[1]), np.float32)
@@ -128,6 +130,15 @@ class AnswerBlocks(TrainedBlocks[AnswerBlock]):
         last = last[batch.label_positions]
         places = np.where(acts, np.cumsum(acts) - 1, len(mine))[batch.label_positions]
         return self._normed(last), Kept(trained, kept, last, places, len(mine))
+
+    def _masks(self, rows: Rows, seen: Rows) -> Masks:
+        """Which of ``rows`` see which of each other, and of those ``seen`` before them; one that none sees where there
+        are none of these."""
+        found: dict[int | None, dict[str, FloatArray]] = {}
+        for window in {block.spec.window for block in self._blocks}:
+            past = attention_mask(rows, seen, window) if len(seen) else np.full((1, 1, len(rows), 1), BLOCKED)
+            found[window] = {"mask": attention_mask(rows, rows, window), "past_mask": past}
+        return found
 
 
 def _room_for(rows: int, block: AnswerBlock) -> KeysAndValues:

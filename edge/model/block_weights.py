@@ -84,6 +84,11 @@ class BlockWeights:
             found.append(sizes)
         return found[0], found[1]
 
+    def _check_rows(self, name: str, found: Array, rows: int, width: int) -> None:
+        """Raise ``BundleError`` where a graph gives another shape than (rows, width)."""
+        if found.shape != (rows, width):
+            raise BundleError(f"{self._where(name)} has another shape than its rows; export the bundle again")
+
     def _where(self, name: str) -> str:
         return f"the bundle's {name} of block {self.spec.index}"
 
@@ -124,7 +129,7 @@ def keys_width(manifest: Manifest, count: int) -> int:
     if blocks is None or blocks.without_decode is not None:
         raise BundleError("the bundle has no blocks that go on from earlier tokens; export it again")
     for block in blocks.blocks[-count:]:
-        for tensor in manifest.graph("block_decode", block.graph).inputs:
+        for tensor in manifest.graph("first_rows", block.graph).inputs:
             if tensor.name in ("past_keys", "past_values"):
                 total += math.prod(size for size in tensor.shape if isinstance(size, int))
     return total

@@ -25,7 +25,7 @@ class EmbeddingSource:
     """The embeddings of texts, as block 0 is given them.
 
     Args:
-        kept: where what comes out of blocks that are not trained is kept, None: nowhere; closed with this.
+        kept: where what blocks compute alike again and again is kept, None: nowhere; closed with this.
 
     Raises ``BundleError`` for a bundle that has not all blocks, or whose table is another than it must be.
     """

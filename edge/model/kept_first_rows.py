@@ -13,7 +13,8 @@ import numpy as np
 
 from dlora.edge.data.batches import MicroBatch
 from dlora.edge.data.examples import Dataset, last_occurrence
-from dlora.protocol.tensors import FloatArray
+from dlora.protocol.errors import BundleError, NonFiniteError
+from dlora.protocol.tensors import FloatArray, WireTensor
 from dlora.protocol.wire_codecs import decode_floats, encode_floats
 
 from .answer_blocks import AnswerBlocks, FirstRows, acting_rows
@@ -82,11 +83,20 @@ class KeptFirstRows:
         found = {}
         for name, part in zip(pack, np.split(np.concatenate(flat, 1), np.cumsum(firsts)[:-1]), strict=True):
             if len(part):
-                tensor = encode_floats(part, KEYS_CODEC)
+                tensor = self._encoded(part)
                 cache.add(name, tensor)
                 if name in wanted:
                     found[name] = decode_floats(tensor)
         return found
+
+    @staticmethod
+    def _encoded(part: FloatArray) -> WireTensor:
+        try:
+            return encode_floats(part, KEYS_CODEC)
+        except NonFiniteError:  # no adapter has a part in it
+            raise BundleError(
+                "NaN or infinity in keys and values of the bundle's blocks; dlora-edge selftest tells what is wrong"
+            ) from None
 
     def _by_block(self, flat: FloatArray) -> FirstRows:
         """Rows (first, width) as they are kept, block by block."""
@@ -102,5 +112,10 @@ class KeptFirstRows:
         if self._open is None:
             packs = TextPacks(texts_of(self.dataset), self.kept.digest, self.most_tokens)
             width = sum(map(math.prod, self.blocks.key_shapes))
-            self._open = packs, self.kept.of_keys(self.blocks.count, width, f"{self.most_tokens}")
+            self._open = (
+                packs,
+                self.kept.of_keys(
+                    self.blocks.count, width, f"{self.most_tokens} {self.dataset.invocation} {self.dataset.fingerprint}"
+                ),
+            )
         return self._open

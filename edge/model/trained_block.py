@@ -54,8 +54,13 @@ class TrainedBlock(BlockWeights):
         """y (tokens or labelled, width), and what ``backward`` is to be given. ``given``: x and what else its graph
         takes that is neither a weight nor LoRA."""
         y, *products = self._forward(self._inputs(self._forward_spec, given, lora, scale))
+        self._check_rows("y", y, self._rows_of(given), given["x"].shape[1])
         names = (tensor.name for tensor in self._forward_spec.outputs[1:])
         return y, dict(given) | dict(zip(names, products, strict=True))
+
+    def _rows_of(self, given: Mapping[str, Array]) -> int:
+        """How many rows its forward pass gives."""
+        return len(given["label_positions"] if "label_positions" in given else given["x"])
 
     def backward(
         self, grad: FloatArray, kept: Mapping[str, Array], lora: Mapping[str, FloatArray], scale: FloatArray

@@ -10,7 +10,7 @@ import numpy as np
 
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.engine import Array, Engine, scalar
-from dlora.protocol.errors import DataError
+from dlora.protocol.errors import BundleError, DataError
 from dlora.protocol.manifest import DeviceBlocksSpec
 from dlora.protocol.tensors import FloatArray, IntArray
 
@@ -78,6 +78,8 @@ class TrainedBlocks(Generic[Block]):
         """
         scale, grads = scalar(scaling), dict[str, FloatArray]()
         (grad,) = self._norm_backward({"x": kept.last, "grad": grad, **self._norm_weights})
+        if grad.shape != kept.last.shape:
+            raise BundleError("the bundle's final_norm_backward gives another shape than its rows; export it again")
         if kept.places is not None:
             whole = np.zeros((kept.rows + 1, grad.shape[1]), np.float32)
             whole[kept.places] = grad

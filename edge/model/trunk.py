@@ -65,7 +65,8 @@ class TrunkModel:
         self._kept_first: KeptFirstRows | None = None
         bounds, rank = _bounds(bundle, engine), adapters.adapter_spec.r
         self._bound = bounds.get("positions")
-        self._most_tokens = min(MOST_TOKENS, self._bound or MOST_TOKENS)
+        of_texts = ("positions", "first", "past") if invocation else ("positions",)
+        self._most_tokens = min(MOST_TOKENS, *(bounds.get(name, MOST_TOKENS) for name in of_texts))
         self._blocks: DeviceBlocks | AnswerBlocks = (
             AnswerBlocks(bundle, engine, count, rank, bounds.get("new"))
             if invocation

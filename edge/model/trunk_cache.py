@@ -48,8 +48,8 @@ class CacheOwner(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         base_model: fingerprint; blocks: how many of the first were run; width: of what came out of them.
         embeddings: how the embeddings are stored and crossed, or ``token-ids``; codec: how the hidden states crossed.
-        lora: where some of the blocks were run on the device: digest of the adapters in them, how their weights are
-            stored, and the engine.
+        lora: where some of the blocks were run on the device: what else it depends on, such as a digest of the adapters
+            in them, how their weights are stored, and the engine.
         key: the name of the key that all is encrypted with; none: it is not encrypted.
     """
 

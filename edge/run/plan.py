@@ -67,10 +67,14 @@ def plan_lines(
     if not has_state and config.adapter.basis == "data" and kind_of(config.spec).server_makes_state:
         pass_steps = _count(config.basis_pass_steps(len(datasets[0])), "step")
         lines.append(f"first, the server makes A and B from what the base model computes on the data of {pass_steps}")
-    if config.device_blocks and config.invocation and config.keeps_outputs:
+    if config.device_blocks and config.invocation and total >= 2 * steps:
         acting = datasets[0].acting_on_answers(config.invocation)
-        kept = _mb(first_rows_bytes(manifest, acting, config.device_blocks) / 1e6)
-        lines.append(f"what comes before answers is run once: its keys and values take at most {kept} on the disk")
+        needed = _mb(first_rows_bytes(manifest, acting, config.device_blocks) / 1e6)
+        if config.keeps_outputs:
+            how = f"once: its keys and values take {needed} on the disk"
+        else:
+            how = f"in each epoch: --cache-mb has no room for {needed} of keys and values"
+        lines.append(f"what comes before answers is run {how}")
     return lines if active == units else lines + _kill_revive_lines(config, units, active)
 
 

@@ -23,6 +23,7 @@ from dlora.edge.training.expected import (
     expected_round_trips,
     filling,
     first_rate_mb,
+    first_rows_bytes,
     set_up_mb,
 )
 from dlora.edge.training.resolve import resolve
@@ -190,10 +191,14 @@ def _traffic(
     manifest: Manifest,
     fillings: dict[tuple[object, ...], tuple[Traffic, int]],
 ) -> tuple[float, int, float]:
-    """MB that cross, round trips, and MB of the cache, whatever its limit is."""
+    """MB that cross, round trips, and MB of caches: of what a server gave whatever their limit is."""
     dataset, *evaluated = datasets
+    of_first = 0.0
+    if config.keeps_outputs and config.invocation:
+        acting = dataset.acting_on_answers(config.invocation)
+        of_first = first_rows_bytes(manifest, acting, config.device_blocks) / 1e6
     if not config.needs_server:
-        return 0.0, 0, 0.0
+        return 0.0, 0, of_first
     if config.asks_once:
         # Which examples a run takes that does not get through its data once, its seed says; here they are the first.
         count = min(len(dataset), config.total_steps * config.examples_a_step)
@@ -202,7 +207,7 @@ def _traffic(
             texts = [texts_of(dataset, range(count)), *(texts_of(each) for each in evaluated)]
             fillings[key] = filling(config, manifest, chain(*texts))
         traffic, kept = fillings[key]
-        return (traffic.bytes_up + traffic.bytes_down) / 1e6, traffic.round_trips, kept / 1e6
+        return (traffic.bytes_up + traffic.bytes_down) / 1e6, traffic.round_trips, kept / 1e6 + of_first
     wire_mb = expected_mb(config, manifest, dataset, 0)
     wire_mb += first_rate_mb(config, manifest, dataset)
     wire_mb += set_up_mb(config, manifest, dataset, has_state=config.adapter.init_adapter is not None)

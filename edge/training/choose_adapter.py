@@ -127,12 +127,18 @@ def choose_where_adapters_act(
     datasets: Sequence[Dataset],
     known: tuple[int, ...],
     say: Callable[[str], None],
+    *,
+    on_device: bool,
 ) -> tuple[ActiveFrom, tuple[int, ...], list[Dataset]]:
     """What ``--active-from`` is, the invocation, and the data as it is trained on.
 
-    ``chosen``: of ``settings``, by ``choose_adapter``. The first of ``datasets`` is trained on. ``known`` is the
-    invocation of the run that goes on; else none. Raises ``UsageError`` where ``--active-from answer`` was asked for
-    and its data have no invocation, or PEFT no activated LoRA for the modules.
+    The first of ``datasets`` is trained on. Raises ``UsageError`` where ``--active-from answer`` was asked for and its
+    data have no invocation, or PEFT no activated LoRA for the modules.
+
+    Args:
+        chosen: of ``settings``, by ``choose_adapter``.
+        known: the invocation of the run that goes on; else none.
+        on_device: whether the adapter is in blocks there.
     """
     if chosen.active_from == "start":
         return "start", (), list(datasets)
@@ -168,7 +174,7 @@ def choose_where_adapters_act(
             say(line)
     if len(cut[0]) > len(datasets[0]):
         say(f"each answer is an example of its own: {len(cut[0]):,} of {len(datasets[0]):,} conversations")
-    if line := _left_out_line(chosen, manifest):
+    if line := _left_out_line(chosen, manifest, on_device=on_device):
         say(line)
     say(
         "adapters act from the beginning of the answer on (activated LoRA): PEFT loads them so, and cannot merge them "
@@ -183,13 +189,20 @@ def _chosen_without_activation(chosen: ChosenAdapter, manifest: Manifest) -> str
     return _ends(modules.intersection(manifest.without_activation))
 
 
-def _left_out_line(chosen: ChosenAdapter, manifest: Manifest) -> str | None:
+def _left_out_line(chosen: ChosenAdapter, manifest: Manifest, *, on_device: bool) -> str | None:
     """What to say of modules that get no adapters because PEFT does not activate them; None where there are none."""
     names = target_modules_of(chosen.target_modules)
-    if names != default_target_modules(chosen.kind, manifest, "answer"):
+    if on_device:
+        everything: tuple[str, ...] = (ALL_LINEAR,)
+        blocks = parse_blocks(chosen.blocks, manifest)
+        usual = names_leaving_out(manifest.without_activation, everything, manifest, blocks)
+    else:
+        everything = default_target_modules(chosen.kind, manifest, "start")
+        usual = default_target_modules(chosen.kind, manifest, "answer")
+    if names != usual:
         return None
     modules = _modules(manifest, names, chosen.blocks)
-    everywhere = _modules(manifest, default_target_modules(chosen.kind, manifest, "start"), chosen.blocks)
+    everywhere = _modules(manifest, everything, chosen.blocks)
     left_out = everywhere - modules
     if not left_out:
         return None

@@ -60,7 +60,7 @@ def resolve(
     if not loaded:
         return run, []
     active_from, invocation, (dataset, *evaluated) = choose_where_adapters_act(
-        settings.adapter, run.adapter, manifest, init, loaded, known, say
+        settings.adapter, run.adapter, manifest, init, loaded, known, say, on_device=bool(run.device_blocks)
     )
     open_adapter = msgspec.structs.replace(settings.adapter, active_from=active_from)
     adapter = choose_adapter(open_adapter, manifest, init, run.device_blocks)
@@ -238,7 +238,7 @@ def _has_room_to_keep(run: Resolved, manifest: Manifest, dataset: Dataset, evalu
     ``--cache-mb`` allows it, beside what a server gives of these and of those that are ``evaluated``.
 
     That is what comes out of killed blocks; or, where adapters act on answers, keys and values of the rows before
-    these, in more than one epoch.
+    these, where the run has two epochs or more.
     """
     if not run.device_blocks or run.placement.cache_mb is None:
         return False
