@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 import torch
-from economy_recipes import BASELINE, DEFAULT, FORMER, RECIPES, Recipe
+from economy_recipes import BASELINE, DEFAULT, FORMER, PASSES, RECIPES, Recipe, in_passes
 from small_models import FAMILIES, need_small_model
 from transformers import AutoTokenizer
 
@@ -84,6 +84,7 @@ def recipes_of(place: Place, manifest: Manifest) -> dict[str, Recipe]:
     default = replace(_default_recipe(manifest), bars=seeded)
     found = {
         DEFAULT: default,
+        PASSES: replace(in_passes(default, "2,2"), bars=(), has_grid=False),
         LORA: Recipe("lora", {"rank": 8}, default_lr=DEFAULTS["lora"].lr),
         TRUNK: Recipe("trunk", last, default_lr=4e-3, device_blocks=place.device_blocks),
     }

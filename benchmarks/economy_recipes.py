@@ -19,6 +19,7 @@ GRID: Final = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 BASELINE: Final = "lora-qv-all"
 DEFAULT: Final = "default"
 ON_DEVICE: Final = "blocks-12-answer"
+PASSES: Final = "default-2,2"
 FORMER: Final = "bottleneck-96-answer-int8"
 """The default before it had gains."""
 SECOND: Final = "bottleneck-192-answer-int8"

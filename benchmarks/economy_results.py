@@ -10,7 +10,7 @@ from typing import Any, Final, Literal
 
 import numpy as np
 from economy_data import SETS
-from economy_recipes import BASELINE, DEFAULT, FP16_ALL, INTENTS, RECIPES, SECOND
+from economy_recipes import BARRED_SETS, BASELINE, DEFAULT, FP16_ALL, INTENTS, PASSES, RECIPES, SECOND
 from economy_runs import Finished, Plan, Rows, Run, Score
 
 Rate = Literal["chosen", "default"]
@@ -170,7 +170,7 @@ class Bar:
     """A number that has to be reached.
 
     Attributes:
-        sets, recipe: what is compared with the baseline, where.
+        sets, recipe: what is compared, where; against: with which recipe.
         measure: gives bar and value, of a pair of each set.
         most: whether the bar is the most that is allowed, and not the least.
         of_what: for people, with its unit.
@@ -181,11 +181,12 @@ class Bar:
     of_what: str
     measure: Callable[[list[Pair]], tuple[float, float]]
     most: bool
+    against: str = BASELINE
 
     def find(self, find: Find, rate: Rate) -> tuple[float, float] | None:
         """Bar and value of what ``find_result`` finds, with chosen rates or without ``--lr``; None where runs are
         missing."""
-        pairs = [_pair(find, rate, set_name, self.recipe) for set_name in self.sets]
+        pairs = [_pair(find, rate, set_name, self.recipe, self.against) for set_name in self.sets]
         there = [pair for pair in pairs if pair is not None]
         return self.measure(there) if len(there) == len(pairs) else None
 
@@ -199,13 +200,13 @@ class Bar:
 
     @property
     def command(self) -> str:
-        pairs = [f"{set_name}/{recipe}" for set_name in self.sets for recipe in (BASELINE, self.recipe)]
+        pairs = [f"{set_name}/{recipe}" for set_name in self.sets for recipe in (self.against, self.recipe)]
         return f"python benchmarks/economy.py --only {' '.join(pairs)}"
 
 
-def _pair(find: Find, rate: Rate, set_name: str, recipe: str) -> Pair | None:
-    """A recipe and the baseline, with the same seeds; None unless all the recipe's are there in both."""
-    ours, theirs = find(set_name, recipe, rate), find(set_name, BASELINE, rate)
+def _pair(find: Find, rate: Rate, set_name: str, recipe: str, against: str = BASELINE) -> Pair | None:
+    """A recipe and another, with the same seeds; None unless all the recipe's are there in both."""
+    ours, theirs = find(set_name, recipe, rate), find(set_name, against, rate)
     if ours is None or theirs is None or not ours.is_complete or not set(theirs.seeds) >= set(ours.seeds):
         return None
     return ours, theirs.of_seeds(ours.seeds)
@@ -261,6 +262,34 @@ def _chat_traffic(pairs: list[Pair]) -> tuple[float, float]:
     return 6.0, 100 - pairs[0][0].fewer_bytes(pairs[0][1])
 
 
+def _as_live(set_name: str) -> dict[str, Bar]:
+    """What the default in passes may lose against the default, both used live."""
+    what, relative = f"{RECIPES[PASSES].title}: mean loss above the default's", SETS[set_name].relative
+    bar, unit = (1.0, "%") if relative else (0.008, "nats a label")
+    loss = Bar(
+        (set_name,), PASSES, f"{what}, {unit}", lambda pairs: (bar, loss_above(*pairs[0])), most=True, against=DEFAULT
+    )
+    if relative:
+        return {f"passes_{set_name}_loss": loss}
+    points = Bar(
+        (set_name,),
+        PASSES,
+        f"{RECIPES[PASSES].title}: accuracy above the default's, points",
+        lambda pairs: (-0.7, 100 * (pairs[0][0].accuracy - pairs[0][1].accuracy)),
+        most=False,
+        against=DEFAULT,
+    )
+    return {f"passes_{set_name}_loss": loss, f"passes_{set_name}_accuracy": points}
+
+
+def _passes_traffic(pairs: list[Pair]) -> tuple[float, float]:
+    return 1.3, max(ours.bytes_per_token / theirs.bytes_per_token for ours, theirs in pairs)
+
+
+def _worse(pairs: list[Pair]) -> tuple[float, float]:
+    return 0.0, float(sum(not is_not_worse(*pair) for pair in pairs))
+
+
 TITLE: Final = RECIPES[DEFAULT].title
 BARS: Final[dict[str, Bar]] = {
     **{f"{name}_loss": _loss(name, DEFAULT, 0.02) for name in INTENTS},
@@ -271,6 +300,18 @@ BARS: Final[dict[str, Bar]] = {
     "second_loss": _loss("dialogue", SECOND, 1.0),
     "second_traffic": _traffic(("dialogue",), SECOND, 92.0),
     "fp16_all_traffic": _traffic((*INTENTS, "dialogue"), FP16_ALL, 88.0),
+    **{name: bar for set_name in BARRED_SETS for name, bar in _as_live(set_name).items()},
+    "passes_traffic": Bar(
+        BARRED_SETS,
+        PASSES,
+        f"{RECIPES[PASSES].title}: bytes a token over the default's",
+        _passes_traffic,
+        most=True,
+        against=DEFAULT,
+    ),
+    "passes_worse": Bar(
+        BARRED_SETS, PASSES, f"{RECIPES[PASSES].title}: sets on which it is worse than the baseline", _worse, most=True
+    ),
     "chat60_loss": Bar(
         ("chat60",), DEFAULT, f"{TITLE}: mean loss above the baseline's; half its interval", _chat_loss, most=True
     ),

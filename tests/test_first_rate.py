@@ -89,6 +89,17 @@ def test_a_kinds_rate_goes_with_the_size_of_the_best_first_update(kind: KindChoi
     assert [rate_for_size(kind, size, halvings=0, on_device=False) for size in sizes] == pytest.approx(rates)
 
 
+def test_in_passes_a_large_size_counts_by_its_root() -> None:
+    """Below .01 it is live's: what passes leave out is too little to matter."""
+    sizes = (0.002, 0.01, 0.04, 0.16)
+    live, in_passes = (
+        [rate_for_size("bottleneck", size, halvings=0, on_device=False, in_passes=asked) for size in sizes]
+        for asked in (False, True)
+    )
+    assert in_passes == pytest.approx([0.001, 0.005, 0.01, 0.02])
+    assert live[:2] == pytest.approx(in_passes[:2])
+
+
 def test_a_rate_falls_with_passes_before_its_upper_end_holds() -> None:
     found = [rate_for_size("lora", size, halvings=1, on_device=True) for size in (0.1, 0.2, 1.0)]
     assert found == pytest.approx([0.0075, 0.015, 0.016])

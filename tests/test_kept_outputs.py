@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from serving import final_weights, random_dataset, randomize, serving
 from tiny import Tiny, TinyFactory
-from trunk_runs import trunk_config, trunk_training
+from trunk_runs import HARMS, losses_in_two_parts, trunk_config, trunk_training
 
 from dlora.edge.data.examples import Dataset
 from dlora.edge.engine.bundle import Bundle
@@ -113,35 +113,13 @@ def test_killed_lowest_blocks_are_run_once_for_each_text(
     assert not kept_outputs_path(tmp_path / "False").exists()
 
 
-@pytest.mark.parametrize(
-    "harm",
-    [
-        lambda kept, cache: kept.unlink(),
-        lambda kept, cache: kept.write_bytes(kept.read_bytes()[:-200]),
-        lambda kept, cache: kept.write_bytes(cache.read_bytes()),
-    ],
-    ids=["none is left", "cut off", "of other blocks"],
-)
-def test_what_was_kept_is_made_again_with_the_same_bits(
-    model: Tiny, data: Dataset, harm: Callable[[Path, Path], object], tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("harm", HARMS)
+def test_what_was_kept_is_made_again_with_the_same_bits(model: Tiny, data: Dataset, harm: str, tmp_path: Path) -> None:
     """A run that goes on after a kill has none, a part, or one of another time of what it had kept."""
-    settings = trunk_config(BLOCKS, kill_revive=LAST_ONLY, total_steps=STEPS, keeps_outputs=True)
-    finals = []
+    run = trunk_config(BLOCKS, kill_revive=LAST_ONLY, total_steps=STEPS, keeps_outputs=True)
     with serving(model.base) as server:
-        for name in ("whole", "harmed"):
-            cache = tmp_path / name
-            for steps in (range(STEPS // 2), range(STEPS // 2, STEPS)):
-                with trunk_training(model.bundle, server.url, settings, data, cache) as trainer:
-                    randomize(trainer)
-                    losses = [
-                        trainer.model.forward_backward(trainer.batches.step_batches(step), step=step, grad_scale=1.0)
-                        for step in steps
-                    ]
-                if name == "harmed" and not steps.start:
-                    harm(kept_outputs_path(cache), cache)
-            finals.append(b"".join(found.tobytes() for step in losses for found in step))
-    assert finals[0] == finals[1]
+        whole = losses_in_two_parts(model.bundle, server.url, run, data, tmp_path / "whole")
+        assert losses_in_two_parts(model.bundle, server.url, run, data, tmp_path / "cache", HARMS[harm]) == whole
 
 
 def test_outputs_of_revived_blocks_are_not_used(

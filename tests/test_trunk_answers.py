@@ -22,7 +22,7 @@ from test_trunk_command import BLOCKS as MODEL_BLOCKS
 from test_trunk_command import TRUNK, kill_after, summary
 from tiny import Tiny, TinyFactory
 from training_runs import loss_in_peft
-from trunk_runs import trunk_config, trunk_training
+from trunk_runs import HARMS, losses_in_two_parts, trunk_config, trunk_training
 
 from dlora.edge.adapters.peft import load_adapter
 from dlora.edge.client.datum import Datum
@@ -175,32 +175,13 @@ def test_first_rows_are_run_once_for_each_text(
     assert least < kept < first_rows_bytes(manifest, ANSWERS.acting_on_answers(INVOCATION), 3)
 
 
-@pytest.mark.parametrize(
-    "harm",
-    [
-        lambda kept, cache: kept.unlink(),
-        lambda kept, cache: kept.write_bytes(kept.read_bytes()[:-200]),
-        lambda kept, cache: kept.write_bytes(cache.read_bytes()),
-    ],
-    ids=["none is left", "cut off", "of other blocks"],
-)
+@pytest.mark.parametrize("harm", HARMS)
 def test_keys_and_values_are_made_again_with_the_same_bits(
-    model: Tiny, server: RunningServer, harm: Callable[[Path, Path], object], tmp_path: Path
+    model: Tiny, server: RunningServer, harm: str, tmp_path: Path
 ) -> None:
-    run, finals = answers_config(keeps_outputs=True), []
-    for name in ("whole", "harmed"):
-        cache = tmp_path / name
-        for steps in (range(STEPS // 2), range(STEPS // 2, STEPS)):
-            with trunk_training(model.bundle, server.url, run, MIXED, cache) as trainer:
-                randomize(trainer)
-                losses = [
-                    trainer.model.forward_backward(trainer.batches.step_batches(step), step=step, grad_scale=1.0)
-                    for step in steps
-                ]
-            if name == "harmed" and not steps.start:
-                harm(kept_outputs_path(cache), cache)
-        finals.append(b"".join(found.tobytes() for step in losses for found in step))
-    assert finals[0] == finals[1]
+    run = answers_config(keeps_outputs=True)
+    whole = losses_in_two_parts(model.bundle, server.url, run, MIXED, tmp_path / "whole")
+    assert losses_in_two_parts(model.bundle, server.url, run, MIXED, tmp_path / "cache", HARMS[harm]) == whole
 
 
 def test_bits_do_not_depend_on_room(model: Tiny, server: RunningServer, tmp_path: Path) -> None:

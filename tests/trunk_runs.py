@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from serving import config
+from serving import config, randomize
 
 from dlora.edge.data.examples import Dataset
 from dlora.edge.engine.bundle import Bundle
@@ -16,6 +16,7 @@ from dlora.edge.engine.choose import make_engine
 from dlora.edge.model.block_weights import encoded_width
 from dlora.edge.model.cached_source import CachedSource, texts_of
 from dlora.edge.model.encoding_server import EncodingServer
+from dlora.edge.model.kept_outputs_cache import kept_outputs_path
 from dlora.edge.model.trunk_cache import CacheOwner, TrunkCache
 from dlora.edge.training.resolved import Resolved
 from dlora.edge.training.side import DeviceSide
@@ -24,6 +25,13 @@ from dlora.edge.wire.connecting import ConnectSettings
 from dlora.edge.wire.connection import Connection
 
 ROOM = 1 << 30
+Harm = Callable[[Path, Path], object]
+HARMS: dict[str, Harm] = {
+    "none is left": lambda kept, cache: kept.unlink(),
+    "cut off": lambda kept, cache: kept.write_bytes(kept.read_bytes()[:-200]),
+    "of other blocks": lambda kept, cache: kept.write_bytes(cache.read_bytes()),
+}
+"""What may have become of a file of what was kept, beside the cache of what a server gave."""
 
 
 def trunk_config(blocks: tuple[int, ...], **changes: Any) -> Resolved:
@@ -65,3 +73,19 @@ def trunk_training(
         yield trainer
     finally:
         source.close()
+
+
+def losses_in_two_parts(
+    bundle: Path, url: str, run: Resolved, dataset: Dataset, cache: Path, harm: Harm = lambda kept, cache: None
+) -> bytes:
+    """Of a run's steps, no parameter ever changed; ``harm`` is done to what was kept in the middle of it."""
+    losses, half = [], run.total_steps // 2
+    for steps in (range(half), range(half, run.total_steps)):
+        with trunk_training(bundle, url, run, dataset, cache) as trainer:
+            randomize(trainer)
+            for step in steps:
+                batches = trainer.batches.step_batches(step)
+                losses += trainer.model.forward_backward(batches, step=step, grad_scale=1.0)
+        if not steps.start:
+            harm(kept_outputs_path(cache), cache)
+    return b"".join(found.tobytes() for found in losses)

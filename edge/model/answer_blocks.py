@@ -115,8 +115,9 @@ class AnswerBlocks(TrainedBlocks[AnswerBlock]):
         is_labelled = np.zeros(len(rows), np.bool_)
         is_labelled[batch.label_positions] = True
         seen, mine = rows.only(~acts), rows.only(acts)
-        if first is None or (first.last is None and (is_labelled & ~acts).any()):
-            first = self.run_first(hidden_states[~acts], seen, wants_last=bool((is_labelled & ~acts).any()))
+        wants_last = bool((is_labelled & ~acts).any())
+        if first is None or (first.last is None and wants_last):
+            first = self.run_first(hidden_states[~acts], seen, wants_last=wants_last)
         x, kept, scale = hidden_states[acts], list[Mapping[str, Array]](), scalar(scaling)
         masks = self._masks(mine, seen)
         for block, past in zip(self._blocks if len(mine) else (), first.keys, strict=False):

@@ -42,13 +42,15 @@ def probed_steps(examples_a_step: int, total_steps: int) -> range:
     return after[: total_steps - 1] or range(1)
 
 
-def rate_for_size(kind: KindChoice, size: float, *, halvings: int, on_device: bool) -> float:
+def rate_for_size(kind: KindChoice, size: float, *, halvings: int, on_device: bool, in_passes: bool = False) -> float:
     """The peak learning rate of a run whose best first update has that size.
 
     Args:
         halvings: for its passes.
         on_device: whether the blocks that are trained run on the device, where all their linear modules have an
             adapter.
+        in_passes: whether groups are asked in passes. What these leave out grows with the square of what adapters add,
+            so large sizes count by their root.
     """
     if on_device:
         rate, most = 0.15 * size, 1.6e-2
@@ -56,6 +58,7 @@ def rate_for_size(kind: KindChoice, size: float, *, halvings: int, on_device: bo
         rate, most = 0.025 * math.sqrt(size), 2e-2
     elif kind == "bottleneck":
         rate, most = 0.5 * size, 4.5e-2
+        rate = min(rate, 0.05 * math.sqrt(size)) if in_passes else rate
     else:
         rate, most = size, math.inf
     return min(rate / 2.0**halvings, most)

@@ -120,6 +120,7 @@ class Trainer(AdapterTraining):
             self.config.adapter.kind,
             halvings=halvings(self._dataset, steps=total_steps, examples_a_step=examples_a_step),
             on_device=self.config.device_blocks > 0,
+            in_passes=self.config.passes is not None,
         )
         found = find_rate(loss_after, rate_of, before_try)
         self.adapters.zero_grad()
