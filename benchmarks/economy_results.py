@@ -300,6 +300,12 @@ BARS: Final[dict[str, Bar]] = {
     "second_loss": _loss("dialogue", SECOND, 1.0),
     "second_traffic": _traffic(("dialogue",), SECOND, 92.0),
     "fp16_all_traffic": _traffic((*INTENTS, "dialogue"), FP16_ALL, 88.0),
+    "chat60_loss": Bar(
+        ("chat60",), DEFAULT, f"{TITLE}: mean loss above the baseline's; half its interval", _chat_loss, most=True
+    ),
+    "chat60_traffic": Bar(
+        ("chat60",), DEFAULT, f"{TITLE}: bytes a token, % of the baseline's", _chat_traffic, most=True
+    ),
     **{name: bar for set_name in BARRED_SETS for name, bar in _as_live(set_name).items()},
     "passes_traffic": Bar(
         BARRED_SETS,
@@ -311,12 +317,6 @@ BARS: Final[dict[str, Bar]] = {
     ),
     "passes_worse": Bar(
         BARRED_SETS, PASSES, f"{RECIPES[PASSES].title}: sets on which it is worse than the baseline", _worse, most=True
-    ),
-    "chat60_loss": Bar(
-        ("chat60",), DEFAULT, f"{TITLE}: mean loss above the baseline's; half its interval", _chat_loss, most=True
-    ),
-    "chat60_traffic": Bar(
-        ("chat60",), DEFAULT, f"{TITLE}: bytes a token, % of the baseline's", _chat_traffic, most=True
     ),
 }
 

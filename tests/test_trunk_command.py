@@ -162,7 +162,7 @@ def test_saved_adapter_has_in_peft_the_loss_that_the_device_saw(place: Place, mo
     [
         (("--keep-cache",), "--keep-cache needs --device-blocks"),
         ((*TRUNK, "--kind", "ffa"), "--kind ffa cannot be with --device-blocks 3: it trains LoRA"),
-        ((*TRUNK, "--active-from", "answer"), "--active-from answer cannot be with --device-blocks 3"),
+        ((*TRUNK, "--active-from", "answer"), "--active-from answer: data of the form 'text' have no answers"),
         ((*TRUNK, "--bytes-per-token", 9), "--bytes-per-token cannot be with --device-blocks 3"),
         ((*TRUNK, "--kr-on-kill", "give_to_server"), "--kr-on-kill give_to_server cannot be with"),
         ((*TRUNK, "--kr-on-kill", "bypass"), "a killed unit keeps its effect: leave that out"),
