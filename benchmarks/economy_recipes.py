@@ -120,7 +120,6 @@ RECIPES: Final[dict[str, Recipe]] = {
         )
         for passes in ("2,2", "2,1", "1,1")
     },
-    # At the rate of a user who gives none, as the last three of it.
     ON_DEVICE: Recipe(
         "the last 12 blocks on the device, r 8 on all linears, answer",
         {

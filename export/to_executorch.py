@@ -37,16 +37,8 @@ BOUNDS: Final = {
 }  # fmt: skip
 # All different, so that none is taken for another.
 _EXAMPLE: Final = {
-    "tokens": 7,
-    "rank": 5,
-    "rows": 6,
-    "n": 9,
-    "positions": 11,
-    "labelled": 8,
-    "new": 13,
-    "past": 17,
-    "first": 19,
-}
+    "tokens": 7, "rank": 5, "rows": 6, "n": 9, "positions": 11, "labelled": 8, "new": 13, "past": 17, "first": 19,
+}  # fmt: skip
 _DTYPES: Final = {"fp32": torch.float32, "fp16": torch.float16, "int8": torch.int8, "int64": torch.int64}
 
 

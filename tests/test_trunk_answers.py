@@ -172,7 +172,7 @@ def test_first_rows_are_run_once_for_each_text(
     kept = kept_outputs_path(tmp_path / "True").stat().st_size
     manifest = load_manifest(model.bundle)
     least = 2 * first * keys_width(manifest, 3)
-    assert least < kept < first_rows_bytes(manifest, ANSWERS.acting_on_answers(INVOCATION), 3)
+    assert least < kept < first_rows_bytes(answers_config(), manifest, ANSWERS)
 
 
 @pytest.mark.parametrize("harm", HARMS)

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -69,6 +70,11 @@ class AnswerBlocks(TrainedBlocks[AnswerBlock]):
         self._most_new = min(_MOST_NEW, most_new or _MOST_NEW)
 
     @property
+    def keys_width(self) -> int:
+        """Numbers of one token's keys and values, of all blocks."""
+        return sum(map(math.prod, self.key_shapes))
+
+    @property
     def key_shapes(self) -> list[tuple[int, ...]]:
         """(heads, width) of one token's keys and values, of each block keys and then values."""
         return [shape for block in self._blocks for shape in block.key_shapes]
@@ -112,10 +118,8 @@ class AnswerBlocks(TrainedBlocks[AnswerBlock]):
         self.check_length(int(batch.sequence_lengths.max()))
         trained = lora.keys() if trained is None else trained
         rows, acts = Rows.of(batch.sequence_lengths), acting_rows(batch)
-        is_labelled = np.zeros(len(rows), np.bool_)
-        is_labelled[batch.label_positions] = True
         seen, mine = rows.only(~acts), rows.only(acts)
-        wants_last = bool((is_labelled & ~acts).any())
+        wants_last = not acts[batch.label_positions].all()
         if first is None or (first.last is None and wants_last):
             first = self.run_first(hidden_states[~acts], seen, wants_last=wants_last)
         x, kept, scale = hidden_states[acts], list[Mapping[str, Array]](), scalar(scaling)

@@ -7,7 +7,7 @@ comes out of them is a function of the text. It is kept on the disk, and these b
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -16,11 +16,11 @@ import numpy as np
 from dlora.edge.data.batches import MicroBatch
 from dlora.edge.data.examples import Dataset
 from dlora.protocol.tensors import FloatArray
-from dlora.protocol.wire_codecs import decode_floats, encode_floats
 
 from .blocks import DeviceBlocks
 from .cached_source import texts_of
 from .encoder import batch_of
+from .ends import LongArray
 from .kept_outputs_cache import KeptOutputsCache
 from .source import HiddenStateSource
 from .text_packs import TextPacks
@@ -74,24 +74,15 @@ class KeptOutputs:
         packs, cache = self._keep_for(step, count, lora, scaling)
         texts = batch.texts()
         digests = [self.kept.digest(ids) for ids in texts]
-        found: dict[bytes, FloatArray] = {}
-        for digest, ids in zip(digests, texts, strict=True):
-            if digest in found:
-                continue
-            tensor = cache.get(digest, len(ids))
-            if tensor is not None:
-                found[digest] = decode_floats(tensor)
-                continue
-            index = packs.index_of(digest)
-            assert index is not None  # all texts of the data are in one
-            pack = packs[index]
+
+        def compute(pack: dict[bytes, LongArray]) -> Iterable[FloatArray]:
             whole = batch_of(list(pack.values()))
             lengths = whole.sequence_lengths
             out = self.blocks.forward_lowest(self.source.hidden_states(whole), lengths, lora, scaling, count)
-            for name, hidden_states in zip(pack, np.split(out, np.cumsum(lengths)[:-1]), strict=True):
-                cache.add(name, encode_floats(hidden_states, "fp32"))
-                if name in digests:
-                    found[name] = hidden_states.copy()  # the rest need not be held
+            return np.split(out, np.cumsum(lengths)[:-1])
+
+        wanted = {digest: len(ids) for digest, ids in zip(digests, texts, strict=True)}
+        found = packs.kept_or_computed(wanted, cache, "fp32", compute)
         return np.concatenate([found[digest] for digest in digests])
 
     def _keep_for(

@@ -13,13 +13,14 @@ import msgspec
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.engine import Engine
 from dlora.edge.files import remove_quietly
+from dlora.protocol.choices import DifferenceDtype
 from dlora.protocol.errors import CheckpointError
 
 from .cache_key import CacheKey
 from .ends import LongArray
 from .trunk_cache import CacheOwner, OtherKeyError, TrunkCache, text_digest
 
-KEYS_CODEC: Final = "fp16"
+KEYS_CODEC: Final[DifferenceDtype] = "fp16"
 """How keys and values are kept."""
 
 

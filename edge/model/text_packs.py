@@ -6,15 +6,18 @@ has the same bits whichever step needs it first, and whatever was there before a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
 import numpy as np
 
-from dlora.protocol.tensors import IntArray
+from dlora.protocol.choices import DifferenceDtype
+from dlora.protocol.tensors import FloatArray, IntArray
+from dlora.protocol.wire_codecs import decode_floats, encode_floats
 
 from .encoder import cut_for_encoding
 from .ends import LongArray
+from .trunk_cache import TrunkCache
 
 PACK_TOKENS: Final = 256
 """Of a pack, or more where one text has more. With fewer, weights are read too often; what attention computes between
@@ -57,6 +60,41 @@ class TextPacks:
     def index_of(self, digest: bytes) -> int | None:
         """The pack that a text is in."""
         return self._pack_of.get(digest)
+
+    def kept_or_computed(
+        self,
+        wanted: Mapping[bytes, int],
+        cache: TrunkCache,
+        codec: DifferenceDtype,
+        compute: Callable[[dict[bytes, LongArray]], Iterable[FloatArray]],
+    ) -> dict[bytes, FloatArray]:
+        """Of each wanted text, by digest, what is kept of it, float32 (rows, width), or computed with its whole pack,
+        which is kept then. All are rounded as what is kept.
+
+        Args:
+            wanted: by digest how many rows there are of a text; of one without any nothing is given.
+            compute: of the texts of a pack, in its order. What it raises goes through.
+
+        Raises ``StorageError``.
+        """
+        found: dict[bytes, FloatArray] = {}
+        for digest, rows in wanted.items():
+            if not rows or digest in found:
+                continue
+            tensor = cache.get(digest, rows)
+            if tensor is not None:
+                found[digest] = decode_floats(tensor)
+                continue
+            index = self.index_of(digest)
+            assert index is not None  # no other text is asked for
+            pack = self[index]
+            for name, values in zip(pack, compute(pack), strict=True):
+                if len(values):
+                    tensor = encode_floats(values, codec)
+                    cache.add(name, tensor)
+                    if name in wanted:
+                        found[name] = decode_floats(tensor).copy()  # the rest need not be held
+        return found
 
     def lengths(self, index: int) -> list[int]:
         """Tokens of each text of a pack."""

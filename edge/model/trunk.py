@@ -168,10 +168,10 @@ class TrunkModel:
 
         ``step``: that is trained, where what was kept for it may be taken.
         """
-        blocks, is_training = self._blocks, step is not None
+        blocks = self._blocks
         if isinstance(blocks, AnswerBlocks):
             hidden_states, started = self._source.hidden_states(batch), time.perf_counter()
-            first = self._kept_first.of(batch) if self._kept_first is not None and is_training else None
+            first = None if self._kept_first is None or step is None else self._kept_first.of(batch)
             return *blocks.forward(hidden_states, batch, lora, scaling, trained, first), started
         begin = 0 if self._kept is None or step is None else self._kept.count(step, trained)
         if self._kept is None or step is None or not begin:

@@ -68,8 +68,7 @@ def plan_lines(
         pass_steps = _count(config.basis_pass_steps(len(datasets[0])), "step")
         lines.append(f"first, the server makes A and B from what the base model computes on the data of {pass_steps}")
     if config.device_blocks and config.invocation and total >= 2 * steps:
-        acting = datasets[0].acting_on_answers(config.invocation)
-        needed = _mb(first_rows_bytes(manifest, acting, config.device_blocks) / 1e6)
+        needed = _mb(first_rows_bytes(config, manifest, datasets[0]) / 1e6)
         if config.keeps_outputs:
             how = f"once: its keys and values take {needed} on the disk"
         else:

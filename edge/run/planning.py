@@ -195,8 +195,7 @@ def _traffic(
     dataset, *evaluated = datasets
     of_first = 0.0
     if config.keeps_outputs and config.invocation:
-        acting = dataset.acting_on_answers(config.invocation)
-        of_first = first_rows_bytes(manifest, acting, config.device_blocks) / 1e6
+        of_first = first_rows_bytes(config, manifest, dataset) / 1e6
     if not config.needs_server:
         return 0.0, 0, of_first
     if config.asks_once:

@@ -81,13 +81,13 @@ def cache_bytes(manifest: Manifest, dataset: Dataset, codec: str) -> int:
     return most_bytes(len(dataset), int(dataset.lengths.sum()), encoded_width(manifest), codec)
 
 
-def first_rows_bytes(manifest: Manifest, dataset: Dataset, device_blocks: int) -> int:
-    """The most that keeping keys and values of the rows before answers takes, in so many blocks.
+def first_rows_bytes(config: Resolved, manifest: Manifest, dataset: Dataset) -> int:
+    """The most that keeping keys and values of the rows before answers takes, in the device's blocks.
 
     Raises ``BundleError`` for blocks that give none.
     """
-    rows = sum(min(example.acts_from or 0, len(example.ids)) for example in dataset)
-    return most_bytes(len(dataset), rows, keys_width(manifest, device_blocks), KEYS_CODEC)
+    rows = sum(example.acts_from or 0 for example in dataset.acting_on_answers(config.invocation))
+    return most_bytes(len(dataset), rows, keys_width(manifest, config.device_blocks), KEYS_CODEC)
 
 
 def filling(config: Resolved, manifest: Manifest, texts: Iterable[LongArray]) -> tuple[Traffic, int]:

@@ -248,7 +248,7 @@ def _has_room_to_keep(run: Resolved, manifest: Manifest, dataset: Dataset, evalu
     if run.invocation:
         if run.total_steps * run.examples_a_step < 2 * len(dataset):
             return False
-        size += first_rows_bytes(manifest, dataset.acting_on_answers(run.invocation), run.device_blocks)
+        size += first_rows_bytes(run, manifest, dataset)
     else:
         size += cache_bytes(manifest, dataset, "fp32")
     return size <= run.placement.cache_mb * 1e6

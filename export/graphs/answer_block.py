@@ -27,13 +27,11 @@ from dlora.export.tracing.past import KEYS, PAST_KEYS, PAST_VALUES, VALUES
 from dlora.export.tracing.simplify import cut, outputs_of, simplify
 from dlora.export.tracing.trace import GRAD, X, trace_answers, trace_decode
 
-from .arrays import to_floats
-from .block import LENGTHS, RANKS, block_graphs, block_inputs, reference, traced_graph
+from .block import LENGTHS, RANKS, block_graphs, block_inputs, case_of, reference, traced_graph
 from .block_decode import decode_reference, decode_tests
 from .block_materials import BlockMaterials
 from .golden_case import GoldenCase, GraphWithCases, Materials
 from .graph import TrainingGraph
-from .tolerances import BLOCK_FLOOR, allowed
 
 KINDS: Final = ("answer_block_forward", "answer_block_backward", "first_rows", "last_first_rows")
 FIRSTS: Final = ((0, 0), (4, 2))  # of the sequences that graphs are tried with: how many rows are first ones
@@ -69,12 +67,7 @@ def answer_tests(block: BlockMaterials, graph: TrainingGraph) -> Iterator[Golden
     for lengths, firsts, rank in zip(LENGTHS, FIRSTS, RANKS, strict=True):
         values = answer_inputs(block, lengths, firsts, rank)
         exact, single = (reference(block, values, dtype) for dtype in (torch.float64, torch.float32))
-        given = values | single  # what is kept from the forward pass
-        inputs = {spec.name: given[spec.name].numpy() for spec in graph.inputs}
-        golden, rounded = (
-            to_floats(**{spec.name: found[spec.name] for spec in graph.outputs}) for found in (exact, single)
-        )
-        yield GoldenCase(inputs, golden, allowed(golden, rounded, BLOCK_FLOOR))
+        yield case_of(graph, values, exact, single)
 
 
 def answer_inputs(block: BlockMaterials, lengths: Sequence[int], firsts: Sequence[int], rank: int) -> dict[str, Tensor]:

@@ -157,6 +157,18 @@ def block_tests(block: BlockMaterials, graph: TrainingGraph) -> Iterator[GoldenC
         yield GoldenCase(inputs, golden, allowed(golden, rounded, BLOCK_FLOOR))
 
 
+def case_of(
+    graph: TrainingGraph, values: Mapping[str, Tensor], exact: Mapping[str, Tensor], single: Mapping[str, Tensor]
+) -> GoldenCase:
+    """A graph's inputs, of ``values`` and of what a pass in float32 gave, and the outputs that are right for them."""
+    given = {**values, **single}
+    golden, rounded = (
+        to_floats(**{spec.name: found[spec.name] for spec in graph.outputs}) for found in (exact, single)
+    )
+    inputs = {spec.name: given[spec.name].numpy() for spec in graph.inputs}
+    return GoldenCase(inputs, golden, allowed(golden, rounded, BLOCK_FLOOR))
+
+
 def _of_rows(found: Mapping[str, Tensor], spec: TensorSpec, rows: Tensor) -> Tensor:
     """A value, of which a graph may have the labelled rows only."""
     value = found[spec.name]

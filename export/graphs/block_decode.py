@@ -23,12 +23,10 @@ from dlora.export.tracing.past import KEYS, PAST_KEYS, PAST_MASK, PAST_VALUES, V
 from dlora.export.tracing.simplify import cut, outputs_of, simplify
 from dlora.export.tracing.trace import OUTPUT, X, trace_decode
 
-from .arrays import to_floats
-from .block import RANKS, block_inputs, in_dtype, traced_graph, with_values
+from .block import RANKS, block_inputs, case_of, in_dtype, traced_graph, with_values
 from .block_materials import BlockMaterials
 from .golden_case import GoldenCase, GraphWithCases, Materials
 from .graph import TrainingGraph
-from .tolerances import BLOCK_FLOOR, allowed
 
 KINDS: Final = ("block_decode",)
 DECODED: Final = ((0, 6), (6, 1), (4, 3))  # that graphs are tried with: tokens before, and new ones
@@ -53,11 +51,7 @@ def decode_tests(block: BlockMaterials, graph: TrainingGraph) -> Iterator[Golden
         heads = keys_and_values(block, whole, before, torch.float64)
         values |= {PAST_KEYS: heads[0].float(), PAST_VALUES: heads[1].float()}
         exact, single = (decode_reference(block, values, dtype) for dtype in (torch.float64, torch.float32))
-        inputs = {spec.name: values[spec.name].numpy() for spec in graph.inputs}
-        golden, rounded = (
-            to_floats(**{spec.name: found[spec.name] for spec in graph.outputs}) for found in (exact, single)
-        )
-        yield GoldenCase(inputs, golden, allowed(golden, rounded, BLOCK_FLOOR))
+        yield case_of(graph, values, exact, single)
 
 
 def keys_and_values(

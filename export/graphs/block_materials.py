@@ -57,10 +57,7 @@ class BlockMaterials:
     def context_after(self, before: int, new: int) -> dict[str, Tensor]:
         """Likewise, for ``new`` tokens of one sequence that come after ``before`` others; 0: after one that none sees,
         for no engine takes an empty array."""
-        seen = sees(torch.tensor([before + new]), self.window)[before:]
-        past = seen[:, :before] if before else torch.zeros(new, 1, dtype=torch.bool)
-        masks = {PAST_MASK: _added(past), MASK: _added(seen[:, before:])}
-        return masks | self._of_positions(torch.arange(before, before + new))
+        return self.context_of_answers([before + new], [before])
 
     def context_of_answers(self, lengths: Sequence[int], firsts: Sequence[int]) -> dict[str, Tensor]:
         """Likewise, for the rows of sequences of ``lengths`` that come after the first ones, ``firsts`` of each."""
