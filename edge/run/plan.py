@@ -9,6 +9,7 @@ from dlora.edge.data.batches import steps_an_epoch
 from dlora.edge.data.examples import Dataset
 from dlora.edge.training.expected import (
     EvaluationPlan,
+    begins_with_two_epochs,
     cache_bytes,
     encoding_bytes,
     evaluations_mb,
@@ -67,7 +68,7 @@ def plan_lines(
     if not has_state and config.adapter.basis == "data" and kind_of(config.spec).server_makes_state:
         pass_steps = _count(config.basis_pass_steps(len(datasets[0])), "step")
         lines.append(f"first, the server makes A and B from what the base model computes on the data of {pass_steps}")
-    if config.device_blocks and config.invocation and total >= 2 * steps:
+    if config.device_blocks and config.invocation and begins_with_two_epochs(config, datasets[0]):
         needed = _mb(first_rows_bytes(config, manifest, datasets[0]) / 1e6)
         if config.keeps_outputs:
             how = f"once: its keys and values take {needed} on the disk"

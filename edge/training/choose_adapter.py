@@ -16,9 +16,9 @@ from dlora.protocol.choices import ActiveFrom, KindChoice
 from dlora.protocol.errors import UsageError
 from dlora.protocol.groups import GroupSpec
 from dlora.protocol.manifest import Manifest
-from dlora.protocol.targets import ALL_LINEAR, choose_groups, groups_of, names_selecting, number_ranges, target_names
+from dlora.protocol.targets import choose_groups, groups_of, names_selecting, number_ranges, target_names
 
-from .defaults import DEFAULT_KIND, DEFAULTS, default_alpha, default_rank, default_target_modules, names_leaving_out
+from .defaults import DEFAULT_KIND, DEFAULTS, default_alpha, default_rank, default_target_modules
 from .resolved import ChosenAdapter
 from .selection import parse_blocks, target_modules_of
 
@@ -90,14 +90,13 @@ def _on_device(settings: Adapter, manifest: Manifest, init: LoadedAdapter | None
             f"--blocks: only the blocks on this device can be trained, {number_ranges(here)}, not "
             f"{number_ranges(outside)}; name others, or raise --device-blocks"
         )
-    left_out = manifest.without_activation if active_from == "answer" else ()
     return msgspec.structs.replace(
         settings,
         kind="lora",
         active_from=active_from,
         blocks=number_ranges(blocks),
         target_modules=settings.target_modules
-        or ",".join(names_leaving_out(left_out, (ALL_LINEAR,), manifest, blocks)),
+        or ",".join(default_target_modules("lora", manifest, active_from, blocks)),
     )
 
 
@@ -192,15 +191,10 @@ def _chosen_without_activation(chosen: ChosenAdapter, manifest: Manifest) -> str
 def _left_out_line(chosen: ChosenAdapter, manifest: Manifest, *, on_device: bool) -> str | None:
     """What to say of modules that get no adapters because PEFT does not activate them; None where there are none."""
     names = target_modules_of(chosen.target_modules)
-    if on_device:
-        everything: tuple[str, ...] = (ALL_LINEAR,)
-        blocks = parse_blocks(chosen.blocks, manifest)
-        usual = names_leaving_out(manifest.without_activation, everything, manifest, blocks)
-    else:
-        everything = default_target_modules(chosen.kind, manifest, "start")
-        usual = default_target_modules(chosen.kind, manifest, "answer")
-    if names != usual:
+    here = parse_blocks(chosen.blocks, manifest) if on_device else ()
+    if names != default_target_modules(chosen.kind, manifest, "answer", here):
         return None
+    everything = default_target_modules(chosen.kind, manifest, "start", here)
     modules = _modules(manifest, names, chosen.blocks)
     everywhere = _modules(manifest, everything, chosen.blocks)
     left_out = everywhere - modules

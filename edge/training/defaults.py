@@ -82,29 +82,28 @@ def default_alpha(kind: KindChoice, manifest: Manifest, rank: int) -> float:
     return float(rank) if kind == "bottleneck" else manifest.defaults.lora_alpha
 
 
-def default_target_modules(kind: KindChoice, manifest: Manifest, active_from: ActiveFrom) -> tuple[str, ...]:
+def default_target_modules(
+    kind: KindChoice, manifest: Manifest, active_from: ActiveFrom, device_blocks: Collection[int] = ()
+) -> tuple[str, ...]:
     """Names, as ``choose_groups`` reads them.
 
     Left out are groups that are too narrow for a bottleneck (``_is_narrow``), and, of adapters that act on answers,
     modules to which PEFT gives no activated LoRA; where nothing is left then, none of them is left out.
+
+    Args:
+        device_blocks: those that are trained on the device, where all linear modules have LoRA; none: not there.
     """
-    named = DEFAULTS[kind].target_modules
+    named = ALL_LINEAR if device_blocks else DEFAULTS[kind].target_modules
     names = manifest.defaults.target_modules if named is None else (named,)
-    groups = choose_groups(manifest, names)
+    groups = choose_groups(manifest, names, device_blocks)
     left_out = set(manifest.without_activation) if active_from == "answer" else set()
     if DEFAULTS[kind].r is not None:
         left_out.update(target_names(filter(_is_narrow, groups)))
-    return names_leaving_out(left_out, names, manifest)
-
-
-def names_leaving_out(
-    left_out: Collection[str], names: tuple[str, ...], manifest: Manifest, blocks: Collection[int] = ()
-) -> tuple[str, ...]:
-    """Names that select what ``names`` do in these blocks (none: in all) but for the modules ``left_out``; itself where
-    that changes nothing, or leaves nothing."""
-    all_of_them = set(target_names(choose_groups(manifest, names, blocks)))
-    kept = all_of_them.difference(left_out)
-    return names_selecting(manifest, groups_of(manifest, kept), blocks) if kept and kept != all_of_them else names
+    all_of_them = set(target_names(groups))
+    kept = all_of_them - left_out
+    return (
+        names_selecting(manifest, groups_of(manifest, kept), device_blocks) if kept and kept != all_of_them else names
+    )
 
 
 def _is_narrow(group: GroupSpec) -> bool:

@@ -81,6 +81,11 @@ def cache_bytes(manifest: Manifest, dataset: Dataset, codec: str) -> int:
     return most_bytes(len(dataset), int(dataset.lengths.sum()), encoded_width(manifest), codec)
 
 
+def begins_with_two_epochs(config: Resolved, dataset: Dataset) -> bool:
+    """Whether a run takes all its examples twice: what is computed alike each time is worth keeping then."""
+    return config.total_steps * config.examples_a_step >= 2 * len(dataset)
+
+
 def first_rows_bytes(config: Resolved, manifest: Manifest, dataset: Dataset) -> int:
     """The most that keeping keys and values of the rows before answers takes, in the device's blocks.
 

@@ -24,7 +24,7 @@ from dlora.protocol.wire_codecs import Codecs, TensorRole
 
 from .choose_adapter import choose_adapter, choose_where_adapters_act
 from .defaults import DEFAULTS
-from .expected import cache_bytes, first_rows_bytes, total_steps, units_within
+from .expected import begins_with_two_epochs, cache_bytes, first_rows_bytes, total_steps, units_within
 from .resolved import ChosenOptimizer, ChosenServer, Resolved, check_units
 from .selection import parse_units
 
@@ -246,7 +246,7 @@ def _has_room_to_keep(run: Resolved, manifest: Manifest, dataset: Dataset, evalu
     from_server = (dataset, *evaluated) if run.asks_once else ()
     size = sum(cache_bytes(manifest, each, wire) for each in from_server)
     if run.invocation:
-        if run.total_steps * run.examples_a_step < 2 * len(dataset):
+        if not begins_with_two_epochs(run, dataset):
             return False
         size += first_rows_bytes(run, manifest, dataset)
     else:
