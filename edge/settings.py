@@ -243,8 +243,9 @@ class Placement(Section, frozen=True, kw_only=True):
     cache_mb: Annotated[
         Amount | None,
         more(
-            "Disk for what the server gave, and for what blocks here compute alike again and again, in MB, by default "
-            "4000; what does not fit is asked for, or computed, again at each step that needs it."
+            "Disk for what the server gave, for what blocks here compute alike again and again, and, with --passes, "
+            "for what adapters read in the base pass, in MB, by default 4000; what does not fit is asked for, or "
+            "computed, again at each step that needs it."
         ),
     ] = None
     keep_cache: Annotated[
@@ -253,7 +254,7 @@ class Placement(Section, frozen=True, kw_only=True):
     cache_key_file: Annotated[
         SecretPath | None,
         more(
-            "Encrypt the hidden states that are kept, with the key in this file (openssl rand -hex 32). Needs the "
+            "Encrypt what is kept of hidden states, with the key in this file (openssl rand -hex 32). Needs the "
             "extra encryption."
         ),
     ] = None

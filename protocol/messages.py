@@ -15,7 +15,7 @@ from .adapters import AdapterSpec
 from .errors import ErrorCode as ErrorCode
 from .groups import GroupSpec
 from .limits import MAX_WINDOW
-from .passes import MAX_PIECE_GROUPS
+from .passes import MAX_PIECE_GROUPS, READS_DIGEST_BYTES
 from .passes import Passes as Passes
 from .purposes import MAX_TICKET_BYTES as MAX_TICKET_BYTES
 from .purposes import Encode as Encode
@@ -42,6 +42,7 @@ Times = Annotated[tuple[Seconds, ...], msgspec.Meta(max_length=MAX_TIMES)]
 Piece = Annotated[tuple[Index, ...], msgspec.Meta(min_length=1, max_length=MAX_PIECE_GROUPS)]
 """Groups that a message is of; their tensors stand one under the other in one."""
 Window = Annotated[int, msgspec.Meta(ge=1, le=MAX_WINDOW)]
+ReadsDigest = Annotated[bytes, msgspec.Meta(min_length=READS_DIGEST_BYTES, max_length=READS_DIGEST_BYTES)]
 ResumeToken = Annotated[bytes, msgspec.Meta(min_length=RESUME_TOKEN_BYTES, max_length=RESUME_TOKEN_BYTES)]
 
 
@@ -223,6 +224,8 @@ class Embeddings(ExchangeMessage, frozen=True):
         token_ids: int32 (tokens,), which C looks up; only where the device's user asked for it.
         position: of the first token in the context; only in the mode ``decode``.
         passes: None: each group is asked by itself, live; only in the modes ``train`` and ``evaluate``.
+        kept_reads: as ``reads_digest`` has it, of what E has kept of this micro-batch: what all live groups read in the
+            base pass. E sends what they write at once, and C need not ask where it reads the same. None: nothing.
     """
 
     mode: Mode
@@ -234,6 +237,7 @@ class Embeddings(ExchangeMessage, frozen=True):
     token_ids: WireTensor | None = None
     position: Index | None = None
     passes: Passes | None = None
+    kept_reads: ReadsDigest | None = None
 
     @property
     def tokens(self) -> int:
@@ -262,7 +266,8 @@ class GroupInput(ExchangeMessage, frozen=True):
 
 class GroupDelta(ExchangeMessage, frozen=True):
     """E answers with what the adapters of these groups give, (groups · rows, output_width) each; for LoRA one delta a
-    target module. In passes, from the second one on, differences likewise."""
+    target module. In passes, from the second one on, differences likewise; in the first one E may not have waited to be
+    asked, where ``Embeddings`` has ``kept_reads``."""
 
     groups: Piece
     deltas: tuple[WireTensor, ...]

@@ -74,11 +74,14 @@ class MicroBatchRules:
         lengths: of its sequences, in the mode ``encode``.
         exchanges: whether groups take part.
         passes: None where groups are asked live.
+        sends_early: whether E sends what all groups write in the first wave before it is asked.
+        early: of how many it has.
         asked, answered: of how many groups C has sent what they read, and E what they write, in all waves together.
         gradients: of how many groups gradients will be sent, in all backward passes together; still_to_come: of them.
         backward_pass: that is under way; grads_sent: the groups that have had theirs in it.
         unanswered: groups whose input gradient C waits for.
-        goes_on: whether the last message was a further piece of a pass, which C sends without waiting for E.
+        goes_on: whether the last message was sent without waiting for the other side: a further piece of a pass, or
+            what E sends early.
     """
 
     def __init__(self, begun: m.Embeddings, shapes: Shapes) -> None:
@@ -93,6 +96,8 @@ class MicroBatchRules:
         self.lengths = tuple(begun.sequence_lengths.data.tolist()) if begun.mode == "encode" else ()
         self.exchanges = does_exchange(begun)
         self.passes = begun.passes
+        self.sends_early = begun.kept_reads is not None
+        self.early = 0
         self.asked = 0
         self.answered = 0
         self.gradients = 0
@@ -111,6 +116,8 @@ class MicroBatchRules:
         allowed_sender, next_state = TRANSITIONS[self.state].get(type(message), (None, self.state))
         if allowed_sender is not sender or (self.mode == "encode") is not isinstance(message, m.EncodedHiddenStates):
             raise ViolationError("not now")
+        if sender is Side.CLOUD and self.sends_early and self.early < len(groups.live):
+            raise ViolationError(f"only {self.early} of {len(groups.live)} groups have written early")
         goes_on = False
         match message:
             case m.EncodedHiddenStates():
@@ -118,7 +125,7 @@ class MicroBatchRules:
             case m.GroupInput():
                 goes_on = self._check_input(message, groups)
             case m.GroupDelta():
-                self._check_delta(message, groups)
+                goes_on = self._check_delta(message, groups)
             case m.LabelledHiddenStates():
                 self._check_labelled(message, groups)
                 next_state = State.LOSS if message.gradients or self.mode == "basis" else State.IDLE
@@ -138,8 +145,10 @@ class MicroBatchRules:
         """Whether it goes on with a wave."""
         if unknown := set(message.groups) - set(groups.live):
             raise ViolationError(f"group {min(unknown)} does not exist, or belongs to a killed unit")
-        begins, number, wave = self._wave_after(self.asked, groups)
-        if self.answered < begins:
+        asks_first = message.groups[0] == groups.live[0]  # whom no later wave asks
+        asked, answered = (self.asked, self.answered) if asks_first else self._with_early()
+        begins, number, wave = self._wave_after(asked, groups)
+        if answered < begins:
             raise ViolationError(f"group {message.groups[0]} before the groups that were asked have written")
         if message.groups != wave[: len(message.groups)]:
             raise ViolationError(
@@ -147,10 +156,18 @@ class MicroBatchRules:
             )
         role = TensorRole.DIFFERENCE if number else TensorRole.GROUP_INPUT
         self._check_inputs(message.hidden_states, message.groups, role)
-        self.asked += len(message.groups)
-        return self.asked - len(message.groups) > begins
+        self.asked, self.answered = asked + len(message.groups), answered
+        return asked > begins
 
-    def _check_delta(self, message: m.GroupDelta, groups: GroupStates) -> None:
+    def _check_delta(self, message: m.GroupDelta, groups: GroupStates) -> bool:
+        """Whether E has not waited to be asked."""
+        if self.sends_early and self.early < len(groups.live):
+            wanted = groups.live[self.early :]
+            if message.groups != wanted[: len(message.groups)]:
+                raise ViolationError(f"group {message.groups[0]} early, when group {wanted[0]} comes next")
+            self._check_outputs(message.deltas, message.groups, TensorRole.DELTA)
+            self.early += len(message.groups)
+            return True
         _, number, wave = self._wave_after(self.answered, groups)
         awaited = wave[: self.asked - self.answered]
         if message.groups != awaited[: len(message.groups)]:
@@ -158,6 +175,13 @@ class MicroBatchRules:
             raise ViolationError(f"group {message.groups[0]} when {text}")
         self._check_outputs(message.deltas, message.groups, TensorRole.DIFFERENCE if number else TensorRole.DELTA)
         self.answered += len(message.groups)
+        return False
+
+    def _with_early(self) -> tuple[int, int]:
+        """``asked`` and ``answered`` where C goes on, with what E has sent early, unless C has asked for that again."""
+        if self.sends_early and not self.asked:
+            return self.early, self.early
+        return self.asked, self.answered
 
     def _wave_after(self, done: int, groups: GroupStates) -> tuple[int, int, tuple[int, ...]]:
         """The wave in which so many groups end: how many come before it, which pass it is, and what is left of it."""
@@ -171,8 +195,9 @@ class MicroBatchRules:
     def _check_labelled(self, message: m.LabelledHiddenStates, groups: GroupStates) -> None:
         live, active, _ = groups
         total = sum(map(len, forward_waves(live, self.passes)))
-        if self.answered < total:
-            raise ViolationError(f"only {self.answered} of {total} groups have written")
+        _, answered = self._with_early()
+        if answered < total:
+            raise ViolationError(f"only {answered} of {total} groups have written")
         width = self._shapes.encoded_width or self._shapes.welcome.hidden_size
         self._shapes.check(message.hidden_states, TensorRole.LAST_HIDDEN_STATES, (self.labelled, width))
         most = len(live) * (self.passes.backward if self.passes else 1) if self.trains else 0
@@ -309,6 +334,10 @@ def check_embeddings(message: m.Embeddings, shapes: Shapes) -> None:
         _check_positions(message.crossing_positions, tokens, "crossing positions")
     if message.examples is not None:
         message.examples.check("int32", (lengths.size,))
+    # In fp16 all of a message have one exponent: what was read in other company is stored otherwise.
+    may_be_kept = message.passes is not None and message.mode == "train" and shapes.codecs.group_input != "fp16"
+    if message.kept_reads is not None and not may_be_kept:
+        raise ViolationError("kept reads that are not of training in passes, or are stored in fp16")
     if message.passes is not None and message.mode not in ("train", "evaluate"):
         raise ViolationError(f"passes in the mode {message.mode}")
     if (message.mode == "decode") is (message.position is None) or (message.mode == "decode" and lengths.size > 1):

@@ -8,18 +8,24 @@ over the same graph.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import hashlib
+from collections.abc import Collection, Iterable, Sequence
 from typing import Annotated, Final
 
 import msgspec
+import numpy as np
 
 from .adapters import Crossing
+from .tensors import WireTensor
 
 MAX_PASSES: Final = 4
 PIECE_BYTES: Final = 1 << 20
 """What is sent of several groups goes in pieces of about so much: a frame has a limit, and while one is on its way the
 next is computed."""
 MAX_PIECE_GROUPS: Final = 32  # whose numbers fit into a header of one block
+MOST_PIECES: Final = 3
+"""That are sent before an answer is waited for: a websocket takes so many frames in while nobody reads them."""
+READS_DIGEST_BYTES: Final = 16
 
 PassCount = Annotated[int, msgspec.Meta(ge=1, le=MAX_PASSES)]
 Waves = list[tuple[int, ...]]
@@ -79,3 +85,17 @@ def pieces(groups: Sequence[int], crossings: Sequence[Crossing], rows: int) -> W
         else:
             found.append((group,))
     return found
+
+
+def may_send_early(crossings: Sequence[Crossing], rows: int) -> bool:
+    """Whether what all groups write fits into what a device may send before the server reads any of it."""
+    return len(pieces(range(len(crossings)), crossings, rows)) <= MOST_PIECES
+
+
+def reads_digest(read: Iterable[WireTensor]) -> bytes:
+    """BLAKE2b, of 16 bytes, of what groups read in the base pass: of their tensors as they are stored, in execution
+    order, however they are cut into pieces."""
+    digest = hashlib.blake2b(digest_size=READS_DIGEST_BYTES)
+    for tensor in read:
+        digest.update(np.ascontiguousarray(tensor.data).data)
+    return digest.digest()

@@ -82,7 +82,6 @@ class Session:
         self._repeats = 0  # frames in a row that came before
         self._last_of_handshake = 0  # checksum of the peer's last: what the link does not number may come twice, too
         self._sent_since_received = False
-        self._goes_on = False  # the last message was sent without waiting for us
         self._unanswered_reports: list[int] = []
         self._states_set_up = 0  # groups whose adapter state has been said
         self._shapes: Shapes | None = None
@@ -170,7 +169,7 @@ class Session:
             # Before anything changes: a refused message leaves the session as it was.
             if not all(is_finite(tensor) for tensor in tensors_of(message)):
                 raise ViolationError("NaN or infinity", m.ErrorCode.NON_FINITE)
-            self._advance(message, C if self.side is E else E)
+            goes_on = self._advance(message, C if self.side is E else E)
         except ViolationError as error:
             text = f"{type(message).__name__} in {self.state.name}: {error}"
             raise RemoteProtocolError(text, error.code) from None
@@ -180,7 +179,7 @@ class Session:
             self._last_of_handshake = prefix.checksum
         self._repeats = 0
         self.bytes_received += len(frame)
-        if not self._goes_on:
+        if not goes_on:
             self.round_trips += self._sent_since_received
             self._sent_since_received = False
         return message
@@ -202,19 +201,18 @@ class Session:
 
     # -- the rules ---------------------------------------------------------------------------------------
 
-    def _advance(self, message: AnyMessage, sender: Side) -> None:
-        self._goes_on = False
+    def _advance(self, message: AnyMessage, sender: Side) -> bool:
+        """Whether it was sent without waiting for the other side."""
         if self._state is State.CLOSED:
             raise ViolationError("the conversation is over")
         if isinstance(message, m.Error):
             self._before_error, self._state = self._state, State.CLOSED
-            return
+            return False
         if isinstance(message, m.Signal):
             self._take_signal(message, sender)
-            return
+            return False
         if isinstance(message, m.ExchangeMessage) and self._state in _WITH_MICRO_BATCHES:
-            self._advance_micro_batch(message, sender)
-            return
+            return self._advance_micro_batch(message, sender)
         allowed_sender, next_state = TRANSITIONS[self._state].get(type(message), (None, self._state))
         if allowed_sender is not sender:
             raise ViolationError("not now")
@@ -239,6 +237,7 @@ class Session:
             case _:
                 pass
         self._state = next_state
+        return False
 
     # -- opening -----------------------------------------------------------------------------------------
 
@@ -343,11 +342,11 @@ class Session:
 
     # -- micro-batches -----------------------------------------------------------------------------------
 
-    def _advance_micro_batch(self, message: m.ExchangeMessage, sender: Side) -> None:
+    def _advance_micro_batch(self, message: m.ExchangeMessage, sender: Side) -> bool:
         key = (message.step, message.micro_batch)
         if isinstance(message, m.Embeddings):
             self._begin_micro_batch(message, key, sender)
-            return
+            return False
         micro_batch = self.under_way.get(key)
         if micro_batch is None:
             raise ViolationError("not a micro-batch that is under way" if self.under_way else "not now")
@@ -355,11 +354,11 @@ class Session:
             # C answers a report before anything that E sent after it: else the units would not be those of this step.
             raise ViolationError(f"the report of step {self._unanswered_reports[0]} has no signal yet")
         micro_batch.advance(message, sender, self.units.group_states if micro_batch.exchanges else GroupStates())
-        self._goes_on = micro_batch.goes_on
         if micro_batch.state is State.IDLE:
             del self.under_way[key]
             if micro_batch.mode == "decode":
                 self.cached_tokens = micro_batch.position + micro_batch.tokens
+        return micro_batch.goes_on
 
     def _begin_micro_batch(self, message: m.Embeddings, key: Key, sender: Side) -> None:
         assert self._shapes is not None

@@ -63,6 +63,7 @@ def micro_batch_traffic(
     rows: int | None = None,
     send: Send = "embeddings",
     passes: Passes | None = None,
+    reads_kept: bool = False,
 ) -> Traffic:
     """The traffic of one micro-batch.
 
@@ -75,6 +76,7 @@ def micro_batch_traffic(
         is_basis: whether it is of the mode ``basis``: no group exchanges, and the loss's gradient goes back.
         rows: tokens that cross at each group; None: all, and E sends no positions.
         passes: None where each group is asked by itself.
+        reads_kept: in passes, whether E has kept what groups read in the base pass, and C reads the same.
         send: what E begins with.
     """
 
@@ -86,7 +88,7 @@ def micro_batch_traffic(
     rows = tokens if rows is None else rows
     down = frame_bytes(1, [nbytes(TensorRole.LAST_HIDDEN_STATES, labelled, hidden_size)])
     if passes is not None:
-        exchanged = _passes_traffic(crossings, passes, live, with_grads, answered, rows, codecs)
+        exchanged = _passes_traffic(crossings, passes, live, with_grads, answered, rows, codecs, reads_kept=reads_kept)
         up, down, round_trips = up + exchanged.bytes_up, down + exchanged.bytes_down, exchanged.round_trips
     else:
         for index in live:
@@ -112,6 +114,8 @@ def _passes_traffic(
     reading: Collection[int],
     rows: int,
     codecs: Codecs,
+    *,
+    reads_kept: bool,
 ) -> Traffic:
     """Of all that groups exchange."""
     up = down = 0
@@ -124,7 +128,8 @@ def _passes_traffic(
     for number, wave in enumerate(forward):
         for piece in pieces(wave, crossings, rows):
             crossing = crossings[piece[0]]
-            down += nbytes(piece, TensorRole.GROUP_INPUT, number, [crossing.input_width])
+            if number or not reads_kept:
+                down += nbytes(piece, TensorRole.GROUP_INPUT, number, [crossing.input_width])
             up += nbytes(piece, TensorRole.DELTA, number, crossing.output_widths)
     backward = backward_waves(list(live), trained, reading, passes) if trained else []
     for number, groups in enumerate(backward):
@@ -135,7 +140,7 @@ def _passes_traffic(
                 down += nbytes(piece, TensorRole.DELTA_GRAD, number, crossing.output_widths)
                 if chosen is answered:
                     up += nbytes(piece, TensorRole.INPUT_GRAD, number, [crossing.input_width])
-    return Traffic(up, down, 1 + len(forward) + len(backward))
+    return Traffic(up, down, 1 + len(forward) + len(backward) - (reads_kept and bool(forward)))
 
 
 def adapter_state_traffic(state_nbytes: Sequence[Sequence[int]], *, made: bool) -> Traffic:

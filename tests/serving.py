@@ -21,6 +21,7 @@ from dlora.cloud.serving.server import CloudServer, ServerSettings
 from dlora.edge.data.examples import Dataset
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.onnx_engine import OnnxEngine
+from dlora.edge.model.kept_reads import KeptReads
 from dlora.edge.model.opening import Opening, open_to_generate
 from dlora.edge.settings import Training
 from dlora.edge.training.resolved import ChosenAdapter, ChosenOptimizer, ChosenServer, Resolved
@@ -162,6 +163,7 @@ def training(
     run: Resolved,
     dataset: Dataset,
     connecting: ConnectSettings | None = None,
+    kept_reads: KeptReads | None = None,
     **settings: Any,
 ) -> Iterator[Trainer]:
     """A device's trainer, connected; by default it gives up on the first failure."""
@@ -171,7 +173,7 @@ def training(
             run, server=msgspec.structs.replace(run.server, window=str(settings.pop("window")))
         )
     with Connection(url, connecting) as connection:
-        make_side = partial(ServerSide, connection=connection)
+        make_side = partial(ServerSide, connection=connection, kept_reads=kept_reads)
         yield Trainer(opened, OnnxEngine(opened, 1), make_side, run, dataset, **settings)
 
 

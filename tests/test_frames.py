@@ -92,6 +92,10 @@ EXAMPLES: dict[str, m.AnyMessage] = {
         **_FIRST, mode="train", hidden_states=floats(3, 6, dtype="int8"), sequence_lengths=ints([3]),
         label_positions=ints([2]), passes=m.Passes(2, 1),
     ),
+    "embeddings_of_kept_reads": m.Embeddings(
+        **_FIRST, mode="train", hidden_states=floats(3, 6, dtype="int8"), sequence_lengths=ints([3]),
+        label_positions=ints([2]), passes=m.Passes(2, 2), kept_reads=bytes(range(16)),
+    ),
     "embeddings_basis_of_token_ids": m.Embeddings(
         step=0, micro_batch=1, mode="basis", hidden_states=None, sequence_lengths=ints([3]), label_positions=ints([1]),
         crossing_positions=ints([]), token_ids=ints([7, 300, 49151]),

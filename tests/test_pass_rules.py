@@ -14,6 +14,7 @@ from dlora.protocol import messages as m
 from dlora.protocol.adapters import AdapterSpec, Crossing
 from dlora.protocol.passes import MAX_PIECE_GROUPS, PIECE_BYTES, Passes, backward_waves, forward_waves, pieces
 from dlora.protocol.states import Side, State
+from dlora.protocol.wire_codecs import Codecs
 
 E = Side.EDGE
 RANK = 2
@@ -171,3 +172,67 @@ def test_a_later_pass_goes_on_with_what_the_one_before_had() -> None:
     without = [gradients(0, 2, 1, answer=True), gradients(0, 0), answers(2, 1), gradients(1, 1, answer=True)]
     pair = Pair([*start, *without, gradients(1, 0), answers(1)])
     w.refused_by_both(pair, gradients(2, 2), "group 2, which had none in the pass before")
+
+
+KEPT = c.embeddings(passes=Passes(2, 2), kept_reads=bytes(16))
+EARLY = [KEPT, writes(0, 1), writes(2)]
+
+
+def test_what_comes_early_saves_a_round_trip_where_c_goes_on() -> None:
+    pair = Pair(opening())
+    before = pair.sides[E].round_trips
+    w.say_all(pair, [*EARLY, reads(1, 2), writes(1, 2), *LOSS[-2:], *FIRST_BACKWARD, *LAST_BACKWARD])
+    assert {session.state for session in pair.sides.values()} == {State.IDLE}
+    assert pair.sides[E].round_trips - before == 4
+
+
+def test_what_comes_early_is_forgotten_where_c_asks_all_the_same() -> None:
+    pair = Pair(opening())
+    before = pair.sides[E].round_trips
+    w.say_all(pair, [*EARLY, *LOSS[1:], *FIRST_BACKWARD, *LAST_BACKWARD])
+    assert {session.state for session in pair.sides.values()} == {State.IDLE}
+    assert pair.sides[E].round_trips - before == 5
+
+
+def test_with_one_pass_c_goes_on_with_hidden_states() -> None:
+    early = [c.embeddings(passes=Passes(1, 1), kept_reads=bytes(16)), *EARLY[1:]]
+    pair = Pair([*opening(), *early])
+    w.say_all(pair, [c.labelled(gradients=3), c.grad_hidden_states(), gradients(0, 2, 1, 0)])
+    assert pair.sides[E].state is State.IDLE
+
+
+@pytest.mark.parametrize(
+    ("said", "message", "text"),
+    [
+        ([KEPT], reads(0, 1, 2), "only 0 of 3 groups have written early"),
+        (EARLY[:2], reads(1, 2), "only 2 of 3 groups have written early"),
+        (EARLY[:2], c.labelled(gradients=5), "only 2 of 3 groups have written early"),
+        ([KEPT], writes(1), "group 1 early, when group 0 comes next"),
+        (EARLY[:2], writes(1, 2), "group 1 early, when group 2 comes next"),
+        (EARLY, writes(0), "when none was asked"),
+        (EARLY, reads(2), "group 2 out of turn"),
+        (EARLY, c.labelled(gradients=5), "only 3 of 5 groups"),
+        ([*EARLY, reads(0, 1, 2)], writes(1), "when group 0 was asked"),
+        ([*EARLY, reads(0, 1, 2)], c.labelled(gradients=5), "only 0 of 5 groups"),
+        ([*EARLY, reads(0, 1, 2)], reads(1, 2), "before the groups that were asked have written"),
+        ([*EARLY, reads(1, 2), writes(1, 2)], reads(0), "group 0 out of turn"),
+    ],
+)
+def test_what_is_out_of_order_with_kept_reads_is_refused(
+    said: list[m.AnyMessage], message: m.AnyMessage, text: str
+) -> None:
+    w.refused_by_both(Pair([*opening(), *said]), message, text)
+
+
+@pytest.mark.parametrize(
+    ("codecs", "more"),
+    [
+        ("fp32", {}),
+        ("fp32", {"passes": Passes(1, 1), "mode": "evaluate"}),
+        ("fp32,group_input=fp16", {"passes": Passes(1, 1)}),
+    ],
+)
+def test_kept_reads_are_of_training_in_passes_row_by_row(codecs: str, more: dict[str, Any]) -> None:
+    way = c.opening(adapter=BOTTLENECK, codecs=Codecs.parse(codecs))
+    states = opening()[len(way) :]
+    w.refused_by_both(Pair([*way, *states]), c.embeddings(kept_reads=bytes(16), **more), "kept reads that are not of")

@@ -15,9 +15,11 @@ from test_kind_commands import place as place_of_answers
 from test_resume import KILLING, SAVE_EVERY, Place, assert_same_run, wait_for_lines
 
 from dlora.edge.adapters.about import about_adapter
+from dlora.edge.run.directory import KEPT_READS
 from dlora.protocol.adapter_record import TrainingRecord
 
 place = place_of_answers
+EPOCH = 4  # steps
 WAYS = {"default": BOTTLENECK, "kill and revive": (*BOTTLENECK, *KILLING), "lora": ("--kind", "lora")}
 
 
@@ -39,11 +41,56 @@ def training_of(out: Path) -> TrainingRecord:
     return training
 
 
+def round_trips(out: Path) -> list[int]:
+    return [json.loads(line)["round_trips"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_a_step_takes_five_round_trips(wholes: dict[str, Path], way: str) -> None:
     for line in (wholes[way] / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
-        assert row["round_trips"] == 5 if row["live_units"] > 1 else 3
+        wanted = {5} if row["live_units"] > 1 else {3}
+        if way == "default" and row["step"] >= EPOCH:
+            wanted.add(4)  # what groups read first is kept
+        assert row["round_trips"] in wanted
+
+
+def test_from_the_second_epoch_on_it_takes_four_and_no_bit_depends_on_what_is_kept(
+    place: Place, wholes: dict[str, Path], tmp_path: Path
+) -> None:
+    options = (*BOTTLENECK, "--passes", "2,2", "--eval", place.data)
+    done = run_edge(*place.train(tmp_path / "nothing", *options, "--cache-mb", 0))
+    assert done.code == 0, done.stderr
+    assert "what adapters read in the base pass is not kept: --cache-mb has no room for " in done.stderr
+    assert set(round_trips(tmp_path / "nothing")) == {5}
+    assert_same_run(tmp_path / "nothing", wholes["default"])
+    assert 4 in round_trips(wholes["default"])
+    assert not (wholes["default"] / KEPT_READS).exists()
+
+
+def test_what_is_kept_is_encrypted_with_the_key_and_survives_a_kill(
+    place: Place, wholes: dict[str, Path], tmp_path: Path
+) -> None:
+    out, key, other = tmp_path / "out", tmp_path / "key", tmp_path / "other"
+    key.write_text("ab" * 32)
+    other.write_text("cd" * 32)
+    options = (*BOTTLENECK, "--passes", "2,2", "--eval", place.data, "--cache-key-file", key)
+    run = start_edge(*place.train(out, *options))
+    wait_for_lines(out / "metrics.jsonl", SAVE_EVERY + 3)
+    run.send_signal(signal.SIGKILL)
+    finish(run)
+    kept = (out / KEPT_READS).read_bytes()
+    assert_fails(run_edge("resume", out, "--cache-key-file", other), 10, "is encrypted with another key")
+    assert (out / KEPT_READS).read_bytes() == kept
+    done = run_edge("resume", out)
+    assert done.code == 0, done.stderr
+    assert 4 in round_trips(out)
+    assert_same_run(out, wholes["default"])
+
+
+def test_nothing_is_kept_of_a_run_in_live(place: Place, tmp_path: Path) -> None:
+    done = run_edge(*place.train(tmp_path, *BOTTLENECK, "--cache-mb", 10))
+    assert_fails(done, 2, "--cache-mb needs --device-blocks, or --passes 2,2, with which something is kept here")
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -58,6 +58,7 @@ class ServerMicroBatch:
         self._mode = begun.mode
         self._position = begun.position or 0
         self._passes = begun.passes
+        self._kept_reads = begun.kept_reads
         self._group_states = group_states if does_exchange(begun) else GroupStates()
         self._lengths: list[int] = begun.sequence_lengths.data.tolist()
         self._labelled = self._rows_of(begun.label_positions)
@@ -155,7 +156,9 @@ class ServerMicroBatch:
             trains=self._mode == "train",
         )
         widths = crossings(model.adapter, model.groups)
-        groups_device = PassDevice(device, self.codecs, widths, self._crossing_rows, base.dtype, base.device)
+        groups_device = PassDevice(
+            device, self.codecs, widths, self._crossing_rows, base.dtype, base.device, kept_reads=self._kept_reads
+        )
         hidden = exchange.forward(groups_device, base_runner.reads, run)
         labelled = hidden.reshape(-1, hidden.shape[-1]).index_select(0, labels)
         wanted = exchange.wanted

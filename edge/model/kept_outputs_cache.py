@@ -12,13 +12,11 @@ import msgspec
 
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.engine import Engine
-from dlora.edge.files import remove_quietly
 from dlora.protocol.choices import DifferenceDtype
-from dlora.protocol.errors import CheckpointError
 
 from .cache_key import CacheKey
 from .ends import LongArray
-from .trunk_cache import CacheOwner, OtherKeyError, TrunkCache, text_digest
+from .trunk_cache import CacheOwner, TrunkCache, open_or_renew, text_digest
 
 KEYS_CODEC: Final[DifferenceDtype] = "fp16"
 """How keys and values are kept."""
@@ -75,13 +73,7 @@ class KeptOutputsCache:
 
     def _opened(self, owner: CacheOwner) -> TrunkCache:
         self.close()
-        try:
-            self._open = TrunkCache(self._path, owner, limit=self._room(), key=self._key)
-        except OtherKeyError:
-            raise
-        except CheckpointError:  # of other blocks, or damaged
-            remove_quietly(self._path)
-            self._open = TrunkCache(self._path, owner, limit=self._room(), key=self._key)
+        self._open = open_or_renew(self._path, owner, limit=self._room(), key=self._key)
         return self._open
 
     def close(self) -> None:

@@ -19,10 +19,12 @@ from dlora.edge.wire.spans import COMPUTE
 from dlora.protocol import messages as m
 from dlora.protocol.errors import RemoteProtocolError
 from dlora.protocol.micro_batch import Key
+from dlora.protocol.passes import reads_digest
 from dlora.protocol.tensors import FloatArray, WireTensor
 from dlora.protocol.wire_codecs import Codecs, TensorRole, decode_floats
 
 from .ends import Embedding, Head, LossGradient
+from .kept_reads import Early, KeptReads, Stored
 from .passes import DevicePasses
 
 
@@ -33,6 +35,7 @@ class DeviceParts:
     Attributes:
         connection: to the server, with what keeps the truth of each micro-batch, and when what happened.
         sends_token_ids: whether the server looks tokens up, and not the device.
+        kept_reads: what is kept of what groups read in the base pass, in training in passes; None: nothing.
         head_seconds: spent in embedding and head so far.
     """
 
@@ -42,6 +45,7 @@ class DeviceParts:
     adapters: AdapterSet
     compute: AdapterCompute
     sends_token_ids: bool = False
+    kept_reads: KeptReads | None = None
     head_seconds: float = 0.0
 
     def add_head(self, what: str, started: float) -> None:
@@ -83,14 +87,19 @@ class DeviceMicroBatch:
     _saved: dict[int, Saved] = field(init=False, default_factory=dict)
     _to_come: int = field(init=False, default=0)
     _passes: DevicePasses | None = field(init=False, default=None)
+    _kept_reads: KeptReads | None = field(init=False, default=None)  # as long as what they are is to be learnt
+    _has_sent_early: bool = field(init=False, default=False)
+    _read: dict[int, Stored] = field(init=False, default_factory=dict)  # in the first wave, to be kept
 
     def __post_init__(self) -> None:
         if self.passes is not None:
-            self._passes = DevicePasses(self.parts.compute, self.codecs, trains=self.mode == "train")
+            self._passes = self._new_passes()
+            self._kept_reads = self.parts.kept_reads if self.mode == "train" else None
 
     def begin(self) -> None:
-        """Send the embeddings, or the tokens."""
+        """Send the embeddings, or the tokens; and what groups write for what they are known to read."""
         parts, batch = self.parts, self.batch
+        early: Early = [] if self._kept_reads is None else self._kept_reads.find(batch)
         started = time.perf_counter()
         hidden_states = None
         if not parts.sends_token_ids:
@@ -110,14 +119,22 @@ class DeviceMicroBatch:
                 token_ids=WireTensor.from_ints(batch.ids) if parts.sends_token_ids else None,
                 position=self.position,
                 passes=self.passes,
+                kept_reads=reads_digest(read for _, read in early) if early else None,
             )
         )
+        self._has_sent_early = bool(early)
+        for groups, read in early:
+            self._write(groups, read)
         if parts.connection.recorder is not None:
             parts.connection.recorder.add_micro_batch(self.mode, batch)
 
     def handle(self, message: m.ExchangeMessage) -> None:
         """Answer the server's next message of this micro-batch."""
+        if self._has_sent_early:
+            self._hear_of_early(is_refused=isinstance(message, m.GroupInput) and message.groups[0] == 0)
         match message:
+            case m.GroupInput() if self._passes is not None:
+                self._answer_pass(message)
             case m.GroupInput():
                 self._answer_input(message)
             case m.LabelledHiddenStates():
@@ -128,18 +145,42 @@ class DeviceMicroBatch:
                 raise RemoteProtocolError(f"{type(message).__name__} of a micro-batch from the server")
 
     def _answer_input(self, message: m.GroupInput) -> None:
-        if self._passes is not None:
-            deltas = self._passes.write(message.groups, message.hidden_states)
+        (group,) = message.groups
+        outputs, saved = self.parts.compute.forward(group, message.hidden_states)
+        if self.mode == "train":
+            self._saved[group] = saved
+        self._send_deltas(message.groups, tuple(self._to_wire(output, TensorRole.DELTA) for output in outputs))
+
+    def _answer_pass(self, message: m.GroupInput) -> None:
+        self._write(message.groups, message.hidden_states)
+        if self._kept_reads is not None:
+            read = message.hidden_states.data
+            self._read |= zip(message.groups, np.split(read, len(message.groups)), strict=True)
+            if len(self._read) == len(self.parts.adapters.groups):
+                self._kept_reads.keep(self.batch, self._read)
+                self._kept_reads = None
+                self._read.clear()
+
+    def _hear_of_early(self, *, is_refused: bool) -> None:
+        """The server has read the same as what is kept, or something else, which it sends."""
+        kept, self._has_sent_early = self._kept_reads, False
+        assert kept is not None
+        kept.count(is_refused=is_refused)
+        if is_refused:
+            self._passes = self._new_passes()
         else:
-            (group,) = message.groups
-            outputs, saved = self.parts.compute.forward(group, message.hidden_states)
-            if self.mode == "train":
-                self._saved[group] = saved
-            deltas = tuple(self._to_wire(output, TensorRole.DELTA) for output in outputs)
+            self._kept_reads = None
+
+    def _write(self, groups: tuple[int, ...], read: WireTensor) -> None:
+        assert self._passes is not None
+        self._send_deltas(groups, self._passes.write(groups, read))
+
+    def _send_deltas(self, groups: tuple[int, ...], deltas: tuple[WireTensor, ...]) -> None:
         step, micro_batch = self.key
-        self.parts.connection.send(
-            m.GroupDelta(step=step, micro_batch=micro_batch, groups=message.groups, deltas=deltas)
-        )
+        self.parts.connection.send(m.GroupDelta(step=step, micro_batch=micro_batch, groups=groups, deltas=deltas))
+
+    def _new_passes(self) -> DevicePasses:
+        return DevicePasses(self.parts.compute, self.codecs, trains=self.mode == "train")
 
     def _handle_last_hidden_states(self, message: m.LabelledHiddenStates) -> None:
         hidden_states = decode_floats(message.hidden_states)

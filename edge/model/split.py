@@ -26,6 +26,7 @@ from dlora.protocol.tensors import FloatArray
 
 from .decode_parts import check_room, decode_parts, part_of
 from .ends import Embedding, Head, LongArray, LossGradient
+from .kept_reads import KeptReads
 from .micro_batch import DeviceMicroBatch, DeviceParts
 from .session import ModelSession
 
@@ -46,6 +47,7 @@ class SplitModel:
         invocation: tuple[int, ...] = (),
         send: Send = "embeddings",
         passes: m.Passes | None = None,
+        kept_reads: KeptReads | None = None,
     ) -> None:
         self.passes = passes
         self.session = session
@@ -56,7 +58,7 @@ class SplitModel:
         self._compute = AdapterCompute(engine, session.adapters, lambda what, *when: spans.add(what, COMPUTE, *when))
         self._parts = DeviceParts(
             self.connection, Embedding(bundle, engine), Head(bundle, engine), self.adapters, self._compute,
-            sends_token_ids=send == "token-ids",
+            sends_token_ids=send == "token-ids", kept_reads=kept_reads,
         )  # fmt: skip
         self._evaluated = 0
 

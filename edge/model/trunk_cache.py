@@ -22,7 +22,7 @@ from typing import Final, NamedTuple
 import msgspec
 import numpy as np
 
-from dlora.edge.files import open_own, storage_errors
+from dlora.edge.files import open_own, remove_quietly, storage_errors
 from dlora.protocol.choices import Send
 from dlora.protocol.errors import CheckpointError, StorageError
 from dlora.protocol.manifest import Manifest
@@ -218,6 +218,11 @@ class TrunkCache:
         self._end += len(whole)
         return True
 
+    def forget(self, digest: bytes) -> None:
+        """Let a text be kept again; a file that is opened again has the newest."""
+        del self._places[digest]
+        self._checked.discard(digest)
+
     def close(self) -> None:
         os.close(self._file)
 
@@ -297,6 +302,25 @@ class TrunkCache:
                 return start + found
             start += max(1, len(some) - len(_MARK) + 1)
         return size
+
+
+def open_or_renew(
+    path: Path,
+    owner: CacheOwner,
+    *,
+    limit: int,
+    key: CacheKey | None,
+    warn: Callable[[str], None] = lambda _: None,
+) -> TrunkCache:
+    """``TrunkCache``, in place of one of something else, or a damaged one. Raises ``OtherKeyError`` and
+    ``StorageError``."""
+    try:
+        return TrunkCache(path, owner, limit=limit, key=key, warn=warn)
+    except OtherKeyError:
+        raise
+    except CheckpointError:
+        remove_quietly(path)
+        return TrunkCache(path, owner, limit=limit, key=key, warn=warn)
 
 
 def record_bytes(codec: str, tokens: int, width: int, *, is_sealed: bool = False) -> int:

@@ -3,12 +3,15 @@ step and deleted with the last."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, repeat
 from pathlib import Path
+
+import msgspec
 
 from dlora.edge.data.batches import Batches
 from dlora.edge.data.examples import Dataset
@@ -21,14 +24,17 @@ from dlora.edge.model.cached_source import CachedSource, texts_of
 from dlora.edge.model.embedding_source import EmbeddingSource
 from dlora.edge.model.encoding_server import EncodingServer
 from dlora.edge.model.kept_outputs_cache import KeptOutputsCache
-from dlora.edge.model.trunk_cache import CacheOwner, TrunkCache
+from dlora.edge.model.kept_reads import KeptReads, reads_width
+from dlora.edge.model.trunk_cache import CacheOwner, TrunkCache, open_or_renew
 from dlora.edge.training.resolved import Resolved
 from dlora.edge.training.side import DeviceSide, MakeSide, ServerSide
 from dlora.edge.wire.connecting import ConnectSettings
 from dlora.edge.wire.connection import Connection
+from dlora.protocol.adapters import crossings
 from dlora.protocol.errors import CheckpointError, StoppedError
+from dlora.protocol.groups import without_gains
 
-from .directory import CACHE, KEPT_OUTPUTS
+from .directory import CACHE, KEPT_OUTPUTS, KEPT_READS
 from .display import Display
 from .run_file import DataDigest, load_run_file
 
@@ -69,8 +75,12 @@ def open_blocks(
     server, limit = config.server.server, round((config.placement.cache_mb or 0.0) * 1e6)
     if not config.device_blocks:
         assert server is not None
-        with Connection(server, connecting) as connection:
-            yield RunBlocks(partial(ServerSide, connection=connection))
+        with ExitStack() as opened:
+            kept_reads = None
+            if config.keeps_reads and connecting.recorder is None:  # a recording has all that crosses
+                kept_reads = opened.enter_context(closing(_open_kept_reads(bundle, config, out, limit, key, warn)))
+            connection = opened.enter_context(Connection(server, connecting))
+            yield RunBlocks(partial(ServerSide, connection=connection, kept_reads=kept_reads))
         return
     manifest, codecs, send = bundle.manifest, config.codecs, config.server.send
     width, blocks = encoded_width(manifest), manifest.base_model.blocks - config.device_blocks
@@ -103,6 +113,20 @@ def open_blocks(
         source.close()
         if is_empty:
             remove_quietly(out / CACHE)
+
+
+def _open_kept_reads(
+    bundle: Bundle, config: Resolved, out: Path, limit: int, key: CacheKey | None, warn: Callable[[str], None]
+) -> KeptReads:
+    manifest, codecs = bundle.manifest, config.codecs
+    groups = without_gains(config.groups(manifest))
+    each = crossings(config.spec, groups)
+    owner = msgspec.structs.replace(
+        CacheOwner.of(manifest, 0, reads_width(codecs.group_input, each), codecs, config.server.send),
+        codec=codecs.group_input,
+        lora=hashlib.sha256(msgspec.json.encode((config.spec, groups))).hexdigest(),
+    )
+    return KeptReads(open_or_renew(out / KEPT_READS, owner, limit=limit, key=key, warn=warn), each)
 
 
 def _connect_later(server: str, connecting: ConnectSettings) -> Callable[[], Connection]:
@@ -147,6 +171,7 @@ def forget_other_texts(config: Resolved, dataset: Dataset, eval_dataset: Dataset
     data, or of a part of them."""
     assert config.saving.out is not None
     remove_quietly(config.saving.out / KEPT_OUTPUTS)
+    remove_quietly(config.saving.out / KEPT_READS)
     with suppress(CheckpointError):
         begun = load_run_file(config.saving.out)
         evaluated = None if eval_dataset is None else DataDigest.of(eval_dataset)
@@ -160,5 +185,6 @@ def remove_caches(config: Resolved) -> None:
     """Of a run that is done."""
     assert config.saving.out is not None
     remove_quietly(config.saving.out / KEPT_OUTPUTS)
+    remove_quietly(config.saving.out / KEPT_READS)
     if not config.placement.keep_cache:
         remove_quietly(config.saving.out / CACHE)

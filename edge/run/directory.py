@@ -18,6 +18,8 @@ from .run_file import RUN_FILE
 CHECKPOINTS: Final = "checkpoints"
 CACHE: Final = "trunk-cache.bin"
 KEPT_OUTPUTS: Final = kept_outputs_path(Path(CACHE)).name
+KEPT_READS: Final = "kept-reads.bin"
+CACHES: Final = (CACHE, KEPT_OUTPUTS, KEPT_READS)
 
 
 @contextlib.contextmanager
@@ -58,7 +60,6 @@ def check_free(out: Path, *, resume: bool) -> None:
         return
     if (out / WEIGHTS_NAME).exists():
         raise UsageError(f"{out} holds an adapter that has no checkpoint; choose another --out")
-    caches = (CACHE, KEPT_OUTPUTS)
-    others = [path.name for path in out.iterdir() if not path.name.startswith(".") and path.name not in caches]
+    others = [path.name for path in out.iterdir() if not path.name.startswith(".") and path.name not in CACHES]
     if others and not (out / RUN_FILE).exists():
         raise UsageError(f"{out} is not empty and holds no run; choose another --out")

@@ -15,7 +15,7 @@ from dlora.protocol.errors import StorageError
 from dlora.protocol.manifest import Manifest
 from dlora.protocol.wire_codecs import TensorRole
 
-from .directory import CACHE, CHECKPOINTS, KEPT_OUTPUTS, check_free, run_directory
+from .directory import CACHE, CACHES, CHECKPOINTS, check_free, run_directory
 
 
 def check_place(out: Path, *, resume: bool) -> None:
@@ -29,7 +29,7 @@ def check_room(out: Path, needed_bytes: int) -> None:
     """Raise ``StorageError`` where the disk of ``out``, which may not be there yet, has less than that free; what an
     earlier run kept there of the server's answers counts as free, for it is written anew."""
     free = shutil.disk_usage(next(each for each in (out, *out.absolute().parents) if each.exists())).free
-    free += sum((out / name).stat().st_size for name in (CACHE, KEPT_OUTPUTS) if (out / name).is_file())
+    free += sum((out / name).stat().st_size for name in CACHES if (out / name).is_file())
     if free < needed_bytes:
         raise StorageError(
             f"--out {out} has room for {free / 1e6:,.1f} MB, and the run needs {needed_bytes / 1e6:,.1f} MB for its "

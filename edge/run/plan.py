@@ -16,6 +16,8 @@ from dlora.edge.training.expected import (
     expected_mb,
     first_rate_mb,
     first_rows_bytes,
+    may_keep_reads,
+    reads_bytes,
     set_up_mb,
 )
 from dlora.edge.training.resolved import Resolved
@@ -75,6 +77,13 @@ def plan_lines(
         else:
             how = f"in each epoch: --cache-mb has no room for {needed} of keys and values"
         lines.append(f"what comes before answers is run {how}")
+    if may_keep_reads(config, manifest, datasets[0]):
+        needed = _mb(reads_bytes(config, manifest, datasets[0]) / 1e6)
+        if config.keeps_reads:
+            how = f"kept, {needed} on the disk: from the second epoch on a step waits once less"
+        else:
+            how = f"not kept: --cache-mb has no room for {needed}"
+        lines.append(f"what adapters read in the base pass is {how}")
     return lines if active == units else lines + _kill_revive_lines(config, units, active)
 
 

@@ -24,6 +24,7 @@ from dlora.edge.training.expected import (
     filling,
     first_rate_mb,
     first_rows_bytes,
+    reads_bytes,
     set_up_mb,
 )
 from dlora.edge.training.resolve import resolve
@@ -212,7 +213,8 @@ def _traffic(
     wire_mb += set_up_mb(config, manifest, dataset, has_state=config.adapter.init_adapter is not None)
     for each in evaluated:
         wire_mb += evaluations_mb(config, manifest, EvaluationPlan(each, config.evaluate_every), 0)
-    return wire_mb, round(expected_round_trips(config, manifest, dataset)), 0.0
+    of_reads = reads_bytes(config, manifest, dataset) / 1e6 if config.keeps_reads else 0.0
+    return wire_mb, round(expected_round_trips(config, manifest, dataset)), of_reads
 
 
 def _largest_micro_batch(config: Resolved, datasets: Sequence[Dataset]) -> int:

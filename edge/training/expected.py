@@ -14,6 +14,7 @@ from dlora.edge.data.examples import Dataset
 from dlora.edge.model.block_weights import encoded_width, keys_width
 from dlora.edge.model.ends import LongArray
 from dlora.edge.model.kept_outputs_cache import KEYS_CODEC
+from dlora.edge.model.kept_reads import reads_width
 from dlora.edge.model.text_packs import TextPacks
 from dlora.edge.model.trunk_cache import most_bytes, record_bytes, text_digest
 from dlora.protocol.adapters import crossings, kind_of
@@ -22,6 +23,7 @@ from dlora.protocol.groups import group_units
 from dlora.protocol.kill_revive import Timetable
 from dlora.protocol.limits import MAX_STEPS
 from dlora.protocol.manifest import Manifest
+from dlora.protocol.passes import may_send_early
 from dlora.protocol.traffic import (
     Traffic,
     adapter_state_traffic,
@@ -95,6 +97,30 @@ def first_rows_bytes(config: Resolved, manifest: Manifest, dataset: Dataset) -> 
     return most_bytes(len(dataset), rows, keys_width(manifest, config.device_blocks), KEYS_CODEC)
 
 
+def may_keep_reads(config: Resolved, manifest: Manifest, dataset: Dataset) -> bool:
+    """Whether keeping what groups read in the base pass is of use: in passes, over two epochs or more; where each row
+    crosses by itself; and where no signal changes units, for which the device would have to wait."""
+    groups = config.groups(manifest)
+    units = len(group_units(groups, config.units.unit))
+    rows = config.training.batch_size * dataset.acting_on_answers(config.invocation).mean_crossing_rows
+    return (
+        config.passes is not None
+        and not config.device_blocks
+        and config.codecs.group_input != "fp16"
+        and config.units.budget_floor(units) == units
+        and begins_with_two_epochs(config, dataset)
+        and may_send_early(crossings(config.spec, groups), round(rows))
+    )
+
+
+def reads_bytes(config: Resolved, manifest: Manifest, dataset: Dataset) -> int:
+    """The most that keeping what groups read in the base pass takes."""
+    rows = sum(len(example.crossing_rows) for example in dataset.acting_on_answers(config.invocation))
+    dtype = config.codecs.group_input
+    width = reads_width(dtype, crossings(config.spec, config.groups(manifest)))
+    return most_bytes(len(dataset), rows, width, dtype)
+
+
 def filling(config: Resolved, manifest: Manifest, texts: Iterable[LongArray]) -> tuple[Traffic, int]:
     """What asking the server once for each of ``texts`` puts on the wire, and the bytes of the
     cache that keeps the answers; without the greeting, and of a server that takes micro-batches of the usual size."""
@@ -153,9 +179,18 @@ def mean_step_traffic(config: Resolved, manifest: Manifest, dataset: Dataset) ->
 def _expected(
     config: Resolved, manifest: Manifest, dataset: Dataset, next_step: int, count: Callable[[Traffic], int]
 ) -> float:
+    def of(steps: range, *, reads_kept: bool) -> float:
+        def cost(live: Sequence[int]) -> int:
+            return count(_mean_traffic(config, manifest, dataset, live, reads_kept=reads_kept))
+
+        return len(steps) * _by_share(config, manifest, cost)(_active_share(config, manifest, steps))
+
     steps = range(next_step, config.total_steps)
-    mean = _by_share(config, manifest, lambda live: count(_mean_traffic(config, manifest, dataset, live)))
-    return len(steps) * mean(_active_share(config, manifest, steps))
+    if not config.keeps_reads:
+        return of(steps, reads_kept=False)
+    second_epoch = max(next_step, steps_an_epoch(len(dataset), config.examples_a_step))
+    first, later = range(next_step, min(second_epoch, steps.stop)), range(second_epoch, steps.stop)
+    return of(first, reads_kept=False) + of(later, reads_kept=True)
 
 
 def _total_bytes(traffic: Traffic) -> int:
@@ -233,6 +268,7 @@ def _mean_traffic(
     grad_accum: int | None = None,
     trains: bool = True,
     is_basis: bool = False,
+    reads_kept: bool = False,
 ) -> Traffic:
     """Of a mean step in which the groups ``live`` take part, or that a basis is made of."""
     per_step = config.training.batch_size * (grad_accum or config.training.grad_accum)
@@ -262,6 +298,7 @@ def _mean_traffic(
             answered=live[1:] if trains else (),
             rows=rows,
             passes=config.passes,
+            reads_kept=reads_kept,
             **mean_micro_batch,
         )
     count = int(micro_batches)

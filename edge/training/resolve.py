@@ -24,7 +24,15 @@ from dlora.protocol.wire_codecs import Codecs, TensorRole
 
 from .choose_adapter import choose_adapter, choose_where_adapters_act
 from .defaults import DEFAULTS
-from .expected import begins_with_two_epochs, cache_bytes, first_rows_bytes, total_steps, units_within
+from .expected import (
+    begins_with_two_epochs,
+    cache_bytes,
+    first_rows_bytes,
+    may_keep_reads,
+    reads_bytes,
+    total_steps,
+    units_within,
+)  # fmt: skip
 from .resolved import ChosenOptimizer, ChosenServer, Resolved, check_units
 from .selection import parse_units
 
@@ -71,7 +79,12 @@ def resolve(
     run = _with_units(run, manifest)
     if settings.kill_revive.bytes_per_token is not None:
         run = _within_budget(run, settings.kill_revive.bytes_per_token, manifest, dataset)
-    run = msgspec.structs.replace(run, keeps_outputs=_has_room_to_keep(run, manifest, dataset, evaluated))
+    run = msgspec.structs.replace(
+        run,
+        keeps_outputs=_has_room_to_keep(run, manifest, dataset, evaluated),
+        keeps_reads=may_keep_reads(run, manifest, dataset)
+        and reads_bytes(run, manifest, dataset) <= (run.placement.cache_mb or 0.0) * 1e6,
+    )
     every = _evaluate_every(run, dataset, evaluated[0] if evaluated else None)
     return msgspec.structs.replace(run, evaluate_every=every), [dataset, *evaluated]
 
@@ -99,10 +112,12 @@ def resolve_without_data(settings: Settings, manifest: Manifest, init: LoadedAda
         on_kill="hold_forward" if device_blocks else kill_revive.on_kill,
     )
     placement, blocks = settings.placement, manifest.base_model.blocks
+    if device_blocks or passes != "live":
+        cache_mb = _first(placement.cache_mb, DEFAULT_CACHE_MB)
+        placement = msgspec.structs.replace(placement, cache_mb=cache_mb)
     if device_blocks:
         word = "all" if device_blocks == blocks else str(device_blocks)
-        cache_mb = _first(placement.cache_mb, DEFAULT_CACHE_MB)
-        placement = msgspec.structs.replace(placement, cache_mb=cache_mb, device_blocks=word)
+        placement = msgspec.structs.replace(placement, device_blocks=word)
     run = Resolved(
         **{name: getattr(settings, name) for name in ("device", "data", "training", "saving")},
         adapter=adapter,
@@ -170,15 +185,17 @@ def choose_device_blocks(settings: Settings, manifest: Manifest) -> int:
     if wanted < last and settings.server.server is None:
         raise UsageError(f"{word} needs --server, which runs the other blocks; --device-blocks all needs none")
     if not wanted:
+        is_live = settings.server.passes in (None, "live")
         option = _given(
             {
-                "--cache-mb": placement.cache_mb is not None,
-                "--cache-key-file": placement.cache_key_file is not None,
+                "--cache-mb": is_live and placement.cache_mb is not None,
+                "--cache-key-file": is_live and placement.cache_key_file is not None,
                 "--keep-cache": placement.keep_cache,
             }
         )
         if option is not None:
-            raise UsageError(f"{option} needs --device-blocks, with which hidden states are kept here")
+            or_passes = "" if option == "--keep-cache" else ", or --passes 2,2"
+            raise UsageError(f"{option} needs --device-blocks{or_passes}, with which something is kept here")
         return 0
     if placement.keep_cache and wanted == last:
         raise UsageError("--keep-cache is for what a server gave, and no server is asked: leave that out")

@@ -64,6 +64,7 @@ class Resolved(Settings, frozen=True, kw_only=True):
         invocation: the tokens from which on adapters act, as PEFT's activated LoRA has them; none: they act everywhere.
         keeps_outputs: whether what the device's blocks compute alike again and again is kept: what comes out of the
             lowest ones while they are not trained, or keys and values of what comes before answers.
+        keeps_reads: whether what groups read in the base pass is kept, in passes. It changes no bit.
         evaluate_every: steps between evaluations; 0: before and after only.
     """
 
@@ -78,6 +79,7 @@ class Resolved(Settings, frozen=True, kw_only=True):
     seed: Seed = ()
     invocation: tuple[int, ...] = ()
     keeps_outputs: bool = False
+    keeps_reads: bool = False
     evaluate_every: int = 0
 
     @property

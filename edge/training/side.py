@@ -12,6 +12,7 @@ from dlora.edge.data.examples import Dataset
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.engine import Engine
 from dlora.edge.model.evaluation import TrainableModel
+from dlora.edge.model.kept_reads import KeptReads
 from dlora.edge.model.source import HiddenStateSource
 from dlora.edge.model.split import SplitModel
 from dlora.edge.model.trunk import TrunkModel
@@ -66,7 +67,10 @@ MakeSide = Callable[[Bundle, Engine, AdapterSet, Resolved], Side]
 
 
 class ServerSide(Side):
-    """All blocks on a server: at every step it exchanges with the adapters."""
+    """All blocks on a server: at every step it exchanges with the adapters.
+
+    ``kept_reads``: what is kept of what groups read, in a run that keeps it.
+    """
 
     session: TrainSession
     model: SplitModel
@@ -79,6 +83,7 @@ class ServerSide(Side):
         config: Resolved,
         *,
         connection: Connection,
+        kept_reads: KeptReads | None = None,
     ) -> None:
         fingerprint = bundle.manifest.base_model.fingerprint
         self.crossed = connection
@@ -86,8 +91,9 @@ class ServerSide(Side):
         self.spans = connection.spans
         self.session = TrainSession(connection, adapters, config, base_fingerprint=fingerprint)
         self.model = SplitModel(
-            bundle, engine, self.session, invocation=config.invocation, send=config.server.send, passes=config.passes
-        )
+            bundle, engine, self.session, invocation=config.invocation, send=config.server.send, passes=config.passes,
+            kept_reads=kept_reads,
+        )  # fmt: skip
         self._bundle = bundle
         self._connection = connection
 

@@ -5,12 +5,13 @@ Each run tries a part of the cases, and each day another part; all of them: ``py
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import pytest
 from drawn import one_in
 from fault_proxy import Fault
-from matrix import FAULTS, Cell, Matrix
+from matrix import FAULTS, STEP, Cell, Matrix
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +54,13 @@ def test_a_killed_server_changes_no_bit_of_bottlenecks(bottleneck: Matrix) -> No
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("run", ["bottleneck", "ffa", "passes"])
+@pytest.mark.parametrize("run", ["bottleneck", "ffa", "passes", "kept-reads"])
 def test_faults_change_no_bit_of_the_kinds_that_the_server_keeps_a_part_of(
     tmp_path_factory: pytest.TempPathFactory, run: str
 ) -> None:
     with Matrix(tmp_path_factory.mktemp(f"faults-{run}"), run=run) as found:
+        said = Counter(boundary.name for boundary in found.reference.boundaries(STEP))
+        assert (said["group_delta"] > said["group_input"]) is (run == "kept-reads")  # some come unasked
         cases = [case for nth, fault in enumerate(FAULTS) for case in one_in(8, found.cases(fault), nth)]
         check(list(found.run(cases)))
 

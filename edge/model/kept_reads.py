@@ -1,0 +1,113 @@
+"""What groups read in the base pass, on the device's disk: from the second epoch on a step does not wait for it.
+
+No adapter changes the base pass: what it gives at a text's rows depends on the text, up to how sums over several texts
+are rounded. The server makes it again in each step, for the differences of later passes are taken from it, and asks as
+ever where it does not come to the same bits. So what a run learns does not depend on what was kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from dlora.edge.data.batches import MicroBatch
+from dlora.protocol.adapters import Crossing
+from dlora.protocol.passes import may_send_early, pieces
+from dlora.protocol.tensors import SCALE_BYTES, WireTensor, stored_width
+from dlora.protocol.wire_codecs import is_finite
+
+from .trunk_cache import TrunkCache
+
+Stored = npt.NDArray[Any]
+"""What a group has read, as it is stored: (rows, columns)."""
+Early = Sequence[tuple[tuple[int, ...], WireTensor]]
+"""What groups read, in the pieces in which they answer."""
+
+_SPARE_REFUSALS: Final = 8
+
+
+class KeptReads:
+    """What all groups of a run have read of each text. Its rows are those of all groups, side by side.
+
+    Args:
+        cache: of rows of ``reads_width``, as they cross: in ``int8`` or ``fp32``, which store each row by itself.
+        crossings: of each group.
+    """
+
+    def __init__(self, cache: TrunkCache, crossings: Sequence[Crossing]) -> None:
+        self._refused = 0  # less those where the server has read the same
+        self._cache = cache
+        self._crossings = crossings
+        self._dtype = cache.owner.codec
+        self._ends = np.cumsum([stored_columns(self._dtype, each.input_width) for each in crossings])
+
+    def find(self, batch: MicroBatch) -> Early:
+        """What the groups will read of a micro-batch; nothing where it is not kept of all texts, where it would take
+        more messages than the server takes in while it computes, and where that reads something else too often.
+
+        Raises ``StorageError``.
+        """
+        counts = _rows_of_texts(batch)
+        if not may_send_early(self._crossings, sum(counts)) or self._refused > _SPARE_REFUSALS:
+            return []
+        found: list[Stored] = []
+        for ids, rows in zip(batch.texts(), counts, strict=True):
+            if rows:
+                kept = self._cache.get(self._cache.digest(ids), rows)
+                if kept is None:
+                    return []
+                found.append(kept.data)
+        if not found:
+            return []
+        of_group = np.split(np.concatenate(found), self._ends[:-1], axis=1)
+        early = [
+            (piece, WireTensor(self._dtype, np.concatenate([of_group[group] for group in piece])))
+            for piece in pieces(range(len(of_group)), self._crossings, sum(counts))
+        ]
+        return early if all(is_finite(tensor) for _, tensor in early) else []
+
+    def keep(self, batch: MicroBatch, read: Mapping[int, Stored]) -> None:
+        """Keep what each group has read of a micro-batch, in place of what is kept that differs.
+
+        Raises ``StorageError``.
+        """
+        whole = np.concatenate([read[group] for group in range(len(self._crossings))], axis=1)
+        parts = np.split(whole, np.cumsum(_rows_of_texts(batch))[:-1])
+        for ids, stored in zip(batch.texts(), parts, strict=True):
+            digest = self._cache.digest(ids)
+            if not len(stored):
+                continue
+            kept = self._cache.get(digest, len(stored)) if digest in self._cache else None
+            if kept is not None and not np.array_equal(kept.data, stored):
+                self._cache.forget(digest)
+            self._cache.add(digest, WireTensor(self._dtype, stored))
+
+    def count(self, *, is_refused: bool) -> None:
+        """The server has read the same as what was found, or not."""
+        self._refused = max(0, self._refused + (1 if is_refused else -1))
+
+    def close(self) -> None:
+        """Close the cache."""
+        self._cache.close()
+
+
+def stored_columns(dtype: str, width: int) -> int:
+    """Of a row of ``width`` numbers."""
+    return stored_width("int8", width) if dtype == "int8" else width
+
+
+def reads_width(dtype: str, crossings: Sequence[Crossing]) -> int:
+    """Of a row of what is kept, as a tensor of this ``dtype`` has it."""
+    columns = sum(stored_columns(dtype, each.input_width) for each in crossings)
+    return columns - SCALE_BYTES if dtype == "int8" else columns  # the last group's scale is that of the whole row
+
+
+def _rows_of_texts(batch: MicroBatch) -> list[int]:
+    """How many rows of each text cross."""
+    ends = np.cumsum(batch.sequence_lengths)
+    until = ends if batch.crossing_positions is None else np.searchsorted(batch.crossing_positions, ends)
+    counts: list[int] = np.diff(until, prepend=0).tolist()
+    return counts
