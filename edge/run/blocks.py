@@ -77,7 +77,7 @@ def open_blocks(
         assert server is not None
         with ExitStack() as opened:
             kept_reads = None
-            if config.keeps_reads and connecting.recorder is None:  # a recording has all that crosses
+            if config.keeps_reads:
                 kept_reads = opened.enter_context(closing(_open_kept_reads(bundle, config, out, limit, key, warn)))
             connection = opened.enter_context(Connection(server, connecting))
             yield RunBlocks(partial(ServerSide, connection=connection, kept_reads=kept_reads))

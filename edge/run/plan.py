@@ -78,13 +78,17 @@ def plan_lines(
             how = f"in each epoch: --cache-mb has no room for {needed} of keys and values"
         lines.append(f"what comes before answers is run {how}")
     if may_keep_reads(config, manifest, datasets[0]):
-        needed = _mb(reads_bytes(config, manifest, datasets[0]) / 1e6)
-        if config.keeps_reads:
-            how = f"kept, {needed} on the disk: from the second epoch on a step waits once less"
-        else:
-            how = f"not kept: --cache-mb has no room for {needed}"
-        lines.append(f"what adapters read in the base pass is {how}")
+        lines += _reads_lines(config, reads_bytes(config, manifest, datasets[0]))
     return lines if active == units else lines + _kill_revive_lines(config, units, active)
+
+
+def _reads_lines(config: Resolved, nbytes: int) -> list[str]:
+    """What becomes of what adapters read in the base pass, of so many bytes."""
+    what = "what adapters read in the base pass is"
+    if config.keeps_reads:
+        return [f"{what} kept, {_mb(nbytes / 1e6)} on the disk: from the second epoch on a step waits once less"]
+    has_room = nbytes <= (config.placement.cache_mb or 0.0) * 1e6
+    return [] if has_room else [f"{what} not kept: --cache-mb has no room for {_mb(nbytes / 1e6)}"]
 
 
 def _traffic(

@@ -69,6 +69,8 @@ def _train(run: TrainRun, display: Display) -> dict[str, Any]:
         display.warn(
             "--cache-mb is too little for what this run keeps: its bits want that anyway, and its steps take longer"
         )
+    if run.recorder is not None:  # which has all that a server may be told
+        config = msgspec.structs.replace(config, keeps_reads=False)
     run = replace(run, config=config)
     first_step = checkpoint.step if checkpoint else 0
     evaluations = load_evaluations(run.out, run.eval_dataset, first_step, display.warn)

@@ -32,7 +32,7 @@ from .expected import (
     reads_bytes,
     total_steps,
     units_within,
-)  # fmt: skip
+)
 from .resolved import ChosenOptimizer, ChosenServer, Resolved, check_units
 from .selection import parse_units
 
