@@ -245,6 +245,11 @@ class Embeddings(ExchangeMessage, frozen=True):
         given = self.hidden_states if self.token_ids is None else self.token_ids
         return 0 if given is None else given.shape[0]
 
+    @property
+    def rows(self) -> int:
+        """That cross at each group."""
+        return self.tokens if self.crossing_positions is None else self.crossing_positions.shape[0]
+
 
 class GroupInput(ExchangeMessage, frozen=True):
     """C sends the inputs of live exchange groups: (groups · rows, input_width), of the width that the adapter's kind

@@ -16,7 +16,7 @@ from . import messages as m
 from .adapters import Crossing
 from .counting import counted_tokens
 from .errors import ViolationError
-from .passes import forward_waves
+from .passes import MOST_PIECES, forward_waves, may_send_early
 from .states import TRANSITIONS, Side, State
 from .tensors import WireTensor
 from .wire_codecs import FOR_ALL, Codecs, TensorRole
@@ -90,7 +90,7 @@ class MicroBatchRules:
         self.trains = begun.mode == "train"
         self.state = State.FORWARD
         self.tokens = begun.tokens
-        self.rows = self.tokens if begun.crossing_positions is None else begun.crossing_positions.shape[0]
+        self.rows = begun.rows
         self.labelled = begun.label_positions.shape[0]
         self.position = begun.position or 0
         self.lengths = tuple(begun.sequence_lengths.data.tolist()) if begun.mode == "encode" else ()
@@ -106,6 +106,7 @@ class MicroBatchRules:
         self.grads_sent: set[int] = set()
         self.unanswered: set[int] = set()
         self.goes_on = False
+        self._early_messages = 0
         self._asks_back = False  # for an input gradient, in this backward pass
         self._grads_before: set[int] = set()  # groups, in the backward pass before
         self._have_answered: set[int] = set()  # groups, in any backward pass
@@ -145,8 +146,8 @@ class MicroBatchRules:
         """Whether it goes on with a wave."""
         if unknown := set(message.groups) - set(groups.live):
             raise ViolationError(f"group {min(unknown)} does not exist, or belongs to a killed unit")
-        asks_first = message.groups[0] == groups.live[0]  # whom no later wave asks
-        asked, answered = (self.asked, self.answered) if asks_first else self._with_early()
+        is_first_wave = message.groups[0] == groups.live[0]  # no later one asks the lowest
+        asked, answered = (self.asked, self.answered) if is_first_wave else self._with_early()
         begins, number, wave = self._wave_after(asked, groups)
         if answered < begins:
             raise ViolationError(f"group {message.groups[0]} before the groups that were asked have written")
@@ -165,8 +166,11 @@ class MicroBatchRules:
             wanted = groups.live[self.early :]
             if message.groups != wanted[: len(message.groups)]:
                 raise ViolationError(f"group {message.groups[0]} early, when group {wanted[0]} comes next")
+            if self._early_messages == MOST_PIECES:
+                raise ViolationError(f"more than {MOST_PIECES} messages early")
             self._check_outputs(message.deltas, message.groups, TensorRole.DELTA)
             self.early += len(message.groups)
+            self._early_messages += 1
             return True
         _, number, wave = self._wave_after(self.answered, groups)
         awaited = wave[: self.asked - self.answered]
@@ -338,6 +342,8 @@ def check_embeddings(message: m.Embeddings, shapes: Shapes) -> None:
     may_be_kept = message.passes is not None and message.mode == "train" and shapes.codecs.group_input != "fp16"
     if message.kept_reads is not None and not may_be_kept:
         raise ViolationError("kept reads that are not of training in passes, or are stored in fp16")
+    if message.kept_reads is not None and not may_send_early(shapes.crossings, message.rows):
+        raise ViolationError(f"kept reads of so many rows that what is written takes more than {MOST_PIECES} messages")
     if message.passes is not None and message.mode not in ("train", "evaluate"):
         raise ViolationError(f"passes in the mode {message.mode}")
     if (message.mode == "decode") is (message.position is None) or (message.mode == "decode" and lengths.size > 1):

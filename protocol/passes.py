@@ -32,8 +32,11 @@ Waves = list[tuple[int, ...]]
 """Groups that are asked together, one wave after the other."""
 
 
-class Passes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How often the groups of a micro-batch write, and how often they get gradients."""
+class Passes(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
+    """How often the groups of a micro-batch write, and how often they get gradients.
+
+    Without names on the wire: the header of ``Embeddings`` is to fit into one block.
+    """
 
     forward: PassCount
     backward: PassCount

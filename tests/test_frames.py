@@ -151,6 +151,17 @@ def test_a_frame_has_the_size_that_the_formula_gives_and_nothing_behind(name: st
         Decoder().decode(write_checksum(frame + b"\0"))
 
 
+def test_a_micro_batch_in_passes_begins_with_a_header_of_one_block() -> None:
+    """As the formula of traffic has it, with the largest numbers that there are."""
+    rows = 2**16 - 1
+    begun = m.Embeddings(
+        step=2**32 - 1, micro_batch=2**16 - 1, mode="train", hidden_states=encode_floats(np.zeros((rows, 1)), "int8"),
+        sequence_lengths=ints([1] * rows), label_positions=ints(range(rows)), crossing_positions=ints(range(rows)),
+        passes=m.Passes(4, 4), kept_reads=bytes(16),
+    )  # fmt: skip
+    assert PREFIX_BYTES + read_prefix(encode(begun)).header_length <= HEADER_BLOCK
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(), (0,), (1,), (5,), (2, 3), (3, 0), (1, 2, 3), (2, 1, 2, 1)])
 def test_tensors_of_any_kind_and_shape_come_as_they_went(dtype: str, shape: tuple[int, ...]) -> None:

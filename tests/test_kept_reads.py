@@ -17,13 +17,14 @@ from tiny import TinyFactory
 
 from dlora.edge.data.batches import MicroBatch
 from dlora.edge.data.examples import Dataset
-from dlora.edge.model.kept_reads import KeptReads, reads_width
+from dlora.edge.model.kept_reads import KeptReads, open_kept_reads, reads_width
 from dlora.edge.model.trunk_cache import CacheOwner, TrunkCache
 from dlora.edge.training.resolved import Resolved
 from dlora.edge.training.trainer import Trainer
 from dlora.protocol import passes as passes_module
 from dlora.protocol.adapters import Crossing, crossings
 from dlora.protocol.frames import frame_bytes
+from dlora.protocol.manifest import load_manifest
 from dlora.protocol.tensors import SCALE_BYTES
 from dlora.protocol.traffic import Traffic, micro_batch_traffic, report_traffic
 from dlora.protocol.wire_codecs import TensorRole, encode_floats
@@ -123,6 +124,48 @@ def test_a_server_that_often_reads_something_else_is_not_sent_more(tmp_path: Pat
         assert kept.find(BATCH)
         kept.count(is_refused=True)
         assert kept.find(BATCH) == []
+        size = (tmp_path / "kept").stat().st_size
+        kept.keep(BATCH, read_by(3, "int8", seed=1))  # nor is more kept, which nobody would use
+        assert (tmp_path / "kept").stat().st_size == size
+
+
+def test_the_file_has_at_most_three_times_what_is_kept(tmp_path: Path) -> None:
+    """A server that reads something else each time does not fill the disk."""
+    with closing(open_reads(tmp_path / "kept", "int8")) as kept:
+        empty = (tmp_path / "kept").stat().st_size
+        kept.keep(BATCH, read_by(3, "int8"))
+        of_texts = (tmp_path / "kept").stat().st_size - empty
+        for seed in range(1, 20):
+            kept.keep(BATCH, read_by(3, "int8", seed))
+        assert (tmp_path / "kept").stat().st_size <= empty + 3 * of_texts
+        assert kept.find(BATCH)
+
+
+def test_a_text_that_comes_twice_and_one_of_which_nothing_crosses(tmp_path: Path) -> None:
+    twice = replace(
+        BATCH, ids=np.array([3, 4, 5, 3, 4, 5, 6]), sequence_lengths=np.array([3, 3, 1], np.int32),
+        crossing_positions=np.array([1, 2, 4, 5], np.int32),
+    )  # fmt: skip
+    read = {group: np.concatenate([rows, rows]) for group, rows in read_by(2, "int8").items()}
+    with closing(open_reads(tmp_path / "kept", "int8")) as kept:
+        kept.keep(twice, read)
+        assert_found(kept, read, twice)
+
+
+def test_the_same_tokens_with_other_rows_are_another_text(tmp_path: Path) -> None:
+    fewer = replace(BATCH, crossing_positions=np.array([1, 3], np.int32))
+    first, second = read_by(3, "int8"), read_by(2, "int8", seed=1)
+    with closing(open_reads(tmp_path / "kept", "int8")) as kept:
+        kept.keep(BATCH, first)
+        kept.keep(fewer, second)
+        found = found_in(kept, BATCH)
+        assert all(np.array_equal(found[group][1:], rows[1:]) for group, rows in first.items())
+        assert_found(kept, second, fewer)
+
+
+def test_a_file_in_which_nothing_is_kept_goes(tmp_path: Path) -> None:
+    open_reads(tmp_path / "kept", "int8").close()
+    assert not (tmp_path / "kept").exists()
 
 
 def test_nothing_is_sent_early_that_would_take_more_pieces_than_a_server_takes_in(
@@ -167,12 +210,9 @@ def run_of(passes: str, *, batch_size: int = 1, wire_dtype: str = "int8", datase
 def keeping(
     bench: Bench, run: Resolved, path: Path, dataset: Dataset = ANSWERS, limit: int = 1 << 20
 ) -> Iterator[Trainer]:
-    with training(bench.bundle, bench.server.url, run, dataset) as plain:
-        each = crossings(run.spec, plain.groups)
-    with (
-        closing(open_reads(path, run.codecs.group_input, each, limit)) as kept,
-        training(bench.bundle, bench.server.url, run, dataset, kept_reads=kept) as trainer,
-    ):
+    manifest = load_manifest(bench.bundle)
+    kept = open_kept_reads(path, manifest, run.spec, run.groups(manifest), run.codecs, run.server.send, limit=limit)
+    with closing(kept), training(bench.bundle, bench.server.url, run, dataset, kept_reads=kept) as trainer:
         yield trainer
 
 
@@ -268,6 +308,20 @@ def test_a_file_without_room_for_all_changes_no_bit(bench: Bench, limit: int, tm
         counted = steps_of(trainer)
         assert_same_weights(trainer, wanted)
     assert (min(cost.round_trips for cost in counted) == 4) is bool(limit)
+
+
+def test_groups_of_other_widths_with_several_outputs(bench: Bench, tmp_path: Path) -> None:
+    """LoRA of all modules of the last block: no widths alike, so that what is written takes three messages."""
+    dataset = random_dataset(VOCABULARY, examples=4)
+    run = config(
+        target_modules=("q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"), blocks=(BLOCKS - 1,), passes="2,2",
+        batch_size=1, total_steps=8,
+    )  # fmt: skip
+    wanted = trained_without(bench, run, dataset)
+    with keeping(bench, run, tmp_path / "kept", dataset) as trainer:
+        counted = steps_of(trainer)
+        assert_same_weights(trainer, wanted)
+        assert counted == [formula(trainer, step, reads_kept=step >= 4) for step in range(8)]
 
 
 def test_texts_in_changing_company_change_no_bit(bench: Bench, tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ import session_ways as w
 from conversations import Pair
 
 from dlora.protocol import messages as m
+from dlora.protocol import micro_batch as micro_batch_module
+from dlora.protocol import passes as passes_module
 from dlora.protocol.adapters import AdapterSpec, Crossing
 from dlora.protocol.passes import MAX_PIECE_GROUPS, PIECE_BYTES, Passes, backward_waves, forward_waves, pieces
 from dlora.protocol.states import Side, State
@@ -222,6 +224,16 @@ def test_what_is_out_of_order_with_kept_reads_is_refused(
     said: list[m.AnyMessage], message: m.AnyMessage, text: str
 ) -> None:
     w.refused_by_both(Pair([*opening(), *said]), message, text)
+
+
+def test_no_more_comes_early_than_c_takes_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(micro_batch_module, "MOST_PIECES", 2)
+    w.refused_by_both(Pair([*opening(), KEPT, writes(0), writes(1)]), writes(2), "more than 2 messages early")
+    for module in (passes_module, micro_batch_module):
+        monkeypatch.setattr(module, "MOST_PIECES", 2)
+    w.say_all(Pair(opening()), [KEPT])
+    monkeypatch.setattr(passes_module, "PIECE_BYTES", 1)  # three groups in three pieces
+    w.refused_by_both(Pair(opening()), KEPT, "takes more than 2 messages")
 
 
 @pytest.mark.parametrize(

@@ -49,10 +49,8 @@ def round_trips(out: Path) -> list[int]:
 def test_a_step_takes_five_round_trips(wholes: dict[str, Path], way: str) -> None:
     for line in (wholes[way] / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
-        wanted = {5} if row["live_units"] > 1 else {3}
-        if way == "default" and row["step"] >= EPOCH:
-            wanted.add(4)  # what groups read first is kept
-        assert row["round_trips"] in wanted
+        if way != "default" or row["step"] < EPOCH:
+            assert row["round_trips"] == (5 if row["live_units"] > 1 else 3)
 
 
 def test_from_the_second_epoch_on_it_takes_four_and_no_bit_depends_on_what_is_kept(
@@ -64,7 +62,9 @@ def test_from_the_second_epoch_on_it_takes_four_and_no_bit_depends_on_what_is_ke
     assert "what adapters read in the base pass is not kept: --cache-mb has no room for " in done.stderr
     assert set(round_trips(tmp_path / "nothing")) == {5}
     assert_same_run(tmp_path / "nothing", wholes["default"])
-    assert 4 in round_trips(wholes["default"])
+    later = round_trips(wholes["default"])[EPOCH:]
+    assert set(later) <= {4, 5}
+    assert later.count(4) > len(later) / 2  # the server may round other company otherwise
     assert not (wholes["default"] / KEPT_READS).exists()
 
 
@@ -86,6 +86,27 @@ def test_what_is_kept_is_encrypted_with_the_key_and_survives_a_kill(
     assert done.code == 0, done.stderr
     assert 4 in round_trips(out)
     assert_same_run(out, wholes["default"])
+
+
+def test_a_run_that_is_recorded_keeps_nothing(place: Place, tmp_path: Path) -> None:
+    options = (*BOTTLENECK, "--passes", "2,2", "--steps", 10, "--record", tmp_path / "record")
+    done = run_edge(*place.train(tmp_path / "out", *options))
+    assert done.code == 0, done.stderr
+    assert "base pass" not in done.stderr
+    assert set(round_trips(tmp_path / "out")) == {5}
+
+
+def test_a_run_that_is_made_longer_keeps_by_its_own_part(place: Place, tmp_path: Path) -> None:
+    """Two epochs and two more, of which each second one waits less; and one epoch more, which keeps nothing."""
+    done = run_edge(*place.train(tmp_path, *BOTTLENECK, "--passes", "2,2", "--steps", 2 * EPOCH))
+    assert done.code == 0, done.stderr
+    done = run_edge("resume", tmp_path, "--steps", 4 * EPOCH)
+    assert done.code == 0, done.stderr
+    done = run_edge("resume", tmp_path, "--steps", 5 * EPOCH)
+    assert done.code == 0, done.stderr
+    epochs = [round_trips(tmp_path)[step : step + EPOCH] for step in range(0, 5 * EPOCH, EPOCH)]
+    assert [4 in of_epoch for of_epoch in epochs] == [False, True, False, True, False]
+    assert not (tmp_path / KEPT_READS).exists()
 
 
 def test_nothing_is_kept_of_a_run_in_live(place: Place, tmp_path: Path) -> None:

@@ -117,10 +117,10 @@ def test_unread_frames_count_in_the_quota() -> None:
         other.charge(1, 10**6)
 
 
-def test_as_many_frames_as_micro_batches_may_begin_find_room() -> None:
+def test_as_many_frames_as_a_device_may_send_unread_find_room() -> None:
     quotas = Quotas(QuotaLimits(), StandingClock(), total_live_bytes=10**6)
     one, other = quotas.open_session("a"), quotas.open_session("b")
-    one.window = 3
+    one.sent_ahead = 3
     other.charge(1, 10**6)
     assert [one.add(500_000) for _ in range(4)] == [True, True, True, False]
     one.remove(500_000)

@@ -17,10 +17,13 @@ from test_kind_commands import BOTTLENECK, place
 from test_resume import Place
 from tiny import TinyFactory
 
+from dlora.edge.engine.bundle import Bundle
+from dlora.edge.run import ways as ways_module
 from dlora.edge.run.network import Measured
-from dlora.edge.run.ways import WAYS, Way, advice, fastest, ways_of
-from dlora.edge.settings import Settings
+from dlora.edge.run.ways import WAYS, Way, advice, choose_passes, fastest, ways_of
+from dlora.edge.settings import Placement, Settings
 from dlora.edge.training.expected import mean_step_traffic
+from dlora.edge.wire.connecting import ConnectSettings
 from dlora.protocol.errors import UsageError
 from dlora.protocol.manifest import load_manifest
 
@@ -99,6 +102,32 @@ def test_auto_takes_the_fastest_and_a_run_keeps_it(place: Place, far: Place, tmp
     assert done.code == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["round_trips"] for row in rows] == [5] * 4
+
+
+def test_auto_keeps_what_is_read_where_it_takes_passes(far: Place, tmp_path: Path) -> None:
+    key, out = tmp_path / "key", tmp_path / "out"
+    key.write_text("ab" * 32)
+    done = run_edge(*far.train(out, *BOTTLENECK, "--passes", "auto", "--cache-key-file", key, "--steps", 8))
+    assert done.code == 0, done.stderr
+    assert "what adapters read in the base pass is kept, " in done.stderr
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["round_trips"] for row in rows[:4]] == [5] * 4
+    assert 4 in [row["round_trips"] for row in rows[4:]]
+    assert settings_in(out).cache_key_file == key
+
+
+def test_auto_has_no_settings_of_a_cache_where_it_takes_live(
+    tiny: TinyFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that goes on would refuse them."""
+    near = FAR._replace(round_trip_s=0.0, bytes_per_s=1e12)
+    monkeypatch.setattr(ways_module, "measure_network", lambda *_: near)
+    bundle, dataset = Bundle.open(tiny().bundle), random_dataset(90)
+    run = config(kind="bottleneck")
+    run = msgspec.structs.replace(run, placement=Placement(cache_mb=10.0, cache_key_file=Path("key")))
+    chosen = choose_passes(run, bundle, dataset, ConnectSettings(), None, 0.0, is_asked=True, say=lambda _: None)
+    assert chosen.server.passes == "live"
+    assert chosen.placement == Placement()
 
 
 def test_a_run_that_is_far_says_so(place: Place, far: Place, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from websockets.protocol import Event, State
 
 from dlora.protocol.connections import source_of
 from dlora.protocol.messages import ErrorCode
+from dlora.protocol.passes import MOST_PIECES
 from dlora.protocol.text import one_line
 
 from .quotas import SessionQuota
@@ -109,7 +110,7 @@ class Guard:
             "origins": [None],  # no Origin header at all: devices are no browsers
             "compression": None,  # hidden states do not compress, and a compression bomb could exhaust memory
             "max_size": limits.first_frame_bytes,
-            "max_queue": 4,
+            "max_queue": 1 + MOST_PIECES,  # what a micro-batch in passes may begin with
             "open_timeout": limits.handshake_s,
             "close_timeout": limits.close_s,
             "server_header": None,

@@ -167,7 +167,7 @@ class SessionQuota:
         held_bytes: of what the server keeps for it until it ends.
         queued_bytes: of its frames that nobody has read yet; queued_frames: how many.
         kept_bytes: of frames that its device has not acknowledged, when they were last counted, but for some.
-        window: how many micro-batches its device may begin at a time.
+        sent_ahead: how many frames its device may send before any is read.
     """
 
     def __init__(self, quotas: Quotas, name: str) -> None:
@@ -177,7 +177,7 @@ class SessionQuota:
         self.queued_bytes = 0
         self.queued_frames = 0
         self.kept_bytes = 0
-        self.window = 1
+        self.sent_ahead = 1
         self.is_open = True
         self._quotas = quotas
         self._freed = quotas._freed
@@ -250,10 +250,10 @@ class SessionQuota:
     def add(self, nbytes: int) -> bool:
         """Count a frame that came and that nobody has read yet; False where there is no room for it.
 
-        One frame for each micro-batch of the window always finds room: each of these is lock-step.
+        As many as a device may send before any is read always find room.
         """
         with self._freed:
-            has_more = self.queued_bytes > _SMALL_BYTES and self.queued_frames >= self.window
+            has_more = self.queued_bytes > _SMALL_BYTES and self.queued_frames >= self.sent_ahead
             if has_more and not (self._has_room(nbytes) and self._quotas._fits(nbytes)):
                 return False
             self.queued_bytes += nbytes

@@ -24,6 +24,7 @@ from dlora.protocol.frames import encode
 from dlora.protocol.groups import without_gains
 from dlora.protocol.kill_revive import KillReviveConfig
 from dlora.protocol.link import frame_count
+from dlora.protocol.passes import MOST_PIECES
 from dlora.protocol.session import Session, choose_version
 from dlora.protocol.states import Side
 from dlora.protocol.text import one_line
@@ -165,7 +166,7 @@ class _Handshake:
                 closing_tasks=service.closing_tasks,
                 clock=service.settings.clock,
             )
-            quota.window = opening.window
+            quota.sent_ahead = opening.window * (MOST_PIECES if isinstance(opening.purpose, m.Train) else 1)
             live = ServerSession(name, caller, device_id, session, transport, quota)
             loop = SessionLoop(service, live, controller, service.deadlines.of(caller, device_id))
             limit = frame_limit(service, session)

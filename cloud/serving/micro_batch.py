@@ -65,7 +65,7 @@ class ServerMicroBatch:
         self._crossing = self.layout.rows
         if begun.crossing_positions is not None:
             self._crossing = self._rows_of(begun.crossing_positions)
-        self._crossing_rows = begun.tokens if begun.crossing_positions is None else len(begun.crossing_positions.data)
+        self._crossing_rows = begun.rows
         can_divide = begun.passes is not None and model.row_blocks is not None
         self.pass_rows = PassRows.of(begun) if can_divide else None
         self.graded = None if can_divide else self._find_graded(begun)

@@ -7,26 +7,36 @@ ever where it does not come to the same bits. So what a run learns does not depe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from dlora.edge.data.batches import MicroBatch
-from dlora.protocol.adapters import Crossing
+from dlora.edge.files import remove_quietly
+from dlora.protocol.adapters import AdapterSpec, Crossing, crossings
+from dlora.protocol.choices import Send
+from dlora.protocol.groups import GroupSpec, without_gains
+from dlora.protocol.manifest import Manifest
 from dlora.protocol.passes import may_send_early, pieces
 from dlora.protocol.tensors import SCALE_BYTES, WireTensor, stored_width
-from dlora.protocol.wire_codecs import is_finite
+from dlora.protocol.wire_codecs import Codecs, is_finite
 
-from .trunk_cache import TrunkCache
+from .cache_key import CacheKey
+from .ends import LongArray
+from .trunk_cache import CacheOwner, TrunkCache, open_or_renew
 
 Stored = npt.NDArray[Any]
 """What a group has read, as it is stored: (rows, columns)."""
 Early = Sequence[tuple[tuple[int, ...], WireTensor]]
 """What groups read, in the pieces in which they answer."""
 
-_SPARE_REFUSALS: Final = 8
+_MOST_REFUSALS: Final = 8
+"""More of late than uses, and the server reads something else too often for this to be worth its bytes."""
 
 
 class KeptReads:
@@ -38,7 +48,8 @@ class KeptReads:
     """
 
     def __init__(self, cache: TrunkCache, crossings: Sequence[Crossing]) -> None:
-        self._refused = 0  # less those where the server has read the same
+        self._refusals = 0  # one less with each use
+        self._replaced = 0  # texts, in the file
         self._cache = cache
         self._crossings = crossings
         self._dtype = cache.owner.codec
@@ -51,12 +62,12 @@ class KeptReads:
         Raises ``StorageError``.
         """
         counts = _rows_of_texts(batch)
-        if not may_send_early(self._crossings, sum(counts)) or self._refused > _SPARE_REFUSALS:
+        if not may_send_early(self._crossings, sum(counts)) or self._is_refused_too_often:
             return []
         found: list[Stored] = []
         for ids, rows in zip(batch.texts(), counts, strict=True):
             if rows:
-                kept = self._cache.get(self._cache.digest(ids), rows)
+                kept = self._cache.get(self._name(ids, rows), rows)
                 if kept is None:
                     return []
                 found.append(kept.data)
@@ -70,28 +81,68 @@ class KeptReads:
         return early if all(is_finite(tensor) for _, tensor in early) else []
 
     def keep(self, batch: MicroBatch, read: Mapping[int, Stored]) -> None:
-        """Keep what each group has read of a micro-batch, in place of what is kept that differs.
+        """Keep what each group has read of a micro-batch, in place of what is kept that differs; of twice as many
+        texts as there are at most, for the file grows with each.
 
         Raises ``StorageError``.
         """
+        if self._is_refused_too_often:
+            return
         whole = np.concatenate([read[group] for group in range(len(self._crossings))], axis=1)
         parts = np.split(whole, np.cumsum(_rows_of_texts(batch))[:-1])
         for ids, stored in zip(batch.texts(), parts, strict=True):
-            digest = self._cache.digest(ids)
+            name = self._name(ids, len(stored))
             if not len(stored):
                 continue
-            kept = self._cache.get(digest, len(stored)) if digest in self._cache else None
-            if kept is not None and not np.array_equal(kept.data, stored):
-                self._cache.forget(digest)
-            self._cache.add(digest, WireTensor(self._dtype, stored))
+            kept = self._cache.get(name, len(stored)) if name in self._cache else None
+            if kept is not None and kept.data.tobytes() != stored.tobytes() and self._replaced < 2 * len(self._cache):
+                self._cache.forget(name)
+                self._replaced += 1
+            self._cache.add(name, WireTensor(self._dtype, stored))
 
     def count(self, *, is_refused: bool) -> None:
         """The server has read the same as what was found, or not."""
-        self._refused = max(0, self._refused + (1 if is_refused else -1))
+        self._refusals = max(0, self._refusals + (1 if is_refused else -1))
 
     def close(self) -> None:
-        """Close the cache."""
+        """Close the cache, and remove it where nothing is kept."""
+        is_empty = not len(self._cache)
         self._cache.close()
+        if is_empty:
+            remove_quietly(self._cache.path)
+
+    @property
+    def _is_refused_too_often(self) -> bool:
+        return self._refusals > _MOST_REFUSALS
+
+    def _name(self, ids: LongArray, rows: int) -> bytes:
+        """What a text is called of which the last or the first so many rows cross: its tokens do not say how many."""
+        return self._cache.digest(np.append(ids, -rows))
+
+
+def open_kept_reads(
+    path: Path,
+    manifest: Manifest,
+    spec: AdapterSpec,
+    groups: Sequence[GroupSpec],
+    codecs: Codecs,
+    send: Send,
+    *,
+    limit: int,
+    key: CacheKey | None = None,
+    warn: Callable[[str], None] = lambda _: None,
+) -> KeptReads:
+    """What a run with these adapters keeps in this file, as ``TrunkCache`` has it; another one's goes.
+
+    Raises ``OtherKeyError`` and ``StorageError``.
+    """
+    each = crossings(spec, groups)
+    owner = msgspec.structs.replace(
+        CacheOwner.of(manifest, 0, reads_width(codecs.group_input, each), codecs, send),
+        codec=codecs.group_input,
+        lora=hashlib.sha256(msgspec.json.encode((spec, without_gains(groups)))).hexdigest(),
+    )
+    return KeptReads(open_or_renew(path, owner, limit=limit, key=key, warn=warn), each)
 
 
 def stored_columns(dtype: str, width: int) -> int:

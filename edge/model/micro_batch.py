@@ -87,7 +87,7 @@ class DeviceMicroBatch:
     _saved: dict[int, Saved] = field(init=False, default_factory=dict)
     _to_come: int = field(init=False, default=0)
     _passes: DevicePasses | None = field(init=False, default=None)
-    _kept_reads: KeptReads | None = field(init=False, default=None)  # as long as what they are is to be learnt
+    _kept_reads: KeptReads | None = field(init=False, default=None)  # until the first wave is kept, or known
     _has_sent_early: bool = field(init=False, default=False)
     _read: dict[int, Stored] = field(init=False, default_factory=dict)  # in the first wave, to be kept
 
@@ -131,7 +131,7 @@ class DeviceMicroBatch:
     def handle(self, message: m.ExchangeMessage) -> None:
         """Answer the server's next message of this micro-batch."""
         if self._has_sent_early:
-            self._hear_of_early(is_refused=isinstance(message, m.GroupInput) and message.groups[0] == 0)
+            self._count_early(is_refused=isinstance(message, m.GroupInput) and message.groups[0] == 0)
         match message:
             case m.GroupInput() if self._passes is not None:
                 self._answer_pass(message)
@@ -161,8 +161,8 @@ class DeviceMicroBatch:
                 self._kept_reads = None
                 self._read.clear()
 
-    def _hear_of_early(self, *, is_refused: bool) -> None:
-        """The server has read the same as what is kept, or something else, which it sends."""
+    def _count_early(self, *, is_refused: bool) -> None:
+        """The server has read the same as what is kept and goes on, or something else, which it sends now."""
         kept, self._has_sent_early = self._kept_reads, False
         assert kept is not None
         kept.count(is_refused=is_refused)

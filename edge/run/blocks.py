@@ -3,15 +3,12 @@ step and deleted with the last."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, repeat
 from pathlib import Path
-
-import msgspec
 
 from dlora.edge.data.batches import Batches
 from dlora.edge.data.examples import Dataset
@@ -24,15 +21,13 @@ from dlora.edge.model.cached_source import CachedSource, texts_of
 from dlora.edge.model.embedding_source import EmbeddingSource
 from dlora.edge.model.encoding_server import EncodingServer
 from dlora.edge.model.kept_outputs_cache import KeptOutputsCache
-from dlora.edge.model.kept_reads import KeptReads, reads_width
-from dlora.edge.model.trunk_cache import CacheOwner, TrunkCache, open_or_renew
+from dlora.edge.model.kept_reads import open_kept_reads
+from dlora.edge.model.trunk_cache import CacheOwner, TrunkCache
 from dlora.edge.training.resolved import Resolved
 from dlora.edge.training.side import DeviceSide, MakeSide, ServerSide
 from dlora.edge.wire.connecting import ConnectSettings
 from dlora.edge.wire.connection import Connection
-from dlora.protocol.adapters import crossings
 from dlora.protocol.errors import CheckpointError, StoppedError
-from dlora.protocol.groups import without_gains
 
 from .directory import CACHE, KEPT_OUTPUTS, KEPT_READS
 from .display import Display
@@ -76,10 +71,15 @@ def open_blocks(
     if not config.device_blocks:
         assert server is not None
         with ExitStack() as opened:
+            connection = opened.enter_context(Connection(server, connecting))
             kept_reads = None
             if config.keeps_reads:
-                kept_reads = opened.enter_context(closing(_open_kept_reads(bundle, config, out, limit, key, warn)))
-            connection = opened.enter_context(Connection(server, connecting))
+                groups, send = config.groups(bundle.manifest), config.server.send
+                kept_reads = open_kept_reads(
+                    out / KEPT_READS, bundle.manifest, config.spec, groups, config.codecs, send,
+                    limit=limit, key=key, warn=warn,
+                )  # fmt: skip
+                opened.enter_context(closing(kept_reads))
             yield RunBlocks(partial(ServerSide, connection=connection, kept_reads=kept_reads))
         return
     manifest, codecs, send = bundle.manifest, config.codecs, config.server.send
@@ -113,20 +113,6 @@ def open_blocks(
         source.close()
         if is_empty:
             remove_quietly(out / CACHE)
-
-
-def _open_kept_reads(
-    bundle: Bundle, config: Resolved, out: Path, limit: int, key: CacheKey | None, warn: Callable[[str], None]
-) -> KeptReads:
-    manifest, codecs = bundle.manifest, config.codecs
-    groups = without_gains(config.groups(manifest))
-    each = crossings(config.spec, groups)
-    owner = msgspec.structs.replace(
-        CacheOwner.of(manifest, 0, reads_width(codecs.group_input, each), codecs, config.server.send),
-        codec=codecs.group_input,
-        lora=hashlib.sha256(msgspec.json.encode((config.spec, groups))).hexdigest(),
-    )
-    return KeptReads(open_or_renew(out / KEPT_READS, owner, limit=limit, key=key, warn=warn), each)
 
 
 def _connect_later(server: str, connecting: ConnectSettings) -> Callable[[], Connection]:

@@ -87,7 +87,7 @@ def _reads_lines(config: Resolved, nbytes: int) -> list[str]:
     what = "what adapters read in the base pass is"
     if config.keeps_reads:
         return [f"{what} kept, {_mb(nbytes / 1e6)} on the disk: from the second epoch on a step waits once less"]
-    has_room = nbytes <= (config.placement.cache_mb or 0.0) * 1e6
+    has_room = nbytes <= (config.placement.cache_mb or 0.0) * 1e6  # with --record nothing is kept all the same
     return [] if has_room else [f"{what} not kept: --cache-mb has no room for {_mb(nbytes / 1e6)}"]
 
 

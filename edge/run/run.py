@@ -16,6 +16,7 @@ from dlora.edge.engine.choose import load_libraries, make_engine
 from dlora.edge.files import locked
 from dlora.edge.seeds import draw_seed
 from dlora.edge.training.checkpoint import Checkpoint, list_checkpoints
+from dlora.edge.training.resolve import with_kept_reads
 from dlora.edge.training.resolved import Resolved, RunIdentity, check_identity, continued
 from dlora.edge.training.trainer import SetUpPiece, Trainer
 from dlora.edge.training.trainer_state import trainer_state
@@ -69,7 +70,8 @@ def _train(run: TrainRun, display: Display) -> dict[str, Any]:
         display.warn(
             "--cache-mb is too little for what this run keeps: its bits want that anyway, and its steps take longer"
         )
-    if run.recorder is not None:  # which has all that a server may be told
+    config = with_kept_reads(config, run.bundle.manifest, run.dataset)
+    if run.recorder is not None:  # which is to have all that a server is told
         config = msgspec.structs.replace(config, keeps_reads=False)
     run = replace(run, config=config)
     first_step = checkpoint.step if checkpoint else 0

@@ -16,6 +16,7 @@ from dlora.edge.data.batches import steps_an_epoch
 from dlora.edge.data.examples import Dataset
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.training.expected import mean_step_traffic
+from dlora.edge.training.resolve import with_kept_reads
 from dlora.edge.training.resolved import Resolved
 from dlora.edge.wire.connecting import ConnectSettings
 from dlora.protocol.errors import CheckpointError, DloraError
@@ -161,7 +162,11 @@ def choose_passes(
         f"how adapters are asked: --passes {best.passes} (auto): about {best.seconds:.1f} s a step, "
         f"{best.round_trips} round trips ({measured.words})"
     )
-    return _in_passes(config, best.passes)
+    chosen = _in_passes(config, best.passes)
+    if chosen.passes is None:  # nothing is kept, and a run that goes on would refuse to be told how
+        bare = msgspec.structs.replace(chosen.placement, cache_mb=None, cache_key_file=None)
+        return msgspec.structs.replace(chosen, placement=bare)
+    return with_kept_reads(chosen, manifest, dataset)
 
 
 def _is_worth_a_look(config: Resolved, manifest: Manifest, dataset: Dataset, round_trip_s: float) -> bool:

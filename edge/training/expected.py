@@ -108,7 +108,7 @@ def may_keep_reads(config: Resolved, manifest: Manifest, dataset: Dataset) -> bo
         and not config.device_blocks
         and config.codecs.group_input != "fp16"
         and config.units.budget_floor(units) == units
-        and begins_with_two_epochs(config, dataset)
+        and config.steps * config.examples_a_step >= 2 * len(dataset)  # of this part of the run
         and may_send_early(crossings(config.spec, groups), round(rows))
     )
 
@@ -188,7 +188,7 @@ def _expected(
     steps = range(next_step, config.total_steps)
     if not config.keeps_reads:
         return of(steps, reads_kept=False)
-    second_epoch = max(next_step, steps_an_epoch(len(dataset), config.examples_a_step))
+    second_epoch = max(next_step, config.part_begins + steps_an_epoch(len(dataset), config.examples_a_step))
     first, later = range(next_step, min(second_epoch, steps.stop)), range(second_epoch, steps.stop)
     return of(first, reads_kept=False) + of(later, reads_kept=True)
 

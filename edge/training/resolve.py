@@ -79,12 +79,8 @@ def resolve(
     run = _with_units(run, manifest)
     if settings.kill_revive.bytes_per_token is not None:
         run = _within_budget(run, settings.kill_revive.bytes_per_token, manifest, dataset)
-    run = msgspec.structs.replace(
-        run,
-        keeps_outputs=_has_room_to_keep(run, manifest, dataset, evaluated),
-        keeps_reads=may_keep_reads(run, manifest, dataset)
-        and reads_bytes(run, manifest, dataset) <= (run.placement.cache_mb or 0.0) * 1e6,
-    )
+    run = msgspec.structs.replace(run, keeps_outputs=_has_room_to_keep(run, manifest, dataset, evaluated))
+    run = with_kept_reads(run, manifest, dataset)
     every = _evaluate_every(run, dataset, evaluated[0] if evaluated else None)
     return msgspec.structs.replace(run, evaluate_every=every), [dataset, *evaluated]
 
@@ -112,12 +108,10 @@ def resolve_without_data(settings: Settings, manifest: Manifest, init: LoadedAda
         on_kill="hold_forward" if device_blocks else kill_revive.on_kill,
     )
     placement, blocks = settings.placement, manifest.base_model.blocks
-    if device_blocks or passes != "live":
-        cache_mb = _first(placement.cache_mb, DEFAULT_CACHE_MB)
-        placement = msgspec.structs.replace(placement, cache_mb=cache_mb)
     if device_blocks:
         word = "all" if device_blocks == blocks else str(device_blocks)
-        placement = msgspec.structs.replace(placement, device_blocks=word)
+        cache_mb = _first(placement.cache_mb, DEFAULT_CACHE_MB)
+        placement = msgspec.structs.replace(placement, cache_mb=cache_mb, device_blocks=word)
     run = Resolved(
         **{name: getattr(settings, name) for name in ("device", "data", "training", "saving")},
         adapter=adapter,
@@ -131,6 +125,17 @@ def resolve_without_data(settings: Settings, manifest: Manifest, init: LoadedAda
         seed=() if settings.training.seed is None else (settings.training.seed,),
     )
     return _with_units(run, manifest)
+
+
+def with_kept_reads(run: Resolved, manifest: Manifest, dataset: Dataset) -> Resolved:
+    """``run`` with whether it keeps what groups read in the base pass, once it is known how they are asked: where that
+    is of use, and ``--cache-mb`` has room for all of it."""
+    if run.passes is None:
+        return run
+    cache_mb = _first(run.placement.cache_mb, DEFAULT_CACHE_MB)
+    has_room = may_keep_reads(run, manifest, dataset) and reads_bytes(run, manifest, dataset) <= cache_mb * 1e6
+    placement = msgspec.structs.replace(run.placement, cache_mb=cache_mb)
+    return msgspec.structs.replace(run, placement=placement, keeps_reads=has_room)
 
 
 def check_together(settings: Settings) -> None:
