@@ -199,7 +199,7 @@ def test_device_messages_have_only_known_fields() -> None:
     """What a device may say: embeddings, deltas, gradients, scores, settings, its name, and what it was given."""
     allowed = {
         "step", "micro_batch", "group", "protocol_versions", "software", "base_fingerprint", "groups", "adapter",
-        "passes", "codecs", "evaluation_codecs", "purpose", "window", "times", "tensors", "gradient_norm",
+        "passes", "kept_reads", "codecs", "evaluation_codecs", "purpose", "window", "times", "tensors", "gradient_norm",
         "mode", "hidden_states", "sequence_lengths", "label_positions",
         "crossing_positions", "examples", "token_ids", "position", "context_length",
         "kill_revive", "seed", "total_steps", "next_step", "ticket", "learnt", "deltas",
