@@ -42,6 +42,7 @@ RECIPES: Final[dict[str, tuple[str, ...]]] = {
     "lora, token ids": ("train", "--kind", "lora", "--send", "token-ids", *TRAIN),
     "lora, --seed 7": ("train", "--kind", "lora", "--seed", "7", *TRAIN),
     "bottleneck": ("train", "--kind", "bottleneck", *TRAIN),
+    "bottleneck, in passes": ("train", "--kind", "bottleneck", "--passes", "2,2", *TRAIN),
     "bottleneck, all positions": ("train", "--kind", "bottleneck", "--active-from", "start", *TRAIN),
     "ffa": ("train", "--kind", "ffa", *TRAIN),
     "trunk": ("train", "--device-blocks", "12", *TRAIN),
