@@ -96,7 +96,9 @@ class WireTensor:
 
 
 def stored_width(dtype: str, width: int) -> int:
-    """Bytes of a row of ``width`` integers and its scale, of ``int8`` or ``int4``."""
+    """Of a row of ``width`` values as it is stored: of ``int8`` and ``int4`` in bytes, with its scale."""
+    if dtype not in SCALED:
+        return width
     return (-(-width // 2) if dtype == "int4" else width) + SCALE_BYTES
 
 

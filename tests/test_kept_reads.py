@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from answers import INVOCATION, random_answers
 from families import VOCABULARY
-from serving import RunningServer, config, final_weights, random_dataset, serving, training
-from tiny import TinyFactory
+from serving import config, final_weights, random_dataset, training
+from test_traffic import BLOCKS, Bench, bench, micro_batches_traffic
 
 from dlora.edge.data.batches import MicroBatch
 from dlora.edge.data.examples import Dataset
@@ -26,10 +26,11 @@ from dlora.protocol.adapters import Crossing, crossings
 from dlora.protocol.frames import frame_bytes
 from dlora.protocol.manifest import load_manifest
 from dlora.protocol.tensors import SCALE_BYTES
-from dlora.protocol.traffic import Traffic, micro_batch_traffic, report_traffic
+from dlora.protocol.traffic import Traffic, report_traffic
 from dlora.protocol.wire_codecs import TensorRole, encode_floats
 
-BLOCKS = 4
+__all__ = ["bench"]
+
 WIDTHS = (Crossing(4, (4,)), Crossing(6, (4, 4)), Crossing(6, (4, 4)))
 BATCH = MicroBatch(
     ids=np.array([3, 4, 5, 6, 7]), sequence_lengths=np.array([2, 3], np.int32),
@@ -182,19 +183,6 @@ def test_nothing_is_sent_early_that_would_take_more_pieces_than_a_server_takes_i
 # -- runs ----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Bench:
-    server: RunningServer
-    bundle: Path
-
-
-@pytest.fixture(scope="module")
-def bench(tiny: TinyFactory) -> Iterator[Bench]:
-    model = tiny(blocks=BLOCKS, head_dtype="fp32")
-    with serving(model.base) as server:
-        yield Bench(server, model.bundle)
-
-
 ANSWERS = random_answers(6)
 
 
@@ -231,14 +219,11 @@ def steps_of(trainer: Trainer, before: Callable[[int], None] = lambda step: None
 
 
 def formula(trainer: Trainer, step: int, *, reads_kept: bool) -> Traffic:
-    (batch,) = trainer.batches.step_batches(step)
-    base, live = trainer.bundle.manifest.base_model, range(len(trainer.groups))
+    (batch,), live = trainer.batches.step_batches(step), range(len(trainer.groups))
     rows = None if batch.crossing_positions is None else len(batch.crossing_positions)
-    return micro_batch_traffic(
-        crossings(trainer.config.spec, trainer.groups), live=live, with_grads=live, answered=live[1:],
-        tokens=len(batch.ids), sequences=len(batch.sequence_lengths), labelled=len(batch.labels), rows=rows,
-        embedding_size=base.embedding_size, hidden_size=base.hidden_size, codecs=trainer.config.codecs,
-        passes=trainer.config.passes, reads_kept=reads_kept,
+    return micro_batches_traffic(
+        trainer.bundle, [batch], trainer.config.server.wire_dtype, crossings(trainer.config.spec, trainer.groups),
+        live=live, with_grads=live, answered=live[1:], rows=rows, passes=trainer.config.passes, reads_kept=reads_kept,
     )  # fmt: skip
 
 

@@ -37,6 +37,13 @@ class MicroBatch:
         """Each sequence's tokens, (tokens,)."""
         return np.split(self.ids, np.cumsum(self.sequence_lengths)[:-1])
 
+    def rows_of_texts(self) -> list[int]:
+        """At how many rows of each sequence adapters act."""
+        ends = np.cumsum(self.sequence_lengths)
+        until = ends if self.crossing_positions is None else np.searchsorted(self.crossing_positions, ends)
+        counts: list[int] = np.diff(until, prepend=0).tolist()
+        return counts
+
     def cut(self, *, max_tokens: int, packs: bool) -> list[MicroBatch]:
         """This micro-batch as few that count as ``max_tokens`` at most each, in order; itself where it fits.
 

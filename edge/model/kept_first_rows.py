@@ -17,7 +17,7 @@ from dlora.edge.data.examples import Dataset, last_occurrence
 from dlora.protocol.errors import BundleError
 from dlora.protocol.tensors import FloatArray
 
-from .answer_blocks import AnswerBlocks, FirstRows, acting_rows
+from .answer_blocks import AnswerBlocks, FirstRows
 from .attention_masks import Rows
 from .cached_source import texts_of
 from .encoder import batch_of
@@ -53,7 +53,7 @@ class KeptFirstRows:
         """Those of a micro-batch. Raises what the source raises, and ``StorageError``."""
         packs, cache = self._opened()
         digests = [self.kept.digest(ids) for ids in batch.texts()]
-        firsts = [int(part.sum()) for part in np.split(~acting_rows(batch), np.cumsum(batch.sequence_lengths)[:-1])]
+        firsts = [len(ids) - acting for ids, acting in zip(batch.texts(), batch.rows_of_texts(), strict=True)]
         wanted = dict(zip(digests, firsts, strict=True))
         found = packs.kept_or_computed(wanted, cache, KEYS_CODEC, self._compute)
         rows = [found[digest] for digest in digests if wanted[digest]]

@@ -53,7 +53,7 @@ class KeptReads:
         self._cache = cache
         self._crossings = crossings
         self._dtype = cache.owner.codec
-        self._ends = np.cumsum([stored_columns(self._dtype, each.input_width) for each in crossings])
+        self._ends = np.cumsum([stored_width(self._dtype, each.input_width) for each in crossings])
 
     def find(self, batch: MicroBatch) -> Early:
         """What the groups will read of a micro-batch; nothing where it is not kept of all texts, where it would take
@@ -61,7 +61,7 @@ class KeptReads:
 
         Raises ``StorageError``.
         """
-        counts = _rows_of_texts(batch)
+        counts = batch.rows_of_texts()
         if not may_send_early(self._crossings, sum(counts)) or self._is_refused_too_often:
             return []
         found: list[Stored] = []
@@ -89,7 +89,7 @@ class KeptReads:
         if self._is_refused_too_often:
             return
         whole = np.concatenate([read[group] for group in range(len(self._crossings))], axis=1)
-        parts = np.split(whole, np.cumsum(_rows_of_texts(batch))[:-1])
+        parts = np.split(whole, np.cumsum(batch.rows_of_texts())[:-1])
         for ids, stored in zip(batch.texts(), parts, strict=True):
             name = self._name(ids, len(stored))
             if not len(stored):
@@ -116,7 +116,7 @@ class KeptReads:
         return self._refusals > _MOST_REFUSALS
 
     def _name(self, ids: LongArray, rows: int) -> bytes:
-        """What a text is called of which the last or the first so many rows cross: its tokens do not say how many."""
+        """What a text is called of which so many rows cross: its tokens alone do not say how many."""
         return self._cache.digest(np.append(ids, -rows))
 
 
@@ -145,20 +145,7 @@ def open_kept_reads(
     return KeptReads(open_or_renew(path, owner, limit=limit, key=key, warn=warn), each)
 
 
-def stored_columns(dtype: str, width: int) -> int:
-    """Of a row of ``width`` numbers."""
-    return stored_width("int8", width) if dtype == "int8" else width
-
-
 def reads_width(dtype: str, crossings: Sequence[Crossing]) -> int:
     """Of a row of what is kept, as a tensor of this ``dtype`` has it."""
-    columns = sum(stored_columns(dtype, each.input_width) for each in crossings)
+    columns = sum(stored_width(dtype, each.input_width) for each in crossings)
     return columns - SCALE_BYTES if dtype == "int8" else columns  # the last group's scale is that of the whole row
-
-
-def _rows_of_texts(batch: MicroBatch) -> list[int]:
-    """How many rows of each text cross."""
-    ends = np.cumsum(batch.sequence_lengths)
-    until = ends if batch.crossing_positions is None else np.searchsorted(batch.crossing_positions, ends)
-    counts: list[int] = np.diff(until, prepend=0).tolist()
-    return counts

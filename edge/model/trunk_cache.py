@@ -26,7 +26,7 @@ from dlora.edge.files import open_own, remove_quietly, storage_errors
 from dlora.protocol.choices import Send
 from dlora.protocol.errors import CheckpointError, StorageError
 from dlora.protocol.manifest import Manifest
-from dlora.protocol.tensors import DTYPES, SCALE_BYTES, WireTensor, is_exponent
+from dlora.protocol.tensors import DTYPES, WireTensor, is_exponent, stored_width
 from dlora.protocol.wire_codecs import CODECS, Codecs, TensorRole
 
 from .cache_key import SEALED_BYTES, CacheKey
@@ -190,7 +190,7 @@ class TrunkCache:
             stored = self.key.open(stored, head)
         if stored is None or not is_exponent(place.exponent, self._codec.dtype):
             return None
-        width = self.owner.width + (SCALE_BYTES if self._codec.dtype == "int8" else 0)
+        width = stored_width(self._codec.dtype, self.owner.width)
         data = np.frombuffer(stored, DTYPES[self._codec.dtype]).reshape(place.tokens, width)
         tensor = WireTensor(self._codec.dtype, data, place.exponent)
         return tensor if digest in self._checked or self._codec.is_finite(tensor) else None

@@ -70,7 +70,8 @@ def _train(run: TrainRun, display: Display) -> dict[str, Any]:
         display.warn(
             "--cache-mb is too little for what this run keeps: its bits want that anyway, and its steps take longer"
         )
-    config = with_kept_reads(config, run.bundle.manifest, run.dataset)
+    if config.part_begins:  # what is kept must last for two epochs of this part
+        config = with_kept_reads(config, run.bundle.manifest, run.dataset)
     if run.recorder is not None:  # which is to have all that a server is told
         config = msgspec.structs.replace(config, keeps_reads=False)
     run = replace(run, config=config)
