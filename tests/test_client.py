@@ -70,18 +70,19 @@ def weights(own: TrainingClient, directory: Path) -> bytes:
     return (directory / "adapter_model.safetensors").read_bytes()
 
 
-def test_a_loop_gives_the_commands_bits(place: Place, tmp_path: Path) -> None:
+@pytest.mark.parametrize("passes", ["live", "2,2"])
+def test_a_loop_gives_the_commands_bits(place: Place, tmp_path: Path, passes: str) -> None:
     """Plain cross-entropy, in the command's order of data."""
     words = place.train(
         tmp_path / "by-command", steps=4, batch_size=2, grad_accum=2, lr=LR, schedule="constant", warmup=0,
-        wire_dtype="fp32",
+        wire_dtype="fp32", passes=passes,
     )  # fmt: skip
     done = run_edge(*words, "--json")
     assert done.code == 0, done.stderr
     dataset = load_examples(place.data, EdgeTokenizer.open(Bundle.open(place.bundle)), max_length=512)
     batches = Batches(dataset, 2, 2, (0,))
     losses = []
-    with client(place) as own:
+    with client(place, passes=passes) as own:
         for number in range(4):
             data = [Datum.of(dataset[int(index)]) for index in batches.step_indices(number)]
             losses.append(own.forward_backward(data, batch_size=2).loss)

@@ -20,10 +20,12 @@ from dlora.cloud.model.layout import Layout, can_pack, lay_out
 from dlora.cloud.model.live_bytes import LiveBytes, _order_of_calls, _TensorByteCounter, default_live_limit
 from dlora.cloud.model.parts import ModelParts
 from dlora.cloud.model.row_blocks import DividedTexts, RowBlocks
-from dlora.cloud.serving.server import LEAST_TOKENS, MOST_TOKENS, default_max_tokens
+from dlora.cloud.serving.server import LEAST_TOKENS, MOST_TOKENS, default_max_tokens, default_window
 from dlora.protocol.counting import cut_to_fit
+from dlora.protocol.device_memory import USUAL_TOKENS
 from dlora.protocol.errors import ExportError
 from dlora.protocol.groups import GroupSpec
+from dlora.protocol.limits import USUAL_WINDOW
 
 # Refusing what would have fit is a nuisance, admitting what does not is an outage.
 AT_LEAST, AT_MOST = 0.9, 1.5
@@ -189,6 +191,14 @@ def test_the_default_of_max_tokens_leaves_room_for_two() -> None:
     most = live_bytes.largest(wanted, longest)
     assert default_max_tokens(live_bytes, longest, 2 * most) == wanted
     assert default_max_tokens(live_bytes, longest, 2 * most - 1) == wanted - LEAST_TOKENS
+
+
+def test_the_default_window_is_what_memory_admits() -> None:
+    base = base_model("llama")
+    live_bytes, longest = LiveBytes.measure(base), base.max_sequence_length
+    one = live_bytes.largest(min(USUAL_TOKENS, longest), longest)
+    found = [default_window(live_bytes, longest, limit) for limit in (None, 1, one, 2 * one - 1, 2 * one, 100 * one)]
+    assert found == [USUAL_WINDOW, 1, 1, 1, 2, USUAL_WINDOW]
 
 
 def test_default_live_limit_is_half_of_what_the_model_leaves(monkeypatch: pytest.MonkeyPatch) -> None:

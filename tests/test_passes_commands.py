@@ -137,6 +137,24 @@ def test_the_best_adapter_is_evaluated_live_where_it_is_kept(place: Place, tmp_p
     assert summary(run_edge("evaluate", *where, "--json"))["loss"] == pytest.approx(found["eval_loss_live"], abs=1e-5)
 
 
+def test_an_adapter_that_is_worse_live_says_so(place: Place, tmp_path: Path) -> None:
+    """A rate that is too high for one pass, which leaves out what groups do to each other."""
+    options = ("--eval", place.data, "--steps", 20, "--lr", 0.5, "--keep", "last", "--passes", "1,1", "--json")
+    done = run_edge(*place.train(tmp_path, *BOTTLENECK, *options))
+    found = summary(done)
+    assert found["eval_loss_live"] > found["eval_loss_after"] + 0.008
+    assert found["is_worse_live"]
+    assert training_of(tmp_path).is_worse_live
+    assert "it is worse where it is used so; train with --passes live, or more passes" in done.stderr
+    assert f"{found['eval_loss_live']:.4f}, which is worse |" in (tmp_path / "README.md").read_text()
+
+
+def test_without_held_out_data_nobody_knows_the_live_loss(place: Place, tmp_path: Path) -> None:
+    done = run_edge(*place.train(tmp_path, *BOTTLENECK, "--steps", 1, "--hold-out", 0, "--passes", "1,1", "--json"))
+    assert (summary(done)["eval_loss_live"], summary(done)["is_worse_live"]) == (None, None)
+    assert "without held-out data nobody knows what the adapter is worth live" in done.stderr
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     place: Place, wholes: dict[str, Path], tmp_path: Path, way: str

@@ -81,6 +81,23 @@ def test_gradients_of_the_default_are_those_of_torch(
         assert np.linalg.norm(found - wanted) / np.linalg.norm(wanted) < 1e-4, group.name
 
 
+def test_gradients_of_frozen_factors_are_those_of_torch(tiny: TinyFactory, tmp_path: Path) -> None:
+    bundle, dataset = tiny(head_dtype="fp32").bundle, random_dataset(VOCABULARY)
+    run = config(kind="ffa", target_modules=("all-linear",), passes="2,2")
+    with serving(tiny().base) as server, training(bundle, server.url, run, dataset) as trainer:
+        randomize_all(trainer)
+        (batch,) = trainer.batches.step_batches(0)
+        (losses,) = trainer.model.forward_backward([batch], step=0, grad_scale=1 / len(batch.labels))
+        trainer.save_adapter(tmp_path)
+    model = PeftModel.from_pretrained(tiny_model("llama").eval(), tmp_path, is_trainable=True)
+    loss = PassOracle(model, batch, Passes.parse("2,2")).run()
+    assert losses.mean() == pytest.approx(loss.item(), rel=1e-5)
+    for name, parameter in trainer.adapters.parameters().items():
+        wanted = trainer.adapters.gains[name.removesuffix(".lora_B")] * reference.parameter(model, name).grad.numpy()
+        assert np.abs(wanted).max() > 0, name
+        assert np.linalg.norm(parameter.grad - wanted) / np.linalg.norm(wanted) < 1e-4, name
+
+
 @pytest.mark.parametrize("passes", PASSES)
 @pytest.mark.parametrize("on_kill", ["hold_forward", "give_to_server"])
 def test_killed_units_that_keep_their_effect_have_it_as_torch_says(

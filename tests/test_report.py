@@ -17,13 +17,14 @@ from processes import finish, run_edge, start_edge
 from runs import made_step, settings, write_run
 from test_resume import KILLING, Place, place, wait_for_lines
 
+from dlora.edge.report.comparison import compare
 from dlora.edge.report.document import document
 from dlora.edge.report.page import run_page
 from dlora.edge.report.settings import shown_settings
 from dlora.edge.report.steps import MOST_PLOTTED, read_steps
 from dlora.edge.report.time_split import split_of
 from dlora.edge.report.writer import ReportWriter
-from dlora.edge.run.file_names import METRICS, REPORT, TENSORBOARD
+from dlora.edge.run.file_names import METRICS, REPORT, SUMMARY, TENSORBOARD
 from dlora.edge.training.metrics import StepMetrics, read_metrics
 from dlora.protocol.errors import CheckpointError
 
@@ -182,6 +183,18 @@ def test_damaged_files_are_named(name: str, content: bytes | None, said: str, tm
         (out / name).write_bytes(content)
     with pytest.raises(CheckpointError, match=said):
         run_page(out)
+
+
+def test_a_page_of_a_run_in_passes_has_its_live_loss(tmp_path: Path) -> None:
+    out = write_run(tmp_path / "run", 4, passes="2,1")
+    summary = json.loads((out / SUMMARY).read_text())
+    (out / SUMMARY).write_text(json.dumps({**summary, "eval_loss_live": 2.3751, "is_worse_live": True}))
+    page = run_page(out).decode()
+    assert "held-out loss live, as PEFT" in page
+    assert "2.3751" in page
+    assert "in passes 2,1" in page
+    found = compare([out, write_run(tmp_path / "live", 4)]).to_json()["runs"]
+    assert [run["eval_loss_live"] for run in found] == [2.3751, None]
 
 
 def test_a_run_that_is_not_done_has_a_page(tmp_path: Path) -> None:

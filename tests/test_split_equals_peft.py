@@ -150,16 +150,18 @@ def adapted_by_peft(family: str, targets: tuple[str, ...], blocks: tuple[int, ..
     return {name for name in adapted if not blocks or any(f".{block}." in name for block in blocks)}
 
 
-def test_the_saved_adapter_gives_peft_the_split_loss(tiny: TinyFactory, tmp_path: Path) -> None:
-    """Of those units that have an effect in the end."""
+@pytest.mark.parametrize("passes", ["live", "2,2"])
+def test_the_saved_adapter_gives_peft_the_split_loss(tiny: TinyFactory, tmp_path: Path, passes: str) -> None:
+    """Of those units that have an effect in the end; used live, however it was trained."""
     held_out = random_dataset(VOCABULARY, seed=1)
-    run = config(total_steps=10, kill_revive={"active_fraction": 0.5, "warmup_steps": 2, "kill_every": 2})
+    kill_revive = {"active_fraction": 0.5, "warmup_steps": 2, "kill_every": 2}
+    run = config(total_steps=10, kill_revive=kill_revive, passes=passes)
     bundle = tiny(head_dtype="fp32").bundle
     with serving(tiny().base) as server, training(bundle, server.url, run, random_dataset(VOCABULARY)) as trainer:
         for _ in range(run.total_steps):
             trainer.run_step()
         trainer.save_adapter(tmp_path / "adapter")
-        split = trainer.evaluate(held_out)
+        split = trainer.evaluate(held_out, live=True)
     model = PeftModel.from_pretrained(tiny_model("llama"), tmp_path / "adapter")
     with torch.no_grad():
         batches = list(evaluation_batches(held_out, 4))

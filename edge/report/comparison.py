@@ -80,6 +80,7 @@ MEASURES: Final = (
     Measure("eval_loss_before", "held-out loss before", lambda run: _loss(run.before), numbers.loss),
     Measure("eval_loss_after", "held-out loss after", lambda run: _loss(run.after), numbers.loss, "lowest", _held_out),
     Measure("eval_loss_best", "held-out loss, best", lambda run: _loss(run.best), numbers.loss, "lowest", _held_out),
+    Measure("eval_loss_live", "  used live", lambda run: run.live_loss, numbers.loss, "lowest", _held_out),
     Measure("best_step", "  after steps", lambda run: None if run.best is None else run.best.step, numbers.count),
     _accuracy("token_accuracy", "held-out tokens right"),
     _accuracy("exact_match", "held-out examples wholly right"),

@@ -81,6 +81,10 @@ def _cards(run: RunData) -> list[Card]:
         below = f"best {loss(best.loss)} after {count(best.step)} steps" if best is not None else ""
         values = f"{loss(run.before.loss)} → {loss(run.after.loss)}"
         made.append(Card("held-out loss", values, below, run.worsening is not None))
+        if run.live_loss is not None:
+            in_passes = f"the run's own are in passes {run.file.settings.server.passes}"
+            is_worse = bool(summary.get("is_worse_live"))
+            made.append(Card("held-out loss live, as PEFT", loss(run.live_loss), in_passes, is_worse))
         right, whole = (
             f"{getattr(run.before, name):.1%} → {getattr(run.after, name):.1%}"
             for name in ("token_accuracy", "exact_match")

@@ -63,6 +63,12 @@ class RunData:
         return sum(sizes) if len(sizes) == len(found) else None
 
     @property
+    def live_loss(self) -> float | None:
+        """Held-out loss of the saved adapter used live, as PEFT does; None where it was trained so, or nobody knows."""
+        found = (self.summary or {}).get("eval_loss_live")
+        return found if isinstance(found, float) else None
+
+    @property
     def worsening(self) -> Worsening | None:
         """How the model is worse than before training, in the end, or by now and by far; None where it is not."""
         if self.file.eval_data is None:

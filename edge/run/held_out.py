@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 
@@ -28,6 +28,13 @@ WORSE_LIVE_NATS, WORSE_LIVE = 0.008, 0.01
 """A loss that is so much above another, in nats or as a share of it, is worse."""
 BEST = "best"
 EVALUATION = "evaluation.json"
+
+
+class LiveLoss(NamedTuple):
+    """Held-out loss of an adapter that was trained in passes, used live, and whether it is worse than in passes."""
+
+    loss: float
+    is_worse: bool
 
 
 class HeldOut:
@@ -102,10 +109,13 @@ class HeldOut:
             + (", the best so far" if is_best and self.evaluations[1:] else "")
         )
 
-    def live_loss(self, saved_step: int) -> float | None:
+    def live_loss(self, saved_step: int) -> LiveLoss | None:
         """Of the saved adapter, used live, as PEFT does, where it was trained in passes: its loss is said beside that
         of its passes, and kept in its record. None: it was trained live, or nothing can be said."""
-        if self._dataset is None or self._trainer.config.passes is None:
+        if self._trainer.config.passes is None:
+            return None
+        if self._dataset is None:
+            self._display.warn("without held-out data nobody knows what the adapter is worth live, as PEFT uses it")
             return None
         if saved_step != self._trainer.next_step and not self._trainer.take_adapter(self._out):
             self._display.warn(
@@ -122,7 +132,7 @@ class HeldOut:
         else:
             self._display.say(said)
         self._trainer.copy_adapter(self._out, self._out, eval_loss_live=loss, is_worse_live=is_worse)
-        return loss
+        return LiveLoss(loss, is_worse)
 
     def _evaluate(self, dataset: Dataset, when: str, *, live: bool = False) -> Evaluation:
         with self._display.evaluating(when, len(dataset)) as advance:

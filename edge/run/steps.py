@@ -161,7 +161,7 @@ class RunSteps:
             saved_step = self._held_out.keep_best()
         if worsening is not None:
             self._display.warn(worse_line(worsening, self._trainer.peak_rate))
-        live_loss = self._held_out.live_loss(saved_step)
+        live = self._held_out.live_loss(saved_step)
         crossed = self._trainer.side.crossed
         summary = summary_of(self._config, self._trainer.next_step, self._held_out, self._saver.totals) | {
             "first_step": first_step,
@@ -172,7 +172,8 @@ class RunSteps:
             "eval_bytes_down": self._held_out.bytes_down,
             "is_worse": worsening is not None,
             "saved_step": saved_step,
-            "eval_loss_live": live_loss,
+            "eval_loss_live": None if live is None else live.loss,
+            "is_worse_live": None if live is None else live.is_worse,
             "wall_s": round(trained_s, 3),
         }
         write_atomically(self._run.out / SUMMARY, json.dumps(summary, indent=1).encode() + b"\n")
