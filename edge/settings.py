@@ -180,7 +180,7 @@ class Adapter(Section, frozen=True, kw_only=True):
 class Training(Section, frozen=True, kw_only=True):
     """Training"""
 
-    epochs: Annotated[Amount, basic("Passes over the data.")] = 1.0
+    epochs: Annotated[Amount, basic("How many times the run goes through the data.")] = 1.0
     steps: Annotated[Count | None, basic("Optimizer steps; overrides --epochs.")] = None
     batch_size: Annotated[Count, basic("Sequences of a micro-batch.", makes_bits=True)] = 4
     grad_accum: Annotated[Count, more("Micro-batches of a step.", makes_bits=True)] = 1
@@ -244,8 +244,8 @@ class Placement(Section, frozen=True, kw_only=True):
         Amount | None,
         more(
             "Disk for what the server gave, for what blocks here compute alike again and again, and, with --passes, "
-            "for what adapters read in the base pass, in MB, by default 4000; what does not fit is asked for, or "
-            "computed, again at each step that needs it."
+            "for what adapters read in the base pass, in MB, by default 4000. What does not fit is asked for, or "
+            "computed, again at each step that needs it; with --passes nothing is kept where not all of it fits."
         ),
     ] = None
     keep_cache: Annotated[
@@ -295,8 +295,9 @@ class Server(Section, frozen=True, kw_only=True):
         Annotated[str, Meta(pattern=r"\A(live|auto|[1-4],[1-4])\Z")] | None,
         more(
             "How the adapters are asked. live, the default: group after group, two round trips each in a step. F,B: "
-            "all groups at once, in F passes forward and B back: F + B + 1 round trips a step, whatever the number of "
-            "groups. auto: live or 2,2, whichever is quicker as network and server are measured before the run.",
+            "all groups at once, in F passes forward and B back, 1 to 4 each: F + B + 1 round trips a step, whatever "
+            "the number of groups. auto: live or 2,2, whichever is quicker as network and server are measured before "
+            "the run.",
             metavar="live|F,B|auto",
             makes_bits=True,
         ),
@@ -305,7 +306,7 @@ class Server(Section, frozen=True, kw_only=True):
         Annotated[str, Meta(pattern=r"\A(auto|[1-9]|1[0-6])\Z")],
         more(
             "How many micro-batches of a step (--grad-accum) are under way at a time, where the server takes as many; "
-            "auto: all of them. What comes out is the same, sooner where the server is far.",
+            "auto: all of them, 16 at most. What comes out is the same, sooner where the server is far.",
             metavar="N|auto",
         ),
     ] = "auto"

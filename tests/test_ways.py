@@ -56,6 +56,13 @@ def test_a_way_has_the_seconds_of_its_formula(tiny: TinyFactory) -> None:
     assert live.server_s == pytest.approx(1e-4 * tokens * 1.5, abs=1e-3), "the upper half of the blocks twice"
     assert two.server_s == pytest.approx(1e-4 * tokens * 3, abs=1e-3)
     assert two.device_s == pytest.approx(3e-5 * 8 * dataset.labelled / len(dataset), abs=1e-3)
+    run = msgspec.structs.replace(run, invocation=(7, 8))  # acts at some rows
+    acting = 8 * dataset.acting_on_answers(run.invocation).mean_crossing_rows
+    whole = ways_of(run, manifest, dataset, FAR._replace(runs_rows=False))
+    assert acting < tokens
+    assert whole[0].server_s == pytest.approx(1e-4 * (tokens + acting * 0.5), abs=1e-3)
+    assert whole[3].server_s == pytest.approx(1e-4 * (tokens + 0.5 * (2 * tokens + 2 * acting)), abs=1e-3)
+    run = msgspec.structs.replace(run, invocation=())
     together = msgspec.structs.replace(run, server=msgspec.structs.replace(run.server, window="auto"))
     assert [way.round_trips for way in ways_of(together, manifest, dataset, FAR)] == [2 * groups + 1, 3, 4, 5]
     two_at_a_time = [way.round_trips for way in ways_of(together, manifest, dataset, FAR._replace(window=2))]

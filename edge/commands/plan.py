@@ -30,7 +30,7 @@ def plan(settings: Settings, json_output: JsonOption = False) -> None:
 
     Settings are those of train: rank, blocks, modules and so on count. dlora-edge train --device-blocks auto takes what
     this recommends. With --server, network and server are measured with a few random tokens, and each way to ask the
-    adapters has the seconds that a step will take; --passes auto takes the fastest that is as good.
+    adapters has the seconds that a step will take; --passes auto of train takes the fastest that is as good.
 
     Example:  dlora-edge plan --bundle build/smollm2 --data chat.jsonl
     """
@@ -168,12 +168,12 @@ def _show_ways(console: Console, result: dict[str, Any]) -> None:
     """Each way to ask the adapters without blocks here, and what a step takes."""
     from rich.table import Column, Table
 
-    names = ("trips", "MB", "network, s", "server, s", "head, s", "all, s")
+    names = ("waits", "MB", "network, s", "server, s", "head, s", "all, s")
     numbers = [Column(name, justify="right") for name in names]
     table = Table("--passes", *numbers, "as good", box=None, padding=(0, 1, 0, 0))
     for way in result["ways"]:
         seconds = (way["network_s"], way["server_s"], way["device_s"], way["step_s"])
-        as_good = "[green]yes[/]" if way["as_good"] else "not measured so"
+        as_good = "[green]yes[/]" if way["as_good"] else "not known"
         table.add_row(
             way["passes"], f"{way['round_trips']}", f"{way['mb']:.2f}", *(f"{each:.2f}" for each in seconds), as_good
         )

@@ -29,6 +29,8 @@ class Measured(NamedTuple):
         server_s: that the server takes for a token in all blocks, without adapters and without gradients.
         device_s: that the LM head here takes for the loss at a token.
         window: how many micro-batches of a session the server lets be under way.
+        runs_rows: whether passes run those rows alone that adapters act at: of families that keep keys and values, all
+            but ``mpt`` do, which is taken for one.
     """
 
     round_trip_s: float
@@ -36,6 +38,7 @@ class Measured(NamedTuple):
     server_s: float
     device_s: float
     window: int
+    runs_rows: bool = True
 
     @property
     def words(self) -> str:
@@ -74,4 +77,5 @@ def measure_network(bundle: Bundle, config: Resolved, connecting: ConnectSetting
             nbytes = sum(model.counters[:2]) - sum(counted[:2])
             found.append((nbytes / max(crossing_s, _LEAST_S), usage.computed_s / length, device_s / length))
     rates, server_s, device_s_each = zip(*found, strict=True)
-    return Measured(round_trip_s, max(rates), min(server_s), min(device_s_each), welcome.window)
+    runs_rows = welcome.max_context_length > 0
+    return Measured(round_trip_s, max(rates), min(server_s), min(device_s_each), welcome.window, runs_rows)

@@ -71,7 +71,8 @@ def _way(config: Resolved, manifest: Manifest, dataset: Dataset, measured: Measu
     tokens, labelled, acting = (
         each / steps for each in (dataset.tokens, dataset.labelled, _acting_rows(config, dataset))
     )
-    passed = acting * _upper_share(config, manifest) * _passes_above_base(config.passes)
+    forward, backward = _passes_above_base(config.passes)
+    passed = (forward * (acting if measured.runs_rows else tokens) + backward * acting) * _upper_share(config, manifest)
     passes = config.server.passes
     return Way(
         passes=passes,
@@ -101,10 +102,10 @@ def _upper_share(config: Resolved, manifest: Manifest) -> float:
     return 1 - lowest / manifest.base_model.blocks
 
 
-def _passes_above_base(passes: Passes | None) -> int:
-    """How often these rows go through these blocks beside the base pass, forward or backward. Weights are frozen, so
+def _passes_above_base(passes: Passes | None) -> tuple[int, int]:
+    """How often these rows go through these blocks beside the base pass, forward and backward. Weights are frozen, so
     that a backward pass takes as long as a forward pass."""
-    return 1 if passes is None else passes.forward + passes.backward
+    return (0, 1) if passes is None else (passes.forward, passes.backward)
 
 
 def fastest(ways: Sequence[Way]) -> Way:
