@@ -1,5 +1,5 @@
 """How long a training step takes: PEFT in one process, and the split: all active, 1/8 active, and the default
-recipe, live and in passes.
+recipe, live, with adapters that act at all rows and not at answers alone, and in passes.
 
 All take turns in one run on the same batches; medians are printed. The device runs in this process, the server in
 another, over loopback; each has --threads threads, and they take turns, as PEFT's one process does. What has to be
@@ -21,7 +21,7 @@ from typing import Any, Final
 import numpy as np
 from bars import FILE, Entry, at_most, write_bars
 from children import cloud_server, log, need_bundle, new_parser, worker
-from economy_recipes import BASELINE, DEFAULT, RECIPES, in_passes, train_config
+from economy_recipes import BASELINE, DEFAULT, RECIPES, in_passes, train_config, with_settings
 
 from dlora.edge.data.examples import Dataset
 from dlora.edge.engine.bundle import Bundle
@@ -96,6 +96,7 @@ def _configs(manifest: Manifest, options: argparse.Namespace) -> dict[str, Resol
         "split_all": lora,
         "split_kr": replace(lora, kill_revive={"active_fraction": 0.125}),
         "split_default": RECIPES[DEFAULT],
+        "split_default_at_all_rows": with_settings(RECIPES[DEFAULT], adapt="all"),
         **{_named(passes): in_passes(RECIPES[DEFAULT], passes) for passes in PASSES},
     }
     steps = 10 * (options.warmup + options.steps + 1)
@@ -187,6 +188,7 @@ def _result(
         "ratio_all": _ratio(every.step_s, peft_s),
         "ratio_kr": _ratio(eighth.step_s, peft_s),
         "ratio_default": _ratio(default.step_s, peft_s),
+        "ratio_default_at_all_rows": _ratio(devices["split_default_at_all_rows"].step_s, peft_s),
         **{f"ratio_{passes}": _ratio(devices[_named(passes)].step_s, peft_s) for passes in PASSES},
         "edge_peak_rss_mb": round(peak_rss_mb(), 1),
     }
