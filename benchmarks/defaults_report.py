@@ -12,7 +12,7 @@ from typing import Any, Final
 from bars import Entry, at_least, at_most, write_bars
 from defaults_places import ADAPTED, BASE, GRID, LORA, REWRITTEN_SETS, SMOLLM2, TRUNK, all_places
 from economy_data import SETS as ALL_SETS
-from economy_recipes import BASELINE, DEFAULT, FORMER, RECIPES
+from economy_recipes import BASELINE, DEFAULT, FORMER, PASSES, RECIPES
 from economy_results import Result
 from economy_runs import CHOOSING_SEED, Finished, Run, best_rate, next_rate
 from sections import DEFAULTS, with_section
@@ -20,6 +20,8 @@ from sections import DEFAULTS, with_section
 from dlora.edge.files import write_atomically
 
 FILE: Final = Path("benchmarks") / "defaults.json"
+PASSES_MODEL: Final = "gemma3"
+"""Of the models that are trained here, the one on which passes are held against live."""
 COMMAND: Final = "python benchmarks/defaults.py --only"
 
 Where = tuple[str, str]  # model and set
@@ -153,6 +155,13 @@ def make_bars(table: Table) -> dict[str, Bar]:
         for name, what, bar, places, measure in rows:
             value = _difference(_off(measure), of_usual, of_original)
             bars[f"{recipe}_rewritten{name}"] = Bar(what, bar, places, value, (recipe,))
+    text, intents = _by_kind([where for where in ORIGINALS if where[0] == PASSES_MODEL])
+    in_passes, live = (partial(table.usual, recipe=recipe) for recipe in (PASSES, DEFAULT))
+    for name, what, bar, places, measure in (
+        ("text", "in passes 2,2, used live: loss above live's, %", 1.0, text, _percent),
+        ("intents", "in passes 2,2, used live: loss above live's, nats a label", 0.008, intents, _nats),
+    ):
+        bars[f"passes_{name}"] = Bar(what, bar, places, _difference(measure, in_passes, live), (PASSES, DEFAULT))
     what, against = "gain over the base, of LoRA's at its best", (DEFAULT, BASE, BASELINE)
     bars["default_gain_kept"] = Bar(what, 0.75, ORIGINALS, table.gain_kept, against, least=True)
     return bars

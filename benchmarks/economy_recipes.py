@@ -116,7 +116,8 @@ RECIPES: Final[dict[str, Recipe]] = {
     **{
         f"default-{passes}": Recipe(
             f"the default in passes {passes}", _bottleneck(96, "answer", "int8") | {"passes": passes}, default_lr=8e-3,
-            weight_decay=1.0, sets=BARRED_SETS, bars=BARRED_SETS if passes == "2,2" else (), has_grid=False,
+            weight_decay=1.0, sets=BARRED_SETS + OTHER_SETS if passes == "2,2" else BARRED_SETS,
+            bars=BARRED_SETS if passes == "2,2" else (), has_grid=False,
         )
         for passes in ("2,2", "2,1", "1,1")
     },

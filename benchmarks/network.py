@@ -2,8 +2,8 @@
 on the device, each beside what it would take if nothing but computing, round trips and bytes took time.
 
 Every way's steps over all networks and over loopback take turns in one run. A proxy of our own delays and limits the
-bytes (delaying_proxy.py). What has to be reached is written into docs/log/benchmarks/network.json, and a plot beside
-it. --ways names some of: live, 1,1, 2,1, 2,2, window-1, window-4, trunk.
+bytes (delaying_proxy.py). What has to be reached is written into docs/log/benchmarks/network.json, and all that was
+measured beside it, with a plot. --ways names some of: live, 1,1, 2,1, 2,2, window-1, window-4, trunk.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ from dlora.edge.wire.connection import Connection
 
 COMMAND: Final = "python benchmarks/network.py"
 FILE: Final = Path("benchmarks") / "network.json"
+CELLS: Final = Path("benchmarks") / "network-cells.json"
+"""Of each way what was measured last, beside its bound."""
 PICTURE: Final = Path("benchmarks") / "network.svg"
 PASSES: Final = ("1,1", "2,1", "2,2")
 WINDOWS: Final = (1, 4)
@@ -86,8 +88,11 @@ def main() -> None:
             else:
                 result[name] = _measure(bundle, url, name, options)
     write_bars(options.docs / FILE, _bars(result))
-    if drawn := _plot(result):
-        (options.docs / PICTURE).write_text(drawn, encoding="utf-8")
+    cells = options.docs / CELLS
+    before = json.loads(cells.read_text(encoding="utf-8")) if cells.exists() else {}
+    known = {**before, **{name: result[name] for name in options.ways}}
+    cells.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+    (options.docs / PICTURE).write_text(_plot(known), encoding="utf-8")
     print(json.dumps(result, indent=1))
 
 
@@ -242,7 +247,7 @@ def _plot(result: dict[str, Any]) -> str:
         if name in result:
             points = [(float(ms), result[name]["cells"][Network(ms, 100).name]["best_step_s"]) for ms in (20, 80, 200)]
             series.append(Series(name if name == "live" else f"in passes {name}", tuple(points)))
-    return plot("A training step over 100 Mbit/s", series, "seconds", x_title="round-trip time, ms") if series else ""
+    return plot("A training step over 100 Mbit/s", series, "seconds", x_title="round-trip time, ms")
 
 
 def _server() -> psutil.Process:
