@@ -94,6 +94,9 @@ def test_plan_measures_a_server_that_is_named(far: Place) -> None:
     assert steps["live"] > steps["2,2"] > steps["1,1"]
     shown = run_edge("plan", "--bundle", far.bundle, "--data", far.data, "--server", far.url, *BOTTLENECK).stdout
     assert "a step with no blocks here, over this network (" in shown
+    is_far = 2 * steps["2,2"] < steps["live"]
+    assert is_far == (found["advice"] is not None)
+    assert not is_far or "5 round trips" in found["advice"]
     without = run_edge("plan", "--bundle", far.bundle, "--data", far.data, "--json")
     assert "ways" not in json.loads(without.stdout)
 

@@ -80,7 +80,7 @@ def _ways(
         return {}
     from dlora.edge.run.network import measure_network
     from dlora.edge.run.planning import settings_for
-    from dlora.edge.run.ways import ways_of
+    from dlora.edge.run.ways import advice, ways_of
     from dlora.edge.training.resolve import resolve
     from dlora.edge.wire.connecting import ConnectSettings
     from dlora.edge.wire.credentials import Credentials
@@ -94,7 +94,9 @@ def _ways(
         display.warn(f"network and server are not measured: {error}")
         return {}
     ways = ways_of(config, bundle.manifest, dataset, measured)
+    own = next((way for way in ways if way.passes == config.server.passes), None)
     return {
+        "advice": own and advice(own, ways, measured),
         "network": measured._asdict(),
         "network_words": measured.words,
         "ways": [msgspec.to_builtins(way) | {"step_s": round(way.seconds, 3)} for way in ways],
@@ -179,3 +181,5 @@ def _show_ways(console: Console, result: dict[str, Any]) -> None:
         )
     console.print(f"a step with no blocks here, over this network ({result['network_words']}):", highlight=False)
     console.print(table)
+    if result["advice"]:
+        console.print(escaped(result["advice"]), highlight=False)
