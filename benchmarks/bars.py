@@ -29,8 +29,9 @@ def at_least(bar: float, value: float, command: str) -> Entry:
     return entry if holds else {**entry, "reason": f"{value:.4g} where at least {bar:.4g} is wanted"}
 
 
-def write_bars(path: Path, bars: Mapping[str, Mapping[str, Any]], *, forget: Collection[str] = ()) -> None:
-    """Put ``bars`` into the file, by name; the entries of others stay, but for those that ``forget`` names.
+def write_bars(path: Path, bars: Mapping[str, Mapping[str, Any]], *, forget: Collection[str] = ()) -> dict[str, Any]:
+    """Put ``bars`` into the file, by name; the entries of others stay, but for those that ``forget`` names. Gives all
+    that the file has then.
 
     Raises ``StorageError``, and leaves the old file as it was.
     """
@@ -39,6 +40,7 @@ def write_bars(path: Path, bars: Mapping[str, Mapping[str, Any]], *, forget: Col
     text = json.dumps(dict(sorted(entries.items())), indent=1, ensure_ascii=False) + "\n"
     make_directory(path.parent)
     write_atomically(path, text.encode())
+    return entries
 
 
 def _rounded(number: float) -> float:

@@ -88,11 +88,9 @@ def main() -> None:
             else:
                 result[name] = _measure(bundle, url, name, options)
     write_bars(options.docs / FILE, _bars(result))
-    cells = options.docs / CELLS
-    before = json.loads(cells.read_text(encoding="utf-8")) if cells.exists() else {}
-    known = {**before, **{name: result[name] for name in options.ways}}
-    cells.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
-    (options.docs / PICTURE).write_text(_plot(known), encoding="utf-8")
+    known = write_bars(options.docs / CELLS, {name: result[name] for name in options.ways})
+    if drawn := _plot(known):
+        (options.docs / PICTURE).write_text(drawn, encoding="utf-8")
     print(json.dumps(result, indent=1))
 
 
@@ -247,7 +245,7 @@ def _plot(result: dict[str, Any]) -> str:
         if name in result:
             points = [(float(ms), result[name]["cells"][Network(ms, 100).name]["best_step_s"]) for ms in (20, 80, 200)]
             series.append(Series(name if name == "live" else f"in passes {name}", tuple(points)))
-    return plot("A training step over 100 Mbit/s", series, "seconds", x_title="round-trip time, ms")
+    return plot("A training step over 100 Mbit/s", series, "seconds", x_title="round-trip time, ms") if series else ""
 
 
 def _server() -> psutil.Process:

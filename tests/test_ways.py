@@ -31,7 +31,7 @@ __all__ = ["place"]
 
 DELAY_S = 0.02
 """Each way."""
-FAR = Measured(round_trip_s=0.08, bytes_per_s=1e6, server_s=1e-4, device_s=1e-5, window=8)
+FAR = Measured(round_trip_s=0.08, bytes_per_s=1e6, server_s=1e-4, device_s=1e-5, window=8, runs_rows=True)
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,7 @@ class Measured(NamedTuple):
     server_s: float
     device_s: float
     window: int
-    runs_rows: bool = True
+    runs_rows: bool
 
     @property
     def words(self) -> str:
