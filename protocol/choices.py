@@ -13,6 +13,13 @@ DifferenceDtype = Literal["int4", "int8", "fp16", "fp32"]
 KindChoice = Literal["lora", "bottleneck", "ffa"]
 """Kinds of adapters, by the names of ``adapters.KINDS``."""
 
+Drafts = Literal["auto", "server", "prompt", "off"]
+"""Who guesses the tokens that may come next in an answer: the server, from the base model; the device, from what stands
+in the text; whichever pays more; or nobody."""
+
+TableDtype = Literal["fp32", "fp16"]
+"""How the device's embedding table is stored."""
+
 Send = Literal["embeddings", "token-ids"]
 """What a micro-batch begins with on the wire: embeddings that the device has looked up, or the tokens themselves."""
 

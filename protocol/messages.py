@@ -34,6 +34,9 @@ RESUME_TOKEN_BYTES = 32
 MAX_RETRY_AFTER_S = 86_400
 MAX_ENCODED_SEQUENCES = 128  # C may run each by itself, and answers each with a tensor of its own
 
+MAX_DRAFT = 16
+"""Tokens that C guesses at a time."""
+
 MAX_SECONDS = 1e6
 MAX_TIMES = 3 * 64 + 1
 
@@ -42,6 +45,7 @@ Times = Annotated[tuple[Seconds, ...], msgspec.Meta(max_length=MAX_TIMES)]
 Piece = Annotated[tuple[Index, ...], msgspec.Meta(min_length=1, max_length=MAX_PIECE_GROUPS)]
 """Groups that a message is of; their tensors stand one under the other in one."""
 Window = Annotated[int, msgspec.Meta(ge=1, le=MAX_WINDOW)]
+DraftCount = Annotated[int, msgspec.Meta(ge=0, le=MAX_DRAFT)]
 ReadsDigest = Annotated[bytes, msgspec.Meta(min_length=READS_DIGEST_BYTES, max_length=READS_DIGEST_BYTES)]
 ResumeToken = Annotated[bytes, msgspec.Meta(min_length=RESUME_TOKEN_BYTES, max_length=RESUME_TOKEN_BYTES)]
 
@@ -205,14 +209,39 @@ class GroupParameters(Message, frozen=True):
     tensors: tuple[WireTensor, ...]
 
 
+class Decoding(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
+    """How tokens go on in a context. Without names on the wire, as ``Passes``.
+
+    Attributes:
+        position: of the first of them. C forgets what it holds from there on, and takes these in.
+        drafts: how many tokens C is to guess that may follow the last one. It takes them in after it, as if E had sent
+            them, and says which with ``DraftTokens``.
+        ahead: in passes: once C has sent the last hidden states, it is to go on with the token that it expects E to
+            choose and so many guesses after it, and to send what groups read of these in the base pass. None: it is
+            not.
+        is_ahead: whether the tokens are those very ones: E has what groups read of them, and sends what they write at
+            once.
+    """
+
+    position: Index
+    drafts: DraftCount = 0
+    ahead: DraftCount | None = None
+    is_ahead: bool = False
+
+    @property
+    def guesses(self) -> int:
+        """As of ``Embeddings``."""
+        return self.drafts + (0 if self.ahead is None else 1 + self.ahead)
+
+
 class Embeddings(ExchangeMessage, frozen=True):
     """E starts a micro-batch: the packed embeddings of its real tokens, or the tokens themselves.
 
     Attributes:
         mode: ``train`` if a backward pass with the groups will follow; ``evaluate`` if none will; ``basis``, while the
             session is set up, if one of the base model alone will, from whose gradients C makes its adapter state;
-            ``decode`` if none will, and its one sequence goes on from the first ``position`` tokens that C holds keys
-            and values of. C forgets those after them, and takes these in. ``encode`` for hidden states in the middle of
+            ``decode`` if none will, and its one sequence goes on from tokens that C holds keys and values of.
+            ``encode`` for hidden states in the middle of
             the model, in a session of that purpose, of whose modes it and ``decode`` are.
         hidden_states: (tokens, embedding_size); None where ``token_ids`` is there.
         sequence_lengths: int32 (sequences,), summing to tokens.
@@ -222,8 +251,9 @@ class Embeddings(ExchangeMessage, frozen=True):
             there may be none. None: all tokens.
         examples: int32 (sequences,), numbers that E gives its examples, where C is to know one again.
         token_ids: int32 (tokens,), which C looks up; only where the device's user asked for it.
-        position: of the first token in the context; only in the mode ``decode``.
-        passes: None: each group is asked by itself, live; only in the modes ``train`` and ``evaluate``.
+        decoding: where its tokens lie in the context; only in the mode ``decode``.
+        passes: None: each group is asked by itself, live; only in the modes ``train``, ``evaluate`` and ``decode``, in
+            the last as the session's purpose says.
         kept_reads: as ``reads_digest`` has it, of what E has kept of this micro-batch: what all live groups read in the
             base pass. E sends what they write at once, and C need not ask where it reads the same. None: nothing.
     """
@@ -235,9 +265,19 @@ class Embeddings(ExchangeMessage, frozen=True):
     crossing_positions: WireTensor | None = None
     examples: WireTensor | None = None
     token_ids: WireTensor | None = None
-    position: Index | None = None
+    decoding: Decoding | None = None
     passes: Passes | None = None
     kept_reads: ReadsDigest | None = None
+
+    @property
+    def sends_early(self) -> bool:
+        """Whether E sends what all groups write in the first pass without being asked."""
+        return self.kept_reads is not None or (self.decoding is not None and self.decoding.is_ahead)
+
+    @property
+    def guesses(self) -> int:
+        """The most tokens that C takes in beside those that E has sent."""
+        return 0 if self.decoding is None else self.decoding.guesses
 
     @property
     def tokens(self) -> int:
@@ -249,6 +289,20 @@ class Embeddings(ExchangeMessage, frozen=True):
     def rows(self) -> int:
         """That cross at each group."""
         return self.tokens if self.crossing_positions is None else self.crossing_positions.shape[0]
+
+
+class DraftTokens(ExchangeMessage, frozen=True):
+    """C says which tokens it has guessed and taken in, before anything else of a micro-batch that asks for ``drafts``;
+    and once more where it goes on ``ahead``.
+
+    Attributes:
+        token_ids: int32 (drafts,), maybe fewer than E asked for, or none. They follow E's last token; where C goes on
+            ahead, the token that it expects.
+        computed_s: that this took.
+    """
+
+    token_ids: WireTensor
+    computed_s: Seconds = 0.0
 
 
 class GroupInput(ExchangeMessage, frozen=True):
@@ -286,12 +340,14 @@ class LabelledHiddenStates(ExchangeMessage, frozen=True):
             ``encode``, what came there out of the last block that it ran, (labelled, width).
         gradients: of how many groups gradients will follow a ``GradHiddenStates``, in all passes together; at 0, E
             sends that only in the mode ``basis``.
+        next_token: that C expects E to choose, where it goes on ahead: ``DraftTokens`` and ``GroupInput`` follow.
         computed_s: that C has computed on this micro-batch so far; queued_s: that it has waited for its turn.
         times: as in ``GroupInput``.
     """
 
     hidden_states: WireTensor
     gradients: Index
+    next_token: Index | None = None
     computed_s: Seconds = 0.0
     queued_s: Seconds = 0.0
     times: Times = ()
@@ -384,6 +440,7 @@ AnyMessage = (
     | AdapterState
     | GroupParameters
     | Embeddings
+    | DraftTokens
     | GroupInput
     | GroupDelta
     | LabelledHiddenStates

@@ -70,10 +70,11 @@ class MicroBatchRules:
         mode: as its first message says; trains: whether a backward pass with the groups follows.
         state: FORWARD to BACKWARD, and IDLE once it is through.
         tokens: of all its sequences; rows: that cross at each group; labelled: whose last hidden state is wanted.
-        position: of its first token in the context, in the mode ``decode``.
+        decoding: how its tokens go on in a context, in the mode ``decode``.
         lengths: of its sequences, in the mode ``encode``.
         exchanges: whether groups take part.
         passes: None where groups are asked live.
+        ahead: of how many tokens C has sent what groups read before E has asked for it, after the last hidden states.
         sends_early: whether E sends what all groups write in the first wave before it is asked.
         early: of how many it has.
         asked, answered: of how many groups C has sent what they read, and E what they write, in all waves together.
@@ -92,11 +93,12 @@ class MicroBatchRules:
         self.tokens = begun.tokens
         self.rows = begun.rows
         self.labelled = begun.label_positions.shape[0]
-        self.position = begun.position or 0
+        self.decoding = begun.decoding
         self.lengths = tuple(begun.sequence_lengths.data.tolist()) if begun.mode == "encode" else ()
         self.exchanges = does_exchange(begun)
         self.passes = begun.passes
-        self.sends_early = begun.kept_reads is not None
+        self.sends_early = begun.sends_early
+        self.ahead = 0
         self.early = 0
         self.asked = 0
         self.answered = 0
@@ -106,6 +108,8 @@ class MicroBatchRules:
         self.grads_sent: set[int] = set()
         self.unanswered: set[int] = set()
         self.goes_on = False
+        self._has_drafted = False
+        self._asked_ahead = 0  # groups
         self._early_messages = 0
         self._asks_back = False  # for an input gradient, in this backward pass
         self._grads_before: set[int] = set()  # groups, in the backward pass before
@@ -123,6 +127,13 @@ class MicroBatchRules:
         match message:
             case m.EncodedHiddenStates():
                 self._check_encoded(message)
+            case m.DraftTokens():
+                self._check_drafts(message)
+                goes_on = True
+            case m.GroupInput() if self.state is State.AHEAD:
+                self._check_input_ahead(message, groups)
+                next_state = State.IDLE if self._asked_ahead == len(groups.live) else State.AHEAD
+                goes_on = True
             case m.GroupInput():
                 goes_on = self._check_input(message, groups)
             case m.GroupDelta():
@@ -130,6 +141,8 @@ class MicroBatchRules:
             case m.LabelledHiddenStates():
                 self._check_labelled(message, groups)
                 next_state = State.LOSS if message.gradients or self.mode == "basis" else State.IDLE
+                if message.next_token is not None:
+                    next_state = self._begin_ahead(groups)
             case m.GradHiddenStates():
                 shape = (self.labelled, self._shapes.welcome.hidden_size)
                 self._shapes.check(message.grad_hidden_states, TensorRole.LAST_HIDDEN_STATES_GRAD, shape)
@@ -210,6 +223,40 @@ class MicroBatchRules:
         if self.trains and message.gradients < len(active):
             raise ViolationError(f"{message.gradients} gradients for {len(active)} active groups")
         self.gradients = self.still_to_come = message.gradients
+
+    def _check_drafts(self, message: m.DraftTokens) -> None:
+        """Of a micro-batch's own, before anything else, or ahead."""
+        assert self.decoding is not None
+        is_ahead = self.state is State.AHEAD
+        most = self.decoding.ahead if is_ahead else self.decoding.drafts
+        count = message.token_ids.shape[0] if len(message.token_ids.shape) == 1 else -1
+        message.token_ids.check("int32", (None,))
+        if self._has_drafted or self.asked or most is None or count > most or not (most or is_ahead):
+            raise ViolationError(f"{count} guessed tokens, too late or where at most {most or 0} were asked for")
+        if count and message.token_ids.data.min() < 0:
+            raise ViolationError("a guessed token below 0")
+        self._has_drafted = True
+        if is_ahead:
+            self.ahead = 1 + count
+            return
+        self.tokens += count
+        self.labelled += count
+        self.rows += count
+
+    def _begin_ahead(self, groups: GroupStates) -> State:
+        if self.decoding is None or self.decoding.ahead is None or not groups.live:
+            raise ViolationError("a next token that E has not asked for")
+        self._has_drafted, self.asked = False, 0
+        return State.AHEAD
+
+    def _check_input_ahead(self, message: m.GroupInput, groups: GroupStates) -> None:
+        wanted = groups.live[self._asked_ahead :]
+        if not self.ahead or message.groups != wanted[: len(message.groups)]:
+            raise ViolationError(f"group {message.groups[0]} ahead, out of turn or before the guessed tokens")
+        width = self._crossing_of(message.groups).input_width
+        shape = (len(message.groups) * self.ahead, width)
+        self._shapes.check(message.hidden_states, TensorRole.GROUP_INPUT, shape)
+        self._asked_ahead += len(message.groups)
 
     def _check_encoded(self, message: m.EncodedHiddenStates) -> None:
         if len(message.hidden_states) != len(self.lengths):
@@ -344,23 +391,43 @@ def check_embeddings(message: m.Embeddings, shapes: Shapes) -> None:
         raise ViolationError("kept reads that are not of training in passes, or are stored in fp16")
     if message.kept_reads is not None and not may_send_early(shapes.crossings, message.rows):
         raise ViolationError(f"kept reads of so many rows that what is written takes more than {MOST_PIECES} messages")
-    if message.passes is not None and message.mode not in ("train", "evaluate"):
+    if message.passes is not None and message.mode not in ("train", "evaluate", "decode"):
         raise ViolationError(f"passes in the mode {message.mode}")
-    if (message.mode == "decode") is (message.position is None) or (message.mode == "decode" and lengths.size > 1):
+    if (message.mode == "decode") is (message.decoding is None) or (message.mode == "decode" and lengths.size > 1):
         raise ViolationError("a position belongs to the one sequence of the mode decode")
 
 
-def check_position(begun: m.Embeddings, context_length: int, cached_tokens: int) -> None:
-    """Raise ``ViolationError`` unless C, which holds keys and values of ``cached_tokens``, can go on from there with
-    these, in the mode ``decode``."""
-    if not context_length:
+def check_decoding(begun: m.Embeddings, opening: m.OpenSession, shapes: Shapes, cached_tokens: int, ahead: int) -> None:
+    """Raise ``ViolationError`` unless C can go on with a micro-batch of the mode ``decode``.
+
+    Args:
+        cached_tokens: of which C holds keys and values; ahead: of how many tokens after the last micro-batch it has
+            sent what groups read.
+    """
+    purpose, decoding = opening.purpose, begun.decoding
+    assert decoding is not None
+    if isinstance(purpose, m.Train) or not purpose.context_length:
         raise ViolationError("a micro-batch of the mode decode, in a session that has no context length")
-    assert begun.position is not None
-    if begun.position > cached_tokens:
-        raise ViolationError(f"tokens from position {begun.position} on, where only {cached_tokens} are held")
-    if begun.position + begun.tokens > context_length:
-        text = f"a context of {begun.position + begun.tokens} tokens; this session has room for "
-        raise ViolationError(f"{text}{context_length}", m.ErrorCode.LIMIT)
+    if decoding.position > cached_tokens:
+        raise ViolationError(f"tokens from position {decoding.position} on, where only {cached_tokens} are held")
+    end = decoding.position + begun.tokens
+    if end + decoding.guesses > purpose.context_length:
+        text = f"a context of {end + decoding.guesses} tokens; this session has room for {purpose.context_length}"
+        raise ViolationError(text, m.ErrorCode.LIMIT)
+    if begun.passes != (purpose.passes if isinstance(purpose, m.Use) else None):
+        raise ViolationError("other passes than the session's")
+    if decoding.guesses and purpose.drafts is None:
+        raise ViolationError("guesses of C, in a session that asks for none")
+    if begun.tokens + decoding.guesses > shapes.welcome.max_tokens:
+        raise ViolationError(f"{begun.tokens + decoding.guesses} tokens, guesses among them", m.ErrorCode.LIMIT)
+    if decoding.drafts and int(begun.label_positions.data[-1]) != begun.tokens - 1:
+        raise ViolationError("guesses after a token whose last hidden state is not asked for")
+    if decoding.ahead is not None and not may_send_early(shapes.crossings, 1 + decoding.ahead):
+        raise ViolationError(f"ahead, where what is written takes more than {MOST_PIECES} messages")
+    if (decoding.ahead is not None or decoding.is_ahead) and begun.passes is None:
+        raise ViolationError("ahead, where groups are asked live")
+    if decoding.is_ahead and (begun.tokens != ahead or decoding.drafts or begun.crossing_positions is not None):
+        raise ViolationError("tokens that C has not gone on with")
 
 
 def _check_positions(tensor: WireTensor, tokens: int, name: str) -> None:

@@ -6,7 +6,9 @@ from typing import Annotated
 
 import msgspec
 
+from .choices import TableDtype
 from .kill_revive import MAX_UNITS, KillReviveConfig
+from .passes import Passes
 
 Index = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
 Width = Annotated[int, msgspec.Meta(ge=1, le=2**24)]
@@ -34,11 +36,17 @@ class Train(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 class Use(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="purpose", tag="use"):
     """The purpose of evaluating and generating: every group of the session is live, all the time.
 
-    ``context_length``: for how many tokens C is to keep keys and values, so that micro-batches of the mode ``decode``
-    go on from them; 0: none.
+    Attributes:
+        context_length: for how many tokens C is to keep keys and values, so that micro-batches of the mode ``decode``
+            go on from them; 0: none.
+        passes: how groups are asked in those; None: live.
+        drafts: of E's embedding table, where C is to guess tokens that may come next: it takes these in as E would
+            embed them. None: it is not asked for any.
     """
 
     context_length: Index = 0
+    passes: Passes | None = None
+    drafts: TableDtype | None = None
 
 
 class Encode(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="purpose", tag="encode"):
@@ -48,12 +56,14 @@ class Encode(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     Attributes:
         blocks: how many of them; width: of the hidden states that come out of the last of these.
-        context_length: as of ``Use``, of keys and values of these blocks.
+        context_length: as of ``Use``, of keys and values of these blocks; where C is to guess, of all blocks.
+        drafts: as of ``Use``.
     """
 
     blocks: Width
     width: Width
     context_length: Index = 0
+    drafts: TableDtype | None = None
 
 
 Purpose = Train | Use | Encode

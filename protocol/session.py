@@ -27,7 +27,7 @@ from .frames import Decoder, Prefix, encode, read_prefix
 from .groups import GroupSpec
 from .link import MAX_REPEATS, Link
 from .messages import AnyMessage
-from .micro_batch import GroupStates, Key, MicroBatchRules, Shapes, check_embeddings, check_position
+from .micro_batch import GroupStates, Key, MicroBatchRules, Shapes, check_decoding, check_embeddings
 from .states import TRANSITIONS, C, E, Side, State
 from .tensors import tensors_of
 from .units import Units
@@ -56,7 +56,8 @@ class Session:
         step: the optimizer step that comes next or is under way.
         units: what Kill and Revive switches, and so which groups take part.
         next_micro_batch: the number of the next one that trains, in this step.
-        cached_tokens: of how many tokens C holds keys and values.
+        cached_tokens: of how many tokens C holds keys and values; tokens_ahead: of how many that may follow them it has
+            sent what groups read, before E has asked for it.
         under_way: the micro-batches that have begun and are not through, oldest first.
         bytes_sent, bytes_received: of all frames so far; round_trips: how often we received after having sent
             what the peer waited for.
@@ -69,6 +70,7 @@ class Session:
         self.units = Units()
         self.next_micro_batch = 0
         self.cached_tokens = 0
+        self.tokens_ahead = 0
         self.under_way: dict[Key, MicroBatchRules] = {}
         self.welcome: m.Welcome | None = None
         self.opened_with: m.OpenSession | None = None
@@ -121,7 +123,12 @@ class Session:
     @property
     def may_close(self) -> bool:
         """Whether the device may send ``CloseSession`` now."""
-        return m.CloseSession in TRANSITIONS[self._state] and not self.under_way
+        return m.CloseSession in TRANSITIONS[self._state] and not self._is_awaited
+
+    @property
+    def _is_awaited(self) -> bool:
+        """Whether E waits for something of a micro-batch: of one whose last hidden states it has, for nothing."""
+        return any(each.state is not State.AHEAD for each in self.under_way.values())
 
     @property
     def has_adapter_state(self) -> bool:
@@ -216,7 +223,7 @@ class Session:
         allowed_sender, next_state = TRANSITIONS[self._state].get(type(message), (None, self._state))
         if allowed_sender is not sender:
             raise ViolationError("not now")
-        if self.under_way and (self._state is State.SETTING_UP or isinstance(message, _BETWEEN_MICRO_BATCHES)):
+        if self._is_awaited and (self._state is State.SETTING_UP or isinstance(message, _BETWEEN_MICRO_BATCHES)):
             raise ViolationError("a micro-batch is under way")
         match message:
             case m.Welcome():
@@ -354,16 +361,19 @@ class Session:
             # C answers a report before anything that E sent after it: else the units would not be those of this step.
             raise ViolationError(f"the report of step {self._unanswered_reports[0]} has no signal yet")
         micro_batch.advance(message, sender, self.units.group_states if micro_batch.exchanges else GroupStates())
+        if micro_batch.decoding is not None and isinstance(message, m.LabelledHiddenStates):
+            self.cached_tokens = micro_batch.decoding.position + micro_batch.tokens
         if micro_batch.state is State.IDLE:
             del self.under_way[key]
-            if micro_batch.mode == "decode":
-                self.cached_tokens = micro_batch.position + micro_batch.tokens
+            if micro_batch.ahead and not self.under_way:  # else E has begun another meanwhile
+                self.tokens_ahead = micro_batch.ahead
         return micro_batch.goes_on
 
     def _begin_micro_batch(self, message: m.Embeddings, key: Key, sender: Side) -> None:
         assert self._shapes is not None
         opening, mode = self._opening, message.mode
-        if sender is not E or len(self.under_way) == opening.window or key in self.under_way:
+        begun = sum(each.state is not State.AHEAD for each in self.under_way.values())
+        if sender is not E or begun == opening.window or key in self.under_way:
             raise ViolationError("not now")
         if mode not in (_MODES_OF_FIRST_BLOCKS if isinstance(opening.purpose, m.Encode) else _MODES_OF_ALL_BLOCKS):
             raise ViolationError(f"a micro-batch of the mode {mode} in a session that is for something else")
@@ -383,9 +393,10 @@ class Session:
         shapes = self._shapes._replace(codecs=opening.codecs_of(mode))
         check_embeddings(message, shapes)
         if mode == "decode":
-            if self.under_way:  # whatever the window: they go on from each other
+            if self._is_awaited:  # whatever the window: they go on from each other
                 raise ViolationError("not now")
-            check_position(message, opening.context_length, self.cached_tokens)
+            check_decoding(message, opening, shapes, self.cached_tokens, self.tokens_ahead)
+        self.tokens_ahead = 0
         self.under_way[key] = MicroBatchRules(message, shapes)
         if message.passes is not None:
             # For good: gradients of the last backward pass are acknowledged with what comes after.

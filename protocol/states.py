@@ -30,6 +30,7 @@ class State(Enum):
     TAKING_PARAMETERS = auto()
     IDLE = auto()
     FORWARD = auto()
+    AHEAD = auto()
     LOSS = auto()
     BACKWARD = auto()
     CLOSED = auto()
@@ -63,11 +64,13 @@ TRANSITIONS: Final[dict[State, dict[type, tuple[Side, State]]]] = {
         m.CloseSession: (E, State.CLOSED),
     },
     State.FORWARD: {
+        m.DraftTokens: (C, State.FORWARD),
         m.GroupInput: (C, State.FORWARD),
         m.GroupDelta: (E, State.FORWARD),
         m.LabelledHiddenStates: (C, State.LOSS),
         m.EncodedHiddenStates: (C, State.IDLE),
     },
+    State.AHEAD: {m.DraftTokens: (C, State.AHEAD), m.GroupInput: (C, State.AHEAD)},
     State.LOSS: {m.GradHiddenStates: (E, State.BACKWARD)},
     State.BACKWARD: {m.GroupGrad: (C, State.BACKWARD), m.GroupInputGrad: (E, State.BACKWARD)},
     State.CLOSED: {},
@@ -75,7 +78,8 @@ TRANSITIONS: Final[dict[State, dict[type, tuple[Side, State]]]] = {
 """State, then message type, to (who may send it, next state). Some rules stand beside the table:
 ``SessionOpened`` leads to SETTING_UP where the adapters' kind keeps state on the server, and C's last ``AdapterState``
 to IDLE; in SETTING_UP, before the first state, micro-batches of the mode ``basis`` may be run, one at a time, which
-``GradHiddenStates`` ends; ``LabelledHiddenStates`` with no gradients to come, and the last message of BACKWARD, lead
-to IDLE;
+``GradHiddenStates`` ends; ``LabelledHiddenStates`` with a ``next_token`` leads
+to AHEAD, in which E may begin the next micro-batch, or close the session; with no gradients to come, it leads to IDLE,
+as the last message of AHEAD and of BACKWARD do;
 C sends ``Signal`` while a ``StepReport`` is unanswered, before it asks for anything of a micro-batch; either side may
 send ``Error``."""

@@ -4,7 +4,7 @@ from typing import Final
 
 SOFTWARE_VERSION: Final = "0.1.0"
 
-PROTOCOL_VERSIONS: Final = (16,)
+PROTOCOL_VERSIONS: Final = (17,)
 """Wire versions that this code speaks, newest last. See docs/reference/protocol.md, section Evolution."""
 
 BUNDLE_FORMAT: Final = 10

@@ -16,6 +16,7 @@ from dlora.edge.generation.sampling import Sampling
 from dlora.edge.model.context import Context
 from dlora.edge.model.generating import GeneratingModel
 from dlora.protocol.adapter_record import TrainingRecord
+from dlora.protocol.choices import Drafts
 from dlora.protocol.manifest import load_manifest
 
 
@@ -26,11 +27,14 @@ def answer_of(
     *,
     sampling: Sampling = Sampling(),
     draft_length: int | None = 0,
+    drafts: Drafts = "prompt",
 ) -> TokenAnswer:
     """An answer of ``count`` tokens, not yet made."""
     context = model if isinstance(model, Context) else Context(model)
     ids = np.array(prompt, np.int64)
-    return TokenAnswer(context, ids, sampling, max_new_tokens=count, stop_token_ids=(), draft_length=draft_length)
+    return TokenAnswer(
+        context, ids, sampling, max_new_tokens=count, stop_token_ids=(), drafts=drafts, draft_length=draft_length
+    )
 
 
 def generated(model: GeneratingModel | Context, prompt: Sequence[int], count: int, **settings: Any) -> list[int]:
@@ -39,10 +43,16 @@ def generated(model: GeneratingModel | Context, prompt: Sequence[int], count: in
 
 
 def generated_while_sessions_are_lost(
-    model: GeneratingModel, server: RunningServer, prompt: Sequence[int], count: int, sampling: Sampling, draft: int
+    model: GeneratingModel,
+    server: RunningServer,
+    prompt: Sequence[int],
+    count: int,
+    sampling: Sampling,
+    draft: int,
+    drafts: Drafts = "prompt",
 ) -> tuple[list[int], Counters]:
     """The tokens of an answer after whose 3rd and 11th the server forgets all sessions, and what it took."""
-    answer = answer_of(model, prompt, count, sampling=sampling, draft_length=draft)
+    answer = answer_of(model, prompt, count, sampling=sampling, draft_length=draft, drafts=drafts)
     found = []
     for choice in answer:
         found.append(choice.token)

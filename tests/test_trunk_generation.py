@@ -223,7 +223,7 @@ def test_the_server_keeps_the_past_of_its_own_blocks_alone(model: Tiny, server: 
     assert parts is not None
     with opening(model, server, adapter):
         (live,) = list(server.server.service.sessions)
-        one_of_three, all_three = parts.cache_bytes_per_token(1), parts.cache_bytes_per_token()
+        one_of_three, all_three = parts.cache_bytes_per_token(end=1), parts.cache_bytes_per_token()
         assert live.cache_bytes == 64 * one_of_three
     assert all_three / 3 < one_of_three < all_three / 2  # in blocks that are left out tokens are counted
     cache = parts.new_cache(end=1, room=64)

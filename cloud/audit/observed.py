@@ -241,7 +241,8 @@ def whole_texts(tokens: Sequence[Sequence[int]], micro_batches: Sequence[SeenMic
             ends = accumulate(micro_batch.lengths)
             texts += [list(packed[end - length : end]) for end, length in zip(ends, micro_batch.lengths, strict=True)]
             continue
-        position = micro_batch.begun.position or 0
+        decoding = micro_batch.begun.decoding
+        position = 0 if decoding is None else decoding.position
         if not position:
             context = []
             texts.append(context)

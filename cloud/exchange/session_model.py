@@ -1,4 +1,4 @@
-"""The base model with what a session has around it: what is kept of each of its exchange groups, a context."""
+"""The base model with what a session has around it: what is kept of each of its exchange groups."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from dlora.cloud.model.base_model import BaseModel, find_embedding
-from dlora.cloud.model.cache import PartCache
 from dlora.cloud.model.parts import ModelParts
 from dlora.cloud.model.row_blocks import RowBlocks
 from dlora.protocol import messages as m
@@ -36,7 +35,6 @@ class SessionModel:
             each goes once the group's state is made.
         parameters: what devices would train, of groups that the device has given; as ``Site.compute_outputs`` takes it.
         parts: of the base model, where it can be run so; row_blocks: likewise.
-        cache: of a session with a context length, the context's keys and values.
     """
 
     base: BaseModel
@@ -47,7 +45,6 @@ class SessionModel:
     parameters: dict[int, Sequence[Tensor]] = field(default_factory=dict)
     parts: ModelParts | None = None
     row_blocks: RowBlocks | None = None
-    cache: PartCache | None = None
 
     @property
     def groups(self) -> Sequence[GroupSpec]:
@@ -117,6 +114,21 @@ class SessionModel:
             return find_embedding(base)(torch.from_numpy(ids).long().to(base.device)).to(base.dtype)
         assert begun.hidden_states is not None  # the session's rules
         return from_wire(begun.hidden_states, base.device, base.dtype)
+
+    def embed(self, token_ids: Sequence[int], *, as_ids: bool) -> Tensor:
+        """Guessed tokens as ``embeddings`` would give them if the device sent them, (tokens, embedding_size).
+
+        ``as_ids``: whether it sends token ids.
+        """
+        base, purpose = self.base, self.opening.purpose
+        end, ids = find_embedding(base), torch.tensor(token_ids, device=base.device)
+        if as_ids:
+            return end(ids).to(base.dtype)
+        assert isinstance(purpose, m.Use | m.Encode)
+        dtype = torch.float16 if purpose.drafts == "fp16" else torch.float32
+        rows = end.weight[ids].to(dtype).to(torch.float32) * end.scale
+        codecs = self.opening.evaluation_codecs
+        return from_wire(to_wire(rows, codecs, TensorRole.EMBEDDINGS), base.device, base.dtype)
 
     def torch_device_of(self, group: GroupSpec) -> torch.device:
         """Where a group's modules are."""

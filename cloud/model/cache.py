@@ -52,6 +52,16 @@ class PartCache:
             raise ValueError(f"a cache of {self.length} tokens cannot be cropped to {length}")
         self.cut(length)
 
+    def take_rows(self, other: PartCache, end: int) -> None:
+        """Take the tokens from its own last one to before ``end`` from another cache of these blocks."""
+        rows = slice(self.length, end)
+        if self.length < end:
+            layers: list[Any] = list(other.decoder_cache.layers)
+            for index, layer in enumerate(layers):
+                if layer.keys is not None:
+                    self.decoder_cache.update(layer.keys[..., rows, :], layer.values[..., rows, :], index)
+            self.length = end
+
     def cut(self, length: int) -> None:
         """To a length, and not by a number of tokens as ``DynamicCache.crop`` does.
 

@@ -177,14 +177,14 @@ class ModelParts:
         self._check_blocks(begin, end)
         return PartCache(self.base, begin, end, room)
 
-    def cache_bytes_per_token(self, end: int | None = None) -> int:
-        """What a cache of the first ``end`` blocks, or of all, takes for a token, in bytes.
+    def cache_bytes_per_token(self, begin: int = 0, end: int | None = None) -> int:
+        """What a cache of the blocks ``begin`` to ``end - 1``, or to the last, takes for a token, in bytes.
 
         Raises ``ExportError`` as ``check_cache`` does.
         """
         each = self._cache_bytes
-        first = each[:end]
-        return sum(first) + (len(each) - len(first)) * _COUNTED_VALUES * self.base.dtype.itemsize
+        run = each[begin:end]
+        return sum(run) + (len(each) - len(run)) * _COUNTED_VALUES * self.base.dtype.itemsize
 
     @cached_property
     def _cache_bytes(self) -> list[int]:

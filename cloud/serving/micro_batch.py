@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Final
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -15,6 +13,7 @@ from dlora.cloud.exchange.session_model import SessionModel
 from dlora.cloud.exchange.sketch import adding_bytes
 from dlora.cloud.exchange.target_modules import GroupRunner, running_targets
 from dlora.cloud.model.layout import Layout, lay_out
+from dlora.cloud.model.live_bytes import LiveBytes
 from dlora.protocol import messages as m
 from dlora.protocol.adapters import crossings
 from dlora.protocol.groups import GroupSpec
@@ -22,14 +21,12 @@ from dlora.protocol.micro_batch import GroupStates, Key, does_exchange
 from dlora.protocol.tensors import WireTensor
 
 from .micro_batch_device import MicroBatchDevice
-from .pass_device import PassDevice
+from .pass_device import PassDevice, exchanged_bytes
 from .pass_rows import PassRows
-
-_KNOWN_BYTES: Final = 4  # of a number of what crosses in passes
 
 
 class ServerMicroBatch:
-    """One micro-batch, from its embeddings to its last gradient.
+    """One micro-batch of any mode but ``decode``, from its embeddings to its last gradient.
 
     Args:
         begun: its first message; group_states: what takes part.
@@ -56,7 +53,6 @@ class ServerMicroBatch:
         )
         self._model = model
         self._mode = begun.mode
-        self._position = begun.position or 0
         self._passes = begun.passes
         self._kept_reads = begun.kept_reads
         self._group_states = group_states if does_exchange(begun) else GroupStates()
@@ -79,11 +75,6 @@ class ServerMicroBatch:
         return self._model.groups[min(active)] if active and self._mode == "train" else None
 
     @property
-    def context_length(self) -> int:
-        """Tokens that its last one sees, in the mode ``decode``; 0 in all others."""
-        return self._position + self.layout.inputs_embeds.shape[1] if self._mode == "decode" else 0
-
-    @property
     def sketched_bytes(self) -> int:
         """In the mode ``basis``: what goes into the groups' modules, kept until the backward pass; and what one group
         at a time takes there."""
@@ -94,15 +85,14 @@ class ServerMicroBatch:
         kept = itemsize * sum(group.in_features for group in model.groups)
         return rows * kept + max(adding_bytes(group, model.adapter.r, rows, itemsize) for group in model.groups)
 
-    @property
-    def exchanged_bytes(self) -> int:
-        """In passes: of what groups read and write, and of its gradients, what both sides know, and what is in hand."""
-        if self._passes is None:
-            return 0
-        each = crossings(self._model.adapter, self._model.groups)
-        live = (each[group] for group in self._group_states.live)
-        widths = sum(4 * one.input_width + 5 * sum(one.output_widths) for one in live)
-        return _KNOWN_BYTES * self._crossing_rows * widths
+    def estimate(self, live_bytes: LiveBytes) -> int:
+        """What it takes of memory."""
+        texts = None if self.pass_rows is None else self.pass_rows.texts
+        exchanged = 0
+        if self._passes is not None:
+            exchanged = exchanged_bytes(self._model, self._group_states.live, self._crossing_rows)
+        computed = live_bytes.estimate(self.layout, self.lowest_trained, texts=texts)
+        return computed + self.sketched_bytes + exchanged
 
     def run(self, device: MicroBatchDevice) -> None:
         """Forward, and backward where it trains. Raises what ``device`` does, and ``NonFiniteError``."""
@@ -157,8 +147,9 @@ class ServerMicroBatch:
         )
         widths = crossings(model.adapter, model.groups)
         groups_device = PassDevice(
-            device, self.codecs, widths, self._crossing_rows, base.dtype, base.device, kept_reads=self._kept_reads
-        )
+            device, self.codecs, widths, self._crossing_rows, base.dtype, base.device, kept_reads=self._kept_reads,
+            sends_early=self._kept_reads is not None,
+        )  # fmt: skip
         hidden = exchange.forward(groups_device, base_runner.reads, run)
         labelled = hidden.reshape(-1, hidden.shape[-1]).index_select(0, labels)
         wanted = exchange.wanted
@@ -211,16 +202,8 @@ class ServerMicroBatch:
 
     def _run_blocks(self, runner: GroupRunner) -> Tensor:
         """The last hidden states at the labelled positions."""
-        model, layout = self._model, self.layout
         with torch.set_grad_enabled(self._mode not in m.WITHOUT_GRADIENTS), running_targets(runner):
-            if self._mode == "decode":
-                cache = model.cache
-                assert model.parts is not None  # the session's rules
-                assert cache is not None
-                cache.crop(self._position)
-                hidden = model.parts.run(layout.inputs_embeds, end=cache.end, cache=cache)
-            else:
-                hidden = self._run_all_rows()
+            hidden = self._run_all_rows()
             return hidden.reshape(-1, hidden.shape[-1]).index_select(0, self._labelled.to(hidden.device))
 
     def _run_all_rows(self) -> Tensor:

@@ -94,14 +94,15 @@ class MicroBatchDevice:
             self._input_grads[message.groups[0]] = message.grad_hidden_states
         return self._from_wire(self._input_grads.pop(group), torch_device)
 
-    def send_labelled(self, hidden_states: Tensor, gradients: int) -> None:
-        """The last hidden states, (labelled, width), and how many groups' gradients will come."""
+    def send_labelled(self, hidden_states: Tensor, gradients: int, next_token: int | None = None) -> None:
+        """The last hidden states, (labelled, width), and how many groups' gradients will come; ``next_token`` as
+        ``LabelledHiddenStates`` has it."""
         step, micro_batch = self._key
         on_wire = self._to_wire(hidden_states, TensorRole.LAST_HIDDEN_STATES)
         self._send(
             m.LabelledHiddenStates(
                 step=step, micro_batch=micro_batch, hidden_states=on_wire, gradients=gradients,
-                computed_s=self._computed_s, queued_s=self._queued_s, times=self._take_times(),
+                next_token=next_token, computed_s=self.computed_s, queued_s=self._queued_s, times=self._take_times(),
             )
         )  # fmt: skip
 
@@ -122,6 +123,12 @@ class MicroBatchDevice:
         return from_wire(tensor, torch_device, self._dtype)
 
     # -- messages ------------------------------------------------------------------------------------------
+
+    def send_drafts(self, token_ids: Sequence[int], computed_s: float) -> None:
+        """Tokens that were guessed, and how long that took."""
+        step, micro_batch = self._key
+        ids = WireTensor.from_ints(token_ids)
+        self._send(m.DraftTokens(step=step, micro_batch=micro_batch, token_ids=ids, computed_s=max(0.0, computed_s)))
 
     def send_inputs(self, groups: tuple[int, ...], tensor: WireTensor) -> None:
         """What some groups' adapters get, as it crosses."""
@@ -145,13 +152,13 @@ class MicroBatchDevice:
         self._send(
             m.GroupGrad(
                 step=step, micro_batch=micro_batch, groups=groups, grads=tensors, answer=answer,
-                backward_pass=backward_pass, computed_s=self._computed_s, queued_s=self._queued_s,
+                backward_pass=backward_pass, computed_s=self.computed_s, queued_s=self._queued_s,
                 times=self._take_times(),
             )
         )  # fmt: skip
 
     @property
-    def _computed_s(self) -> float:
+    def computed_s(self) -> float:
         """Seconds that were computed so far."""
         return min(max(0.0, self._clock() - self._began - self.idle_s), m.MAX_SECONDS)
 

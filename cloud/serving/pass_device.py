@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Final
 
 import torch
 from torch import Tensor
 
 from dlora.cloud.exchange.differences import Differences
+from dlora.cloud.exchange.session_model import SessionModel
 from dlora.protocol import messages as m
-from dlora.protocol.adapters import Crossing
+from dlora.protocol.adapters import Crossing, crossings
 from dlora.protocol.passes import MOST_PIECES, pieces, reads_digest
 from dlora.protocol.tensors import WireTensor
 from dlora.protocol.wire_codecs import Codecs, TensorRole
@@ -22,6 +23,15 @@ _FEW_BYTES: Final = 1 << 16
 """More pieces may wait for an answer while all together have no more than this: it fits into the buffers of a
 connection."""
 _MOST_SMALL_PIECES: Final = 32
+_KNOWN_BYTES: Final = 4  # of a number of what crosses
+
+
+def exchanged_bytes(model: SessionModel, live: Collection[int], rows: int) -> int:
+    """Of what ``live`` groups read and write in passes, and of its gradients: what both sides know, and what is in
+    hand."""
+    each = crossings(model.adapter, model.groups)
+    widths = sum(4 * each[group].input_width + 5 * sum(each[group].output_widths) for group in live)
+    return _KNOWN_BYTES * rows * widths
 
 
 class PassDevice:
@@ -31,6 +41,9 @@ class PassDevice:
         crossings: of each group of the session.
         rows: that cross; dtype: of the tensors that it gives.
         kept_reads: as ``Embeddings`` has it.
+        ahead: where the device says that it has what groups read in the first wave: that, or None where it is of other
+            tokens.
+        sends_early: whether it sends what they write without being asked.
     """
 
     def __init__(
@@ -43,15 +56,19 @@ class PassDevice:
         torch_device: torch.device,
         *,
         kept_reads: bytes | None = None,
+        ahead: Differences | None = None,
+        sends_early: bool = False,
     ) -> None:
         self._kept_reads = kept_reads
+        self._sends_early = sends_early
+        self._is_ahead = ahead is not None
         self._device = device
         self._crossings = crossings
         self._rows = rows
         self._dtype = dtype
         self._torch_device = torch_device
         places = range(max((len(each.output_widths) for each in crossings), default=0))
-        self._inputs = Differences(codecs, TensorRole.GROUP_INPUT)
+        self._inputs = ahead or Differences(codecs, TensorRole.GROUP_INPUT)
         self._deltas = [Differences(codecs, TensorRole.DELTA) for _ in places]
         self._grads = [Differences(codecs, TensorRole.DELTA_GRAD) for _ in places]
         self._input_grads = Differences(codecs, TensorRole.INPUT_GRAD)
@@ -71,11 +88,12 @@ class PassDevice:
             return self._inputs.to_wire(piece, [reads[group] for group in piece])
 
         encoded: dict[tuple[int, ...], WireTensor] = {}
-        kept, self._kept_reads = self._kept_reads, None
-        if kept is not None:
-            encoded = {piece: encode(piece) for piece in self._pieces(list(reads))}
+        if self._sends_early:
+            self._sends_early = False
+            if not self._is_ahead:
+                encoded = {piece: encode(piece) for piece in self._pieces(list(reads))}
             early = self._receive_early(len(reads))
-            if reads_digest(encoded.values()) == kept:
+            if self._is_ahead or reads_digest(encoded.values()) == self._kept_reads:
                 for message in early:
                     take(message)
                 return found
@@ -92,6 +110,12 @@ class PassDevice:
         while sum(len(message.groups) for message in found) < groups:
             found.append(self._device.receive(m.GroupDelta))
         return found
+
+    def send_ahead(self, reads: Mapping[int, Tensor]) -> Differences:
+        """Send what all groups read, before the device has asked for it; gives what both sides now know."""
+        for piece in self._pieces(list(reads)):
+            self._device.send_inputs(piece, self._inputs.to_wire(piece, [reads[group] for group in piece]))
+        return self._inputs
 
     def input_grads(
         self, grads: Mapping[int, Sequence[Tensor]], reading: Sequence[int], number: int

@@ -19,6 +19,7 @@ import torch
 
 from dlora.cloud.admission.quotas import Charge
 from dlora.cloud.exchange.session_model import SessionModel
+from dlora.cloud.model.context import Context
 from dlora.cloud.model.memory import release_freed_memory
 from dlora.protocol import messages as m
 from dlora.protocol.adapters import parameter_bytes, state_bytes
@@ -28,6 +29,7 @@ from dlora.protocol.errors import RefusedError
 from dlora.protocol.tensors import WireTensor
 from dlora.protocol.wire_codecs import decode_floats
 
+from .decoding import DecodeMicroBatch, SessionContext, context_ways
 from .micro_batch import ServerMicroBatch
 from .micro_batch_device import MicroBatchDevice
 from .service import Service
@@ -75,8 +77,9 @@ class SessionLoop:
             for group in range(len(opening.groups)):
                 self._hold(group)
                 self._model.add(())
-        if opening.context_length:
-            self._make_cache(opening.context_length, purpose.blocks if isinstance(purpose, m.Encode) else None)
+        self._context: SessionContext | None = None
+        if not isinstance(purpose, m.Train) and purpose.context_length:
+            self._make_context(purpose)
 
     def opened_message(self, name: str, token: bytes) -> m.SessionOpened:
         """The message that opens the session, with the controller's states and ticket where it trains."""
@@ -134,12 +137,12 @@ class SessionLoop:
 
     # -- set-up ------------------------------------------------------------------------------------------
 
-    def _make_cache(self, context_length: int, blocks: int | None) -> None:
-        """Make room for a context's keys and values in the first ``blocks`` blocks, None: in all; idle ones, of this
-        caller or of all, give way."""
+    def _make_context(self, purpose: m.Use | m.Encode) -> None:
+        """Make room for a context's keys and values; idle ones, of this caller or of all, give way."""
         parts, sessions = self._service.parts, self._service.sessions
         assert parts is not None  # the session's rules
-        nbytes = parts.cache_bytes_per_token(blocks) * context_length
+        ways = context_ways(purpose, self._model.groups)
+        nbytes = ways.bytes_per_token(parts) * purpose.context_length
         while True:
             try:
                 self._quota.hold(nbytes, "the context", "ask for a shorter one")
@@ -149,7 +152,7 @@ class SessionLoop:
                 if not refusal.retryable or not sessions.end_idle(self._live.caller if of_caller else None):
                     raise
         self._live.cache_bytes = nbytes
-        self._model.cache = parts.new_cache(end=blocks, room=context_length)
+        self._context = SessionContext(Context(parts, ways, purpose.context_length))
 
     def _add_site(self, state: m.AdapterState) -> None:
         self._hold(state.group)
@@ -219,12 +222,15 @@ class SessionLoop:
             self._model.begin_sketches()
         group_states = self._session.units.group_states
         with self._beginning:
-            run = ServerMicroBatch(self._model, begun, group_states, max_tokens=service.max_tokens, packs=packs)
-            tokens = counted_tokens(begun.sequence_lengths.data, packs=packs)
+            run: ServerMicroBatch | DecodeMicroBatch
+            if begun.mode == "decode":
+                assert self._context is not None  # the session's rules
+                run = DecodeMicroBatch(self._model, self._context, begun, group_states)
+            else:
+                run = ServerMicroBatch(self._model, begun, group_states, max_tokens=service.max_tokens, packs=packs)
+            tokens = counted_tokens(begun.sequence_lengths.data, packs=packs) + begun.guesses
             del begun
-            texts = run.pass_rows.texts if run.pass_rows is not None else None
-            live_bytes = service.live_bytes.estimate(run.layout, run.lowest_trained, run.context_length, texts)
-            charge = self._admit(tokens, live_bytes + run.sketched_bytes + run.exchanged_bytes)
+            charge = self._admit(tokens, run.estimate(service.live_bytes))
         device = MicroBatchDevice(
             self._device, run.key, run.codecs, service.base.dtype, gate=service.gate, deadlines=self._deadlines,
             arrived=arrived,

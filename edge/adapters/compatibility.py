@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import msgspec
+
 from dlora.edge.engine.bundle import Bundle
 from dlora.protocol import messages as m
 from dlora.protocol.errors import CheckpointError, DataError, ModelMismatchError
 from dlora.protocol.groups import GroupSpec, with_gains
 from dlora.protocol.manifest import Manifest
+from dlora.protocol.passes import Passes
 
 from .parts import PARTS_NAME, Parts
 from .peft import LoadedAdapter
@@ -58,12 +61,29 @@ def check_fit(manifest: Manifest, loaded: LoadedAdapter) -> None:
 def check_passes(loaded: LoadedAdapter, passes: str) -> None:
     """Raise ``CheckpointError`` where an adapter that was trained in passes would be used in others: in fewer it may be
     far worse. Live it can be used, and one that was trained live can go on in any."""
-    training = loaded.record.training if loaded.record is not None else None
-    trained = "live" if training is None else str(training.recipe.get("passes", "live"))
+    trained = _trained_passes(loaded)
     if "live" not in (passes, trained) and passes != trained:
-        raise CheckpointError(
-            f"the adapter was trained in passes {trained}; train with --passes live, or --passes {trained}"
-        )
+        raise CheckpointError(f"the adapter was trained in passes {trained}; give --passes live, or --passes {trained}")
+
+
+def passes_to_use(loaded: LoadedAdapter, passes: str) -> Passes | None:
+    """How an adapter is asked that is used: ``live``, in passes, or ``auto``, as it was trained; None: live.
+
+    Raises as ``check_passes``, and ``CheckpointError`` where its record names none that there are.
+    """
+    word = _trained_passes(loaded) if passes == "auto" else passes
+    check_passes(loaded, word)
+    if word == "live":
+        return None
+    try:
+        return msgspec.convert(word.split(","), Passes, strict=False)
+    except msgspec.ValidationError:
+        raise CheckpointError("the adapter's record names passes that there are not; give --passes live") from None
+
+
+def _trained_passes(loaded: LoadedAdapter) -> str:
+    training = loaded.record.training if loaded.record is not None else None
+    return "live" if training is None else str(training.recipe.get("passes", "live"))
 
 
 def with_saved_gains(groups: Sequence[GroupSpec], kind: str, loaded: LoadedAdapter | None) -> tuple[GroupSpec, ...]:

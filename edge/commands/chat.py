@@ -47,7 +47,7 @@ def chat(
     max_new_tokens: MaxNewTokensOption = 1024,
     context_length: ContextLengthOption = 4096,
     sampling_options: ChatSamplingOptions = ChatSamplingOptions(),
-    draft: DraftOption = None,
+    draft: DraftOption = "auto",
 ) -> None:
     """Talk to the model, with an adapter or without; /help tells what else can be said.
 
@@ -58,14 +58,12 @@ def chat(
 
     check_model(settings)
     sampling = sampling_options.sampling()
-    used = UsedModel.of(settings, adapter)
+    used = UsedModel.of(settings, adapter, draft)
     with prompt_tokenizer(used.bundle) as tokenizer:
         from dlora.edge.adapters.store import default_directory
         from dlora.edge.generation.chat import Chat
 
-        said = Chat(
-            tokenizer, system=system, sampling=sampling, max_new_tokens=max_new_tokens, draft_length=draft, say=_note
-        )
+        said = Chat(tokenizer, system=system, sampling=sampling, max_new_tokens=max_new_tokens, drafts=draft, say=_note)
         directory = adapters or default_directory()
         with closing(_Talk(said, used, find_adapter(adapter, directory), directory, context_length)) as talk:
             talk.run()

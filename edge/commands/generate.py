@@ -46,7 +46,7 @@ def generate(
     max_new_tokens: MaxNewTokensOption = 256,
     sampling_options: SamplingOptions = SamplingOptions(),
     stop: StopOption = None,
-    draft: DraftOption = None,
+    draft: DraftOption = "auto",
     logprobs: Annotated[
         int | None, typer.Option(help="With --json: each token with so many likeliest in its place.", min=0, max=20)
     ] = None,
@@ -70,7 +70,7 @@ def generate(
     asked_messages = None if messages is None else _read_messages(messages)
     text = _read_stdin() if prompt is None and messages is None else prompt
     sampling = sampling_options.sampling(logprobs=logprobs if json_output else None)
-    used = UsedModel.of(settings, adapter)
+    used = UsedModel.of(settings, adapter, draft)
     with prompt_tokenizer(used.bundle) as tokenizer, recording(record, used.bundle.tokenizer_file(), warn) as recorder:
         from dlora.edge.generation.answer import TextAnswer
         from dlora.edge.generation.prompt import Prompt
@@ -91,7 +91,7 @@ def generate(
                 sampling,
                 max_new_tokens=max_new_tokens,
                 stop=stop or (),
-                draft_length=draft,
+                drafts=draft,
             )
             for piece in answer:
                 if not json_output:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from dlora.edge.settings import Settings
+from dlora.protocol.choices import Drafts
 from dlora.protocol.errors import UsageError
 
 from .output import warn
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from dlora.edge.wire.recorder import Recorder
 
 MODEL: Final = (
-    "bundle", "server", "token_file", "ca", "client_cert", "client_key", "insecure", "wire_dtype", "send",
+    "bundle", "server", "token_file", "ca", "client_cert", "client_key", "insecure", "wire_dtype", "send", "passes",
     "max_retry_s", "device_blocks", "engine", "threads",
 )  # fmt: skip
 """The settings that such a command takes."""
@@ -38,6 +39,11 @@ CHANGES: Final[dict[str, dict[str, Any]]] = {
         "default": "auto",
         "help": "How many of the model's last blocks run here. 0: none. N: nothing of an adapter in them is sent. all: "
         "no server. auto: as the adapter was trained.",
+    },
+    "passes": {
+        "default": "auto",
+        "help": "How the server asks the adapter. live: group after group, as PEFT computes. F,B: all groups at once, "
+        "in F passes: F + 1 round trips a text, or a token of an answer. auto: as the adapter was trained.",
     },
 }
 takes_model = functools.partial(takes_settings, *MODEL, required=("bundle",), changes=CHANGES)
@@ -64,22 +70,23 @@ def check_model(settings: Settings) -> None:
 
 @dataclass(frozen=True)
 class UsedModel:
-    """An open bundle, a server and an adapter, as settings and ``--adapter`` name them."""
+    """An open bundle, a server and an adapter, as settings, ``--adapter`` and ``--draft`` name them."""
 
     settings: Settings
     bundle: Bundle
     credentials: Credentials
     adapter: Path | None
+    drafts: Drafts
 
     @classmethod
-    def of(cls, settings: Settings, adapter: Path | None) -> UsedModel:
+    def of(cls, settings: Settings, adapter: Path | None, drafts: Drafts = "auto") -> UsedModel:
         """Reads tokens and certificates, and opens the bundle. Raises ``UsageError`` and ``BundleError``."""
         from dlora.edge.engine.bundle import Bundle
         from dlora.edge.wire.credentials import Credentials
 
         credentials = Credentials.of(settings.server, warn)
         assert settings.device.bundle is not None  # every such command asks for it
-        return cls(settings, Bundle.open(settings.device.bundle), credentials, adapter)
+        return cls(settings, Bundle.open(settings.device.bundle), credentials, adapter, drafts)
 
     def with_adapter(self, adapter: Path | None) -> UsedModel:
         """The same base model with another adapter."""
@@ -184,5 +191,6 @@ class UsedModel:
         assert server.wire_dtype is not None
         return Opening(
             self.bundle, None if is_all else server.server, adapter, None if is_open else count, server.wire_dtype,
-            server.send, device.threads, device.engine, connecting,
+            server.send, device.threads, device.engine, connecting, server.passes or "auto",
+            self.drafts in ("auto", "server"),
         )  # fmt: skip

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dlora.protocol.choices import Drafts
+
 if TYPE_CHECKING:
     from dlora.edge.generation.sampling import Sampling
 
@@ -17,13 +19,12 @@ TopPOption = Annotated[float, typer.Option(help="Choose among the likeliest with
 StopOption = Annotated[list[str] | None, typer.Option(help="Text that ends the answer; may be given several times.")]
 MaxNewTokensOption = Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)]
 DraftOption = Annotated[
-    int | None,
+    Drafts,
     typer.Option(
-        help="Guess so many tokens ahead from the text so far, to save round trips; the answer is the same. 0: none; "
-        "without it: as many as pay.",
-        min=0, max=64,
+        help="Who guesses the next tokens, to save round trips; the answer is the same. server: the base model there. "
+        "prompt: what followed the same words before. auto: whichever pays, as many as pay. off: nobody.",
     ),
-]  # fmt: skip
+]
 
 ContextLengthOption = Annotated[
     int, typer.Option(help="Longest text, question and answer, in tokens; the server keeps room for it.", min=16)

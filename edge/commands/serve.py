@@ -39,7 +39,7 @@ def serve(
     context_length: ContextLengthOption = 4096,
     max_new_tokens: MaxNewTokensOption = 1024,
     sampling_options: ChatSamplingOptions = ChatSamplingOptions(),
-    draft: DraftOption = None,
+    draft: DraftOption = "auto",
     json_output: JsonOption = False,
 ) -> None:
     """Serve OpenAI's API on this device: http://127.0.0.1:8080/v1 in any client.
@@ -59,7 +59,7 @@ def serve(
     if adapters is not None and not adapters.is_dir():
         raise UsageError(f"--adapters {adapters} is no directory")
     directory, stopping = adapters or default_directory(), threading.Event()
-    used = UsedModel.of(settings, adapter)
+    used = UsedModel.of(settings, adapter, draft)
     with prompt_tokenizer(used.bundle, for_long=True) as tokenizer:
         serving = ServeSettings(
             bundle=used.bundle,
@@ -75,7 +75,7 @@ def serve(
             context_length=context_length,
             max_new_tokens=max_new_tokens,
             sampling=sampling,
-            draft_length=draft,
+            drafts=draft,
             json_output=json_output,
             stopping=stopping,
         )

@@ -17,6 +17,7 @@ from dlora.edge.generation.generate import Counters, FinishReason
 from dlora.edge.generation.prompt import Prompt
 from dlora.edge.generation.sampling import Choice
 from dlora.edge.model.ends import LongArray
+from dlora.protocol.choices import Drafts
 from dlora.protocol.errors import DataError, DloraError, MissingExtraError, UsageError
 
 from .errors import RequestError, as_request_error
@@ -54,14 +55,14 @@ class Generation:
 
     Attributes:
         max_new_tokens: the most of an answer, whatever its request names.
-        draft_length: as ``TokenAnswer`` takes it.
+        drafts: as ``TokenAnswer`` takes them.
         warn: is told what is for the server's log.
     """
 
     tokenizer: PromptTokenizer
     open_model: OpenModel
     max_new_tokens: int
-    draft_length: int | None
+    drafts: Drafts
     warn: Callable[[str], None]
 
     def run(
@@ -107,7 +108,7 @@ class Generation:
                 sampling,
                 max_new_tokens=min(request.max_new_tokens or self.max_new_tokens, self.max_new_tokens),
                 stop=request.stop,
-                draft_length=self.draft_length,
+                drafts=self.drafts,
                 constraint=constraint,
                 should_stop=should_stop,
             )

@@ -27,6 +27,7 @@ from dlora.edge.model.ends import LongArray
 from dlora.edge.model.generating import GeneratingModel
 from dlora.protocol import interrupts
 from dlora.protocol.adapter_record import WEIGHTS_NAME, load_record
+from dlora.protocol.choices import Drafts
 from dlora.protocol.errors import CheckpointError, ConnectionFailedError, RefusedError, UsageError
 from dlora.protocol.text import name_without_path, one_line
 
@@ -85,7 +86,7 @@ class ServeSettings:
     context_length: int
     max_new_tokens: int
     sampling: Sampling
-    draft_length: int | None
+    drafts: Drafts
     json_output: bool
     stopping: threading.Event
 
@@ -179,7 +180,7 @@ class _Running:
             settings.tokenizer,
             lambda adapter: settings.open_model(adapter.path),
             settings.max_new_tokens,
-            settings.draft_length,
+            settings.drafts,
             _log,
         )
         served = Served(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dlora.edge.data.prompt import Constraint, PromptTokenizer
 from dlora.edge.model.context import Context
 from dlora.edge.model.ends import LongArray
+from dlora.protocol.choices import Drafts
 
 from .generate import Counters, FinishReason, TokenAnswer
 from .sampling import Choice, Sampling
@@ -19,7 +20,7 @@ class TextAnswer:
     Args:
         prompt: int64 (tokens,), all that comes before it.
         stop: texts that end it.
-        draft_length, constraint, should_stop: as ``TokenAnswer`` takes them.
+        drafts, constraint, should_stop: as ``TokenAnswer`` takes them.
 
     Attributes:
         choices: the tokens that it consists of, so far.
@@ -36,7 +37,7 @@ class TextAnswer:
         *,
         max_new_tokens: int,
         stop: Sequence[str] = (),
-        draft_length: int | None = None,
+        drafts: Drafts = "auto",
         constraint: Constraint | None = None,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
@@ -48,7 +49,7 @@ class TextAnswer:
             sampling,
             max_new_tokens=max_new_tokens,
             stop_token_ids=tokenizer.stop_token_ids,
-            draft_length=draft_length,
+            drafts=drafts,
             constraint=constraint,
             should_stop=should_stop,
         )

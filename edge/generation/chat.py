@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from dlora.edge.data.prompt import PromptTokenizer
 from dlora.edge.model.context import Context
+from dlora.protocol.choices import Drafts
 
 from .answer import TextAnswer
 from .prompt import Prompt
@@ -22,7 +23,7 @@ class Chat:
 
     Attributes:
         system: what the model is told to be; None: nothing.
-        max_new_tokens, draft_length: of each answer, as ``TokenAnswer`` takes them.
+        max_new_tokens, drafts: of each answer, as ``TokenAnswer`` takes them.
         say: is told in one line what the user should know.
         messages: in OpenAI's form, the system's first.
     """
@@ -32,7 +33,7 @@ class Chat:
     system: str | None
     sampling: Sampling
     max_new_tokens: int
-    draft_length: int | None
+    drafts: Drafts
     say: Callable[[str], None]
     messages: list[dict[str, Any]] = field(default_factory=list)
 
@@ -60,7 +61,7 @@ class Chat:
             ids,
             self.sampling,
             max_new_tokens=self.max_new_tokens,
-            draft_length=self.draft_length,
+            drafts=self.drafts,
             should_stop=should_stop,
         )
         self.messages = asked

@@ -13,10 +13,11 @@ from dlora.edge.data.examples import last_occurrence
 from dlora.edge.data.prompt import Constraint
 from dlora.edge.model.context import Context
 from dlora.edge.model.ends import LongArray
+from dlora.protocol.choices import Drafts
 from dlora.protocol.errors import DataError
 from dlora.protocol.tensors import FloatArray
 
-from .drafts import DraftLength, look_up_draft
+from .drafts import Drafting
 from .sampling import Choice, Sampler, Sampling
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -53,7 +54,7 @@ class TokenAnswer:
         context: what it belongs to; it may have been used for another before.
         prompt: int64 (tokens,), all that comes before the answer.
         stop_token_ids: tokens that end it.
-        draft_length: the longest draft; None: what pays.
+        drafts: who makes them; draft_length: of each; None: what pays.
         constraint: which tokens it may have; None: any.
         should_stop: whether the user wants no more; asked before each step.
 
@@ -73,6 +74,7 @@ class TokenAnswer:
         *,
         max_new_tokens: int,
         stop_token_ids: Collection[int],
+        drafts: Drafts = "auto",
         draft_length: int | None = None,
         constraint: Constraint | None = None,
         should_stop: Callable[[], bool] = lambda: False,
@@ -89,7 +91,7 @@ class TokenAnswer:
         self._sampler = Sampler(sampling, prompt)
         self._most = min(max_new_tokens, context.limit - len(prompt))
         self._stop_token_ids = frozenset(stop_token_ids)
-        self._draft_length = DraftLength(draft_length)
+        self._drafting = Drafting(_who_drafts(drafts, context), draft_length, is_greedy=sampling.temperature == 0.0)
         self._constraint = constraint
         self._should_stop = should_stop
         self._acts_from = _acts_from(prompt, context.model.invocation)
@@ -124,27 +126,30 @@ class TokenAnswer:
         if self._should_stop():
             self.finish_reason = "cancelled"
             return
-        draft = look_up_draft(self._ids, min(self._draft_length.length, self._most - produced - 1)) if produced else ()
+        step = self._drafting.first(self._most - 1)
+        if produced:
+            step = self._drafting.next(self._ids, self._most - produced - 1)
         started = time.perf_counter()
-        ids = np.concatenate([self._ids, draft]).astype(np.int64) if len(draft) else self._ids
-        rows = self._context.logits(ids, self._acts_from, len(draft) + 1)
+        ids = np.concatenate([self._ids, step.looked_up]).astype(np.int64)
+        found = self._context.extend(ids, self._acts_from, len(step.looked_up) + 1, step.guesses)
         if not produced:
             self.counters.reused_tokens = self._context.reused
         seconds = time.perf_counter() - started
+        draft = (*step.looked_up.tolist(), *found.drafts)
         accepted = 0
         try:
-            for row, drafted in zip(rows, (*draft, None), strict=True):
+            for row, drafted in zip(found.logits, (*draft, None), strict=True):
                 choice = self._choose(row)
                 self._ids = np.append(self._ids, choice.token)
                 accepted += int(choice.token == drafted)
                 yield choice
-                if choice.token != drafted:
+                if choice.token != drafted or len(self._ids) - self._prompt_tokens == self._most:
                     break
         finally:  # also where the answer ends in the middle
             self.counters.drafted += len(draft)
             self.counters.accepted += accepted
         if produced:  # the first step was the prompt's
-            self._draft_length.observe(len(draft), accepted, seconds)
+            self._drafting.observe(step, found, accepted, seconds)
 
     def _choose(self, row: FloatArray) -> Choice:
         if self._constraint is None:
@@ -152,6 +157,13 @@ class TokenAnswer:
         choice = self._sampler.choose(row, self._constraint.allowed())
         self._constraint.accept(choice.token)
         return choice
+
+
+def _who_drafts(asked: Drafts, context: Context) -> Drafts:
+    """Where no server guesses, only the text itself is left."""
+    if context.model.can_guess or asked in ("prompt", "off"):
+        return asked
+    return "prompt" if asked == "auto" else "off"
 
 
 def _acts_from(prompt: LongArray, invocation: tuple[int, ...]) -> int:

@@ -12,6 +12,7 @@ import numpy as np
 from dlora.protocol.tensors import FloatArray
 
 from .ends import LongArray
+from .extension import Extension, Guesses
 from .generating import GeneratingModel
 
 
@@ -34,7 +35,11 @@ class Context:
         return self.model.context_limit
 
     def logits(self, ids: LongArray, acts_from: int = 0, count: int = 1) -> FloatArray:
-        """Logits float32 (count, vocabulary) of the tokens that follow the last ``count`` of ``ids``.
+        """Logits float32 (count, vocabulary) of the tokens that follow the last ``count`` of ``ids``; as ``extend``."""
+        return self.extend(ids, acts_from, count).logits
+
+    def extend(self, ids: LongArray, acts_from: int = 0, count: int = 1, guesses: Guesses = Guesses()) -> Extension:
+        """What follows the last ``count`` of ``ids``, and what the server guesses.
 
         Args:
             ids: int64 (tokens,), the whole text so far, at most ``limit``.
@@ -48,9 +53,10 @@ class Context:
             same = min(same, self._held_act_from, acts_from)
         known = min(same, len(ids) - count)
         self._kept, self._held_act_from = ids[:known], acts_from  # until the model has the rest, too
-        logits, self.reused = self.model.extend(ids, known, acts_from, count)
-        self._kept = ids
-        return logits
+        found = self.model.extend(ids, known, acts_from, count, guesses)
+        self.reused = found.held
+        self._kept = np.append(ids, np.array(found.drafts, np.int64))
+        return found
 
 
 def common_prefix(one: LongArray, other: LongArray) -> int:

@@ -7,9 +7,11 @@ from collections.abc import Iterator
 import numpy as np
 
 from dlora.edge.data.batches import MicroBatch
+from dlora.protocol import messages as m
 from dlora.protocol.errors import DataError
 
 from .ends import LongArray
+from .extension import Guesses
 
 
 def check_room(ids: LongArray, limit: int) -> None:
@@ -32,6 +34,20 @@ def decode_parts(
     ends = [*range(position + most, len(ids) - count + 1, most), len(ids)]
     for start, end in zip([position, *ends[:-1]], ends, strict=True):
         yield part_of(ids, start, end, min(max(wanted_from, start), end - 1), acts_from)
+
+
+def fitting(guesses: Guesses, opening: m.OpenSession, welcome: m.Welcome, length: int, tokens: int) -> Guesses:
+    """As much of ``guesses`` as there is room for in a context of ``length`` tokens, the last ``tokens`` of which are
+    sent now, and as the session has asked for."""
+    purpose = opening.purpose
+    if isinstance(purpose, m.Train) or purpose.drafts is None:
+        return Guesses()
+    room = min(purpose.context_length - length, welcome.max_tokens - tokens)
+    drafts = max(0, min(guesses.drafts, m.MAX_DRAFT, room))
+    left = room - drafts - 1
+    if guesses.ahead is None or left < 0 or not isinstance(purpose, m.Use) or purpose.passes is None:
+        return Guesses(drafts)
+    return Guesses(drafts, min(guesses.ahead, m.MAX_DRAFT, left))
 
 
 def part_of(ids: LongArray, start: int, end: int, wanted_from: int, acts_from: int) -> MicroBatch:

@@ -13,12 +13,14 @@ import numpy as np
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.engine import Engine
 from dlora.edge.wire.usage import WireCounters
+from dlora.protocol import messages as m
 from dlora.protocol.errors import NonFiniteError
 from dlora.protocol.tensors import FloatArray
 
 from .decode_blocks import DecodeBlocks
 from .decode_parts import check_room
 from .ends import Head, LongArray
+from .extension import Extension, Guesses
 from .source import TokenSource
 
 
@@ -65,24 +67,29 @@ class DeviceGenerator:
         return min(self._context_length, self._source.context_limit, self._blocks.limit)
 
     @property
+    def can_guess(self) -> bool:
+        """Whether a server guesses tokens that may come next."""
+        return self._source.can_guess
+
+    @property
     def length(self) -> int:
         """How many tokens the blocks have had, for the source."""
         return self._blocks.length
 
-    def extend(self, ids: LongArray, known: int, acts_from: int, count: int) -> tuple[FloatArray, int]:
+    def extend(self, ids: LongArray, known: int, acts_from: int, count: int, guesses: Guesses) -> Extension:
         """As ``SplitModel`` has it."""
         check_room(ids, self.context_limit)
         self._blocks.crop(known)
         self._last.clear()
         self._acts_from, self._count = acts_from, count
-        held = self._source.feed(ids, count, self)
+        fed = self._source.feed(ids, count, self, guesses.drafts)
         started = time.perf_counter()
-        logits = self._head.logits(np.concatenate(self._last)[-count:])
+        logits = self._head.logits(np.concatenate(self._last)[-count - len(fed.drafts) :])
         self.compute_seconds += time.perf_counter() - started
         if not np.isfinite(logits).all():
             text = "the logits are not finite: the adapter is of a run that diverged; train it anew with a lower --lr"
             raise NonFiniteError(text)
-        return logits, held
+        return Extension(logits, fed.drafts, fed.held, fed.drafts_s)
 
     def append(self, hidden_states: FloatArray) -> None:
         """Run the blocks on the next tokens, for the source; the first go through without adapters."""
@@ -90,7 +97,8 @@ class DeviceGenerator:
         without = min(max(0, self._acts_from - self._blocks.length), len(hidden_states))
         for rows, acts in ((hidden_states[:without], False), (hidden_states[without:], True)):
             if len(rows):
-                self._last.append(self._blocks.append(rows, with_lora=acts)[-self._count :].copy())
+                wanted = self._count + m.MAX_DRAFT
+                self._last.append(self._blocks.append(rows, with_lora=acts)[-wanted:].copy())
         self.compute_seconds += time.perf_counter() - started
 
     def release_weights(self) -> None:

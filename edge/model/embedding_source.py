@@ -15,6 +15,7 @@ from dlora.protocol.errors import BundleError, DataError
 from dlora.protocol.tensors import FloatArray
 
 from .ends import Embedding, LongArray
+from .extension import Fed
 from .kept_outputs_cache import KeptOutputsCache
 
 if TYPE_CHECKING:
@@ -47,6 +48,11 @@ class EmbeddingSource:
                 text = f"{bundle.path}: the table before block 0 is not of (positions, {width}) fp32"
                 raise BundleError(f"{text}; export the bundle again")
 
+    @property
+    def can_guess(self) -> bool:
+        """Nobody does."""
+        return False
+
     def begin(self) -> None:
         """Nothing: nobody is asked."""
 
@@ -68,11 +74,11 @@ class EmbeddingSource:
         """The most tokens of a text."""
         return sys.maxsize if self._positions is None else len(self._positions)
 
-    def feed(self, ids: LongArray, count: int, blocks: DeviceGenerator) -> int:
-        """As ``EncodingServer`` has it."""
+    def feed(self, ids: LongArray, count: int, blocks: DeviceGenerator, drafts: int) -> Fed:
+        """As ``EncodingServer`` has it; nobody guesses."""
         held = blocks.length
         blocks.append(self._of_tokens(ids[held:], np.arange(held, len(ids)), keep_table=True))
-        return held
+        return Fed(held)
 
     def _of_tokens(self, ids: LongArray, positions: LongArray, *, keep_table: bool = False) -> FloatArray:
         """Of tokens int64 (tokens,) at these places of their texts, which there must be, float32 (tokens, width)."""

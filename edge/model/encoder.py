@@ -28,7 +28,9 @@ from dlora.protocol.micro_batch import Key
 from dlora.protocol.tensors import FloatArray, WireTensor
 from dlora.protocol.wire_codecs import Codecs, TensorRole, decode_floats
 
+from .decode_parts import fitting
 from .ends import Embedding, LongArray
+from .extension import Guesses
 from .session import UntrainedSession
 
 _MOST_TOKENS: Final = 1024  # of a micro-batch: enough to keep a server busy, and few megabytes in each direction
@@ -94,14 +96,25 @@ class Encoder:
             except SessionLostError:
                 self.session.open()  # and what has not come is asked for again: another server may take less at once
 
-    def decode(self, batch: MicroBatch, position: int) -> FloatArray:
+    def decode(self, batch: MicroBatch, position: int, drafts: int) -> tuple[FloatArray, tuple[int, ...], float]:
         """Of tokens that go on from the first ``position`` of those that the server holds: the hidden states at the
-        labels, float32 (labelled, width).
+        labels, and of at most ``drafts`` tokens that it guesses to follow, float32 (labelled + drafts, width); these
+        tokens, and the seconds that they took.
 
         Raises what ``Connection`` raises: with ``SessionLostError`` the server holds no tokens any more.
         """
-        self._begin("decode", batch, position)
-        return decode_floats(self.connection.receive(m.LabelledHiddenStates).hidden_states)
+        opening = self.connection.session.opened_with
+        assert opening is not None
+        tokens = len(batch.ids)
+        asked = fitting(Guesses(drafts), opening, self.connection.welcome, position + tokens, tokens)
+        self._begin("decode", batch, m.Decoding(position, asked.drafts))
+        message, guessed, drafts_s = self.connection.receive_any(), list[int](), 0.0
+        if isinstance(message, m.DraftTokens):
+            guessed, drafts_s = message.token_ids.data.tolist(), message.computed_s
+            message = self.connection.receive_any()
+        if not isinstance(message, m.LabelledHiddenStates):
+            raise RemoteProtocolError(f"{type(message).__name__} where hidden states were asked for")
+        return decode_floats(message.hidden_states), tuple(guessed), drafts_s
 
     def _encode(self, packs: Sequence[Sequence[LongArray]]) -> Iterator[list[WireTensor]]:
         waiting, in_order = deque(each for pack in packs for each in self._micro_batches(pack)), deque[_Asked]()
@@ -132,7 +145,7 @@ class Encoder:
         for piece in cut_for_encoding(lengths, max_tokens=welcome.max_tokens, packs=welcome.packs):
             yield _Asked(sequences[piece.start : piece.stop], ends_pack=piece.stop == len(sequences))
 
-    def _begin(self, mode: m.Mode, batch: MicroBatch, position: int | None = None) -> Key:
+    def _begin(self, mode: m.Mode, batch: MicroBatch, decoding: m.Decoding | None = None) -> Key:
         self._count = (self._count + 1) % 2**31
         key = self.connection.session.step, self._count
         sends_ids = self._send == "token-ids"
@@ -148,7 +161,7 @@ class Encoder:
                 sequence_lengths=WireTensor.from_ints(batch.sequence_lengths),
                 label_positions=WireTensor.from_ints(batch.label_positions),
                 token_ids=WireTensor.from_ints(batch.ids) if sends_ids else None,
-                position=position,
+                decoding=decoding,
             )
         )
         if self.connection.recorder is not None:

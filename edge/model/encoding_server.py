@@ -16,7 +16,7 @@ from dlora.edge.memory import MANY_TOKENS, release_freed_memory
 from dlora.edge.wire.connection import Connection
 from dlora.edge.wire.usage import Crossed, CrossedSoFar, WireCounters, WireUsage
 from dlora.protocol import messages as m
-from dlora.protocol.choices import Send
+from dlora.protocol.choices import Send, TableDtype
 from dlora.protocol.errors import UsageError
 from dlora.protocol.tensors import FloatArray, WireTensor
 from dlora.protocol.wire_codecs import Codecs, decode_floats
@@ -25,6 +25,7 @@ from .block_weights import encoded_width
 from .decode_parts import check_room, decode_parts
 from .encoder import Encoder
 from .ends import LongArray
+from .extension import Fed
 
 if TYPE_CHECKING:
     from .device_generator import DeviceGenerator
@@ -37,6 +38,7 @@ class EncodingServer:
         blocks: how many of the first blocks it runs.
         connect: connects to it.
         context_length: for how many tokens it is to keep keys and values of its blocks; 0: none.
+        drafts: of the embedding table, where it is to guess tokens that may come next.
     """
 
     kept: Final = None
@@ -51,7 +53,9 @@ class EncodingServer:
         codecs: Codecs,
         send: Send = "embeddings",
         context_length: int = 0,
+        drafts: TableDtype | None = None,
     ) -> None:
+        self._drafts = drafts
         self._bundle = bundle
         self._engine = engine
         self._connect = connect
@@ -110,7 +114,9 @@ class EncodingServer:
                     "the server keeps no context of this model, which blocks on this device need; use --device-blocks 0"
                 )
             width = encoded_width(self._bundle.manifest)
-            purpose = m.Encode(blocks=self._blocks, width=width, context_length=self._context_length)
+            purpose = m.Encode(
+                blocks=self._blocks, width=width, context_length=self._context_length, drafts=self._drafts
+            )
             self._encoder = Encoder(self._bundle, self._engine, connection, purpose, self._codecs, self._send)
         return self._encoder
 
@@ -128,34 +134,42 @@ class EncodingServer:
         return np.concatenate([decode_floats(tensor) for tensor in chain.from_iterable(answers)])
 
     @property
+    def can_guess(self) -> bool:
+        """Whether it guesses tokens that may come next."""
+        return self._drafts is not None
+
+    @property
     def context_limit(self) -> int:
         """The most tokens of a context."""
         opening = self.encoder.connection.session.opened_with
         assert opening is not None
         return opening.context_length
 
-    def feed(self, ids: LongArray, count: int, blocks: DeviceGenerator) -> int:
-        """Give ``blocks`` what they have not had of a text, int64 (tokens,), of which ``count`` are wanted for certain.
+    def feed(self, ids: LongArray, count: int, blocks: DeviceGenerator, drafts: int) -> Fed:
+        """Give ``blocks`` what they have not had of a text, int64 (tokens,), of which ``count`` are wanted for certain,
+        and of at most ``drafts`` tokens that the server guesses to follow.
 
-        Returns how many of its tokens need not cross again. A server that lost its part is given the whole text again;
-        what the blocks have had stays. Raises what ``Connection`` raises, and ``DataError`` for a text that is too
-        long.
+        A server that lost its part is given the whole text again; what the blocks have had stays. Raises what
+        ``Connection`` raises, and ``DataError`` for a text that is too long.
         """
-        return self.encoder.session.run(lambda: self._feed(ids, count, blocks))
+        return self.encoder.session.run(lambda: self._feed(ids, count, blocks, drafts))
 
-    def _feed(self, ids: LongArray, count: int, blocks: DeviceGenerator) -> int:
+    def _feed(self, ids: LongArray, count: int, blocks: DeviceGenerator, drafts: int) -> Fed:
         check_room(ids, self.context_limit)  # anew for each session: another server may have less
         encoder, wanted_from = self.encoder, blocks.length
         position = end = min(wanted_from, encoder.connection.session.cached_tokens)
         most = encoder.connection.welcome.max_sequence_length
+        guessed: tuple[int, ...] = ()
+        drafts_s = 0.0
         for part in decode_parts(ids, position, wanted_from=wanted_from, count=count, most=most):
-            hidden_states = encoder.decode(part, end)
-            end += len(part.ids)
+            is_last = end + len(part.ids) == len(ids)
+            hidden_states, guessed, drafts_s = encoder.decode(part, end, drafts if is_last else 0)
+            end += len(part.ids) + len(guessed)
             if (wanted := end - blocks.length) > 0:
                 blocks.append(hidden_states[-wanted:])
             if len(part.ids) > MANY_TOKENS:  # else the LM head comes on top of what this left
                 release_freed_memory()
-        return position
+        return Fed(position, guessed, drafts_s)
 
     def close(self) -> None:
         """Hang up; who asks again opens another connection."""

@@ -55,18 +55,37 @@ class DeviceParts:
         self.connection.spans.add(what, COMPUTE, started, ended)
 
 
+@dataclass
+class Ahead:
+    """What a server has sent after the last hidden states, so far.
+
+    Attributes:
+        next_token: that it expects to be chosen; drafts: what it guesses after that, once it has said so; drafts_s:
+            that this took.
+        reads: what groups read of all of these.
+    """
+
+    next_token: int
+    drafts: Sequence[int] | None = None
+    drafts_s: float = 0.0
+    reads: list[tuple[tuple[int, ...], WireTensor]] = field(default_factory=list)
+
+
 @dataclass(eq=False)
 class DeviceMicroBatch:
     """One micro-batch under way.
 
     Attributes:
         mode: what it is for; codecs: how its tensors cross.
-        position: of its first token in the context, in the mode ``decode``.
+        decoding: how its tokens go on in a context, in the mode ``decode``.
+        known: what groups read of these, where the server has sent it ahead.
         passes: None where each group is asked by itself.
         grad_scale: what the loss's gradient is multiplied with, where there is one; gradient: of another loss than the
             sum of cross-entropies.
         is_finished: whether the server will send no more of it.
-        hidden_states: once they have come, the last hidden states (labelled, hidden_size).
+        hidden_states: once they have come, the last hidden states (labelled, hidden_size), with those of ``drafts``.
+        drafts: the tokens that the server has guessed and taken in after these; drafts_s: that this took.
+        ahead: what the server has sent of tokens that may come next; None: it sends nothing.
         losses: in training, (labelled,).
         grads: the gradient of each parameter, by name, once it is through; summed over its micro-batch.
     """
@@ -76,12 +95,16 @@ class DeviceMicroBatch:
     key: Key
     mode: m.Mode
     codecs: Codecs
-    position: int | None = None
+    decoding: m.Decoding | None = None
+    known: Early = ()
     passes: m.Passes | None = None
     grad_scale: float = 0.0
     gradient: LossGradient | None = None
     is_finished: bool = False
     hidden_states: FloatArray | None = None
+    drafts: Sequence[int] = ()
+    drafts_s: float = 0.0
+    ahead: Ahead | None = None
     losses: FloatArray | None = None
     grads: dict[str, FloatArray] = field(default_factory=dict)
     _saved: dict[int, Saved] = field(init=False, default_factory=dict)
@@ -99,7 +122,7 @@ class DeviceMicroBatch:
     def begin(self) -> None:
         """Send the embeddings, or the tokens; and what groups write for what they are known to read."""
         parts, batch = self.parts, self.batch
-        early: Early = [] if self._kept_reads is None else self._kept_reads.find(batch)
+        early = self.known if self._kept_reads is None else self._kept_reads.find(batch)
         started = time.perf_counter()
         hidden_states = None
         if not parts.sends_token_ids:
@@ -117,9 +140,9 @@ class DeviceMicroBatch:
                 label_positions=WireTensor.from_ints(batch.label_positions),
                 crossing_positions=None if positions is None else WireTensor.from_ints(positions),
                 token_ids=WireTensor.from_ints(batch.ids) if parts.sends_token_ids else None,
-                position=self.position,
+                decoding=self.decoding,
                 passes=self.passes,
-                kept_reads=reads_digest(read for _, read in early) if early else None,
+                kept_reads=reads_digest(read for _, read in early) if early and self.decoding is None else None,
             )
         )
         self._has_sent_early = bool(early)
@@ -133,6 +156,13 @@ class DeviceMicroBatch:
         if self._has_sent_early:
             self._count_early(is_refused=isinstance(message, m.GroupInput) and message.groups[0] == 0)
         match message:
+            case m.DraftTokens() if self.ahead is not None:
+                self.ahead.drafts, self.ahead.drafts_s = message.token_ids.data.tolist(), message.computed_s
+            case m.DraftTokens():
+                self.drafts, self.drafts_s = message.token_ids.data.tolist(), message.computed_s
+            case m.GroupInput() if self.ahead is not None:
+                read = message.hidden_states  # a copy: what came is a view of its frame
+                self.ahead.reads.append((message.groups, WireTensor(read.dtype, read.data.copy(), read.exponent)))
             case m.GroupInput() if self._passes is not None:
                 self._answer_pass(message)
             case m.GroupInput():
@@ -164,8 +194,8 @@ class DeviceMicroBatch:
     def _count_early(self, *, is_refused: bool) -> None:
         """The server has read the same as what is kept and goes on, or something else, which it sends now."""
         kept, self._has_sent_early = self._kept_reads, False
-        assert kept is not None
-        kept.count(is_refused=is_refused)
+        if kept is not None:
+            kept.count(is_refused=is_refused)
         if is_refused:
             self._passes = self._new_passes()
         else:
@@ -188,6 +218,7 @@ class DeviceMicroBatch:
         self.is_finished = not self._to_come
         if self.mode in m.WITHOUT_GRADIENTS:
             self.hidden_states = hidden_states
+            self.ahead = None if message.next_token is None else Ahead(message.next_token)
             return
         started = time.perf_counter()
         self.losses, grads = self.parts.head.loss_and_grad(

@@ -17,7 +17,7 @@ from dlora.edge.wire.connecting import ConnectSettings
 from dlora.edge.wire.connection import Connection
 from dlora.protocol import interrupts
 from dlora.protocol import messages as m
-from dlora.protocol.choices import Send
+from dlora.protocol.choices import Send, TableDtype
 from dlora.protocol.errors import BundleError, NonFiniteError, UsageError
 from dlora.protocol.wire_codecs import Codecs
 
@@ -42,6 +42,8 @@ class Opening:
         device_blocks: how many of the last blocks run here; None: as few as hold the adapter, and at least one.
         server: that runs the others; None: there are none.
         wire_dtype: as ``Codecs.parse`` takes it.
+        passes: how a server that runs all blocks asks adapters, as ``passes_to_use`` takes it.
+        drafts: whether a server is to guess tokens that may come next in an answer.
     """
 
     bundle: Bundle
@@ -53,11 +55,18 @@ class Opening:
     threads: int = 0
     engine: EngineChoice = "auto"
     connecting: ConnectSettings | None = None
+    passes: str = "live"
+    drafts: bool = False
 
     @property
     def codecs(self) -> Codecs:
         """How tensors cross. Raises ``UsageError``."""
         return Codecs.parse(self.wire_dtype)
+
+    @property
+    def table(self) -> TableDtype | None:
+        """Of the embedding, where a server is to guess."""
+        return self.bundle.manifest.embedding.dtype if self.drafts else None
 
     def connect(self) -> Connection:
         """Connect. Raises what ``Connection`` raises, and ``UsageError`` where no server is named."""
@@ -121,18 +130,20 @@ def open_to_evaluate(opening: Opening, *, longest: int) -> Iterator[SplitModel |
 def _open_split(opening: Opening, context_length: int) -> Iterator[SplitModel]:
     """All blocks on the server; those without an adapter do not exchange."""
     bundle = opening.bundle
-    adapters, invocation = load_adapters(bundle.manifest, opening.adapter)
+    used = load_adapters(bundle.manifest, opening.adapter, opening.passes)
+    adapters = used.adapters
     release_freed_memory()  # its files were read whole
     engine, codecs = make_engine(bundle, opening.engine, opening.threads), opening.codecs
     with interrupts.raise_on_signal(), _name_adapter_in_error(), opening.connect() as connection:
         check_base_model(bundle, connection.welcome)
         fingerprint = bundle.manifest.base_model.fingerprint
-        purpose = m.Use(context_length=context_length)
+        drafts = opening.table if context_length else None
+        purpose = m.Use(context_length=context_length, passes=used.passes, drafts=drafts)
         session = UntrainedSession(connection, adapters, purpose, codecs, base_fingerprint=fingerprint)
         session.open()
         if connection.recorder is not None:
             connection.recorder.add_parameters(adapters.for_recording())
-        yield SplitModel(bundle, engine, session, invocation=invocation, send=opening.send)
+        yield SplitModel(bundle, engine, session, invocation=used.invocation, send=opening.send, passes=used.passes)
 
 
 def _source(opening: Opening, engine: Engine, count: int, context_length: int) -> EmbeddingSource | EncodingServer:
@@ -142,7 +153,7 @@ def _source(opening: Opening, engine: Engine, count: int, context_length: int) -
         return EmbeddingSource(opening.bundle, engine)
     return EncodingServer(
         opening.bundle, engine, opening.connect, blocks=blocks, codecs=opening.codecs, send=opening.send,
-        context_length=context_length,
+        context_length=context_length, drafts=opening.table if context_length else None,
     )  # fmt: skip
 
 

@@ -15,7 +15,6 @@ from dlora.edge.adapters.compute import AdapterCompute
 from dlora.edge.data.batches import MicroBatch
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.engine.engine import Engine
-from dlora.edge.memory import MANY_TOKENS, release_freed_memory
 from dlora.edge.wire.spans import COMPUTE
 from dlora.edge.wire.usage import WireCounters
 from dlora.protocol import messages as m
@@ -24,11 +23,13 @@ from dlora.protocol.errors import RemoteProtocolError
 from dlora.protocol.micro_batch import Key
 from dlora.protocol.tensors import FloatArray
 
-from .decode_parts import check_room, decode_parts, part_of
+from .decode_parts import check_room, part_of
 from .ends import Embedding, Head, LongArray, LossGradient
+from .extension import Extension, Guesses
 from .kept_reads import KeptReads
 from .micro_batch import DeviceMicroBatch, DeviceParts
 from .session import ModelSession
+from .split_decoder import SplitDecoder
 
 
 class SplitModel:
@@ -61,6 +62,9 @@ class SplitModel:
             sends_token_ids=send == "token-ids", kept_reads=kept_reads,
         )  # fmt: skip
         self._evaluated = 0
+        self._decoder = SplitDecoder(
+            self.connection, lambda batch, **more: self._micro_batch(batch, self._next_key(), "decode", **more)
+        )
 
     @property
     def counters(self) -> WireCounters:
@@ -141,44 +145,43 @@ class SplitModel:
         return self._room or self.connection.welcome.max_sequence_length
 
     @property
+    def can_guess(self) -> bool:
+        """Whether the server guesses tokens that may come next."""
+        opening = self.connection.session.opened_with
+        assert opening is not None
+        return bool(self._room) and not isinstance(opening.purpose, m.Train) and opening.purpose.drafts is not None
+
+    @property
     def _room(self) -> int:
         """For how many tokens of a context the server keeps keys and values."""
         opening = self.connection.session.opened_with
         assert opening is not None
         return opening.context_length
 
-    def extend(self, ids: LongArray, known: int, acts_from: int, count: int) -> tuple[FloatArray, int]:
-        """Logits of what follows the last tokens of a text, and how many of its tokens the server held already.
+    def extend(self, ids: LongArray, known: int, acts_from: int, count: int, guesses: Guesses) -> Extension:
+        """Logits of what follows the last tokens of a text, and of what the server guesses that may follow.
 
         Args:
             ids: int64 (tokens,), the whole text so far.
-            known: how many of its first tokens are those that the model had last, in the same way; at most all but
-                ``count``. They need not cross again where they are still held.
+            known: how many of its first tokens are those that the model had last, in the same way, those that the
+                server guessed among them; at most all but ``count``. They need not cross again where they are still
+                held.
             acts_from: the row from which on the adapters act.
-
-        Returns: float32 (count, vocabulary), and a number of tokens, 0 where the server has lost what it held.
+            count: of how many of the last tokens logits are wanted.
 
         Raises what ``Connection`` raises, and ``DataError`` for a text that is longer than ``context_limit``.
         """
-        return self.session.run(lambda: self._extend(ids, known, acts_from, count))
 
-    def _extend(self, ids: LongArray, known: int, acts_from: int, count: int) -> tuple[FloatArray, int]:
-        check_room(ids, self.context_limit)
-        wanted_from = len(ids) - count
-        if not self._room:
-            return self._logits(self._evaluate_hidden(part_of(ids, 0, len(ids), wanted_from, acts_from))), 0
-        position = end = min(known, self.connection.session.cached_tokens)
-        most = self.connection.welcome.max_sequence_length
-        hidden_states: FloatArray | None = None
-        for part in decode_parts(ids, position, wanted_from=wanted_from, count=count, most=most, acts_from=acts_from):
-            run = self._micro_batch(part, self._next_key(), "decode", position=end)
-            for _ in self._run_all(deque([run])):
-                hidden_states = run.hidden_states
-            end += len(part.ids)
-            if len(part.ids) > MANY_TOKENS:  # else the LM head comes on top of what this left
-                release_freed_memory()
-        assert hidden_states is not None
-        return self._logits(hidden_states), position
+        def attempt() -> Extension:
+            check_room(ids, self.context_limit)
+            if self._room:
+                found = self._decoder.extend(ids, known, acts_from, count, guesses)
+                logits = self._logits(found.hidden_states)
+                return Extension(logits, found.drafts, found.held, found.drafts_s, found.was_expected)
+            part = part_of(ids, 0, len(ids), len(ids) - count, acts_from)
+            return Extension(self._logits(self._evaluate_hidden(part)))
+
+        return self.session.run(attempt)
 
     def release_weights(self) -> None:
         """Let the pages of the two ends' weights go, which ``extend`` keeps for the next token."""
@@ -203,7 +206,7 @@ class SplitModel:
         """``more``: fields of ``DeviceMicroBatch``."""
         opening = self.connection.session.opened_with
         assert opening is not None
-        passes = self.passes if mode in ("train", "evaluate") else None
+        passes = None if mode == "basis" else self.passes
         return DeviceMicroBatch(self._parts, batch, key, mode, opening.codecs_of(mode), passes=passes, **more)
 
     def _next_key(self) -> Key:
