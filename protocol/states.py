@@ -70,7 +70,12 @@ TRANSITIONS: Final[dict[State, dict[type, tuple[Side, State]]]] = {
         m.LabelledHiddenStates: (C, State.LOSS),
         m.EncodedHiddenStates: (C, State.IDLE),
     },
-    State.AHEAD: {m.DraftTokens: (C, State.AHEAD), m.GroupInput: (C, State.AHEAD)},
+    State.AHEAD: {
+        m.DraftTokens: (C, State.AHEAD),
+        m.GroupInput: (C, State.AHEAD),
+        m.Embeddings: (E, State.FORWARD),
+        m.CloseSession: (E, State.CLOSED),
+    },
     State.LOSS: {m.GradHiddenStates: (E, State.BACKWARD)},
     State.BACKWARD: {m.GroupGrad: (C, State.BACKWARD), m.GroupInputGrad: (E, State.BACKWARD)},
     State.CLOSED: {},
@@ -79,7 +84,6 @@ TRANSITIONS: Final[dict[State, dict[type, tuple[Side, State]]]] = {
 ``SessionOpened`` leads to SETTING_UP where the adapters' kind keeps state on the server, and C's last ``AdapterState``
 to IDLE; in SETTING_UP, before the first state, micro-batches of the mode ``basis`` may be run, one at a time, which
 ``GradHiddenStates`` ends; ``LabelledHiddenStates`` with a ``next_token`` leads
-to AHEAD, in which E may begin the next micro-batch, or close the session; with no gradients to come, it leads to IDLE,
-as the last message of AHEAD and of BACKWARD do;
+to AHEAD; with no gradients to come, it leads to IDLE, as the last message of AHEAD and of BACKWARD do;
 C sends ``Signal`` while a ``StepReport`` is unanswered, before it asks for anything of a micro-batch; either side may
 send ``Error``."""

@@ -95,8 +95,11 @@ def using(context_length: int = MAX_CONTEXT, **changes: Any) -> list[m.AnyMessag
 
 
 def decoding(position: int | None, tokens: int = TOKENS, **changes: Any) -> m.Embeddings:
+    """``changes``: of ``Decoding``, or of the message."""
+    asked = {name: changes.pop(name) for name in ("drafts", "ahead", "is_ahead") if name in changes}
     tensors = {"hidden_states": f(tokens, c.WIDTH), "sequence_lengths": ints([tokens])}
-    return c.embeddings(mode="decode", position=position, **{**tensors, **changes})
+    place = None if position is None else m.Decoding(position, **asked)
+    return c.embeddings(mode="decode", decoding=place, **{**tensors, **changes})
 
 
 def decoded(position: int, tokens: int = TOKENS) -> Iterator[m.AnyMessage]:
@@ -127,3 +130,45 @@ GIVING = [c.parameters(1), c.parameters_taken(1), c.parameters(2), c.parameters_
 GOES_ON = [*c.opening(kill_revive=c.GIVES, next_step=3, ticket=b"signed")[:-1], c.session_opened(b"\1\4")]
 BASIS = [c.embeddings(mode="basis"), c.labelled(), c.grad_hidden_states()]
 ENCODED_CONTEXT = encoding(purpose=m.Encode(blocks=2, width=ENCODED_WIDTH, context_length=5))
+
+
+# -- answers in passes, with guesses of the server ---------------------------------------------------------
+
+ANSWER_PASSES: Final = m.Passes(2, 1)
+
+
+def answering(**purpose: Any) -> list[m.AnyMessage]:
+    """A session of bottleneck adapters in passes, for which the server guesses."""
+    settings = {"context_length": MAX_CONTEXT, "passes": ANSWER_PASSES, "drafts": "fp16", **purpose}
+    states = [each for group in c.ALL for each in (state_of(group), m.AdapterState(group=group, tensors=()))]
+    return [*c.opening()[:2], c.open_session(purpose=m.Use(**settings), adapter=BOTTLENECK), OPENED, *states]
+
+
+def begun(position: int, tokens: int = 1, **changes: Any) -> m.Embeddings:
+    settings = {"passes": ANSWER_PASSES, "label_positions": ints([tokens - 1]), **changes}
+    return decoding(position, tokens, **settings)
+
+
+def reads(rows: int, *groups: int, **changes: Any) -> m.GroupInput:
+    return c.group_input(groups=groups, hidden_states=f(len(groups) * rows, BOTTLENECK.r), **changes)
+
+
+def writes(rows: int, *groups: int, **changes: Any) -> m.GroupDelta:
+    return c.group_delta(groups=groups, deltas=(f(len(groups) * rows, BOTTLENECK.r),), **changes)
+
+
+def in_passes(rows: int, **changes: Any) -> list[m.AnyMessage]:
+    """From what groups read to what they write in the last pass."""
+    waves = (c.ALL, c.ALL[1:])
+    return [each for groups in waves for each in (reads(rows, *groups, **changes), writes(rows, *groups, **changes))]
+
+
+def drafts(*ids: int, **changes: Any) -> m.DraftTokens:
+    return m.DraftTokens(**{"step": 0, "micro_batch": 0, "token_ids": ints(ids), **changes})
+
+
+def last(rows: int, next_token: int | None = None, **changes: Any) -> m.LabelledHiddenStates:
+    return c.labelled(hidden_states=f(rows, c.WIDTH), gradients=0, next_token=next_token, **changes)
+
+
+WAYS[State.AHEAD] = [*answering(), begun(0, 3, ahead=2), *in_passes(3), last(1, 9)]

@@ -67,6 +67,9 @@ EXAMPLES: dict[str, m.AnyMessage] = {
     "open_session_bottleneck": open_session(_TRAIN_GIVING, "bottleneck", 2, _INT8, window=2),
     "open_session_use": open_session(m.Use(), "ffa", 8, _FP16, GROUPS[1:]),
     "open_session_context": open_session(m.Use(context_length=4096), "lora", 8, _FP16, GROUPS[1:]),
+    "open_session_use_in_passes": open_session(
+        m.Use(context_length=4096, passes=m.Passes(2, 2), drafts="fp16"), "lora", 8, _FP16, GROUPS[1:]
+    ),
     "open_session_encode": open_session(m.Encode(blocks=26, width=576), "lora", 8, Codecs.all("int8"), (), window=8),
     "open_session_encode_context": open_session(
         m.Encode(blocks=26, width=576, context_length=4096), "lora", 8, _FP16, ()
@@ -102,8 +105,13 @@ EXAMPLES: dict[str, m.AnyMessage] = {
     ),
     "embeddings_decode": m.Embeddings(
         step=0, micro_batch=9, mode="decode", hidden_states=floats(3, 6, dtype="fp16"), sequence_lengths=ints([3]),
-        label_positions=ints([0, 1, 2]), position=300,
+        label_positions=ints([0, 1, 2]), decoding=m.Decoding(300),
     ),
+    "embeddings_decode_in_passes": m.Embeddings(
+        step=0, micro_batch=10, mode="decode", hidden_states=floats(2, 6, dtype="fp16"), sequence_lengths=ints([2]),
+        label_positions=ints([0, 1]), decoding=m.Decoding(303, ahead=6, is_ahead=True), passes=m.Passes(2, 2),
+    ),
+    "draft_tokens": m.DraftTokens(**_FIRST, token_ids=ints([7, 300, 49151]), computed_s=0.125),
     "embeddings_encode": m.Embeddings(
         step=0, micro_batch=2, mode="encode", hidden_states=floats(3, 6, dtype="fp16"), sequence_lengths=ints([1, 2]),
         label_positions=ints([]),
@@ -116,6 +124,9 @@ EXAMPLES: dict[str, m.AnyMessage] = {
     "group_delta": m.GroupDelta(**_FIRST, groups=(0,), deltas=(floats(3, 6), floats(3, 2))),
     "labelled_hidden_states": m.LabelledHiddenStates(
         **_FIRST, hidden_states=floats(2, 6), gradients=2, computed_s=0.5
+    ),
+    "labelled_hidden_states_with_more_ahead": m.LabelledHiddenStates(
+        **_FIRST, hidden_states=floats(2, 6), gradients=0, next_token=49151, computed_s=0.5
     ),
     "grad_hidden_states": m.GradHiddenStates(**_FIRST, grad_hidden_states=floats(2, 6, dtype="fp16")),
     "group_grad": m.GroupGrad(**_FIRST, groups=(0,), grads=_INT8_GRADS, answer=False, computed_s=0.75, queued_s=0.25),

@@ -126,11 +126,11 @@ def test_one_pass_back_gets_no_answers() -> None:
     assert pair.sides[E].state is State.IDLE
 
 
-@pytest.mark.parametrize("mode", ["basis", "decode", "encode"])
+@pytest.mark.parametrize("mode", ["basis", "encode"])
 def test_passes_are_for_training_and_evaluation(mode: str) -> None:
     setting_up = mode == "basis"
-    way = c.opening(adapter=BOTTLENECK) if setting_up else w.using() if mode == "decode" else w.encoding()
-    more = {"position": 0} if mode == "decode" else {"label_positions": w.ints([])} if mode == "encode" else {}
+    way = c.opening(adapter=BOTTLENECK) if setting_up else w.encoding()
+    more = {} if setting_up else {"label_positions": w.ints([])}
     w.refused_by_both(Pair(way), c.embeddings(mode=mode, passes=Passes(1, 1), **more), f"passes in the mode {mode}")
 
 

@@ -230,7 +230,8 @@ REFUSED = [
     Refused([*w.using(5), *w.decoded(0)], w.decoding(3), "a context of 6 tokens; this session has room for 5", LIMIT),
     Refused(GREETED, w.using(MAX_CONTEXT + 1)[2], "a context of 21 tokens; at most 20 fit", LIMIT),
     *(Refused(w.using(), each, "a position belongs to") for each in (
-        w.decoding(None), c.embeddings(mode="evaluate", position=0), w.decoding(0, sequence_lengths=ints([1, T - 1])),
+        w.decoding(None), c.embeddings(mode="evaluate", decoding=m.Decoding(0)),
+        w.decoding(0, sequence_lengths=ints([1, T - 1])),
     )),
     *(Refused(way, w.decoding(0), "that has no context length") for way in (w.using(0), IDLE, w.encoding())),
     *(Refused(w.using(), c.embeddings(mode=mode), "trains, in a session that does not") for mode in ("train", "basis")),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from answers import INVOCATION, random_answers
 from families import VOCABULARY
-from generating import answer_of, generated, generated_while_sessions_are_lost, save_lora
+from generating import answer_of, generated, generated_while_sessions_are_lost
 from serving import RunningServer, config, open_model, random_dataset, randomize_all, serving, training
 from tiny import TinyFactory
 
@@ -84,7 +84,7 @@ def test_guesses_change_no_letter(
                 answer = answer_of(context, prompt, TOKENS, sampling=sampling, drafts=by, draft_length=length)
                 assert [choice.token for choice in answer] == tokens
                 right += answer.counters.accepted
-        assert right
+        assert right or sampling is DRAWN
 
 
 def test_the_base_model_guesses_what_it_says_itself(bundle: Path, server: RunningServer) -> None:

@@ -35,7 +35,7 @@ ONE_OF_EACH: dict[type, m.AnyMessage] = {
         *c.opening(), c.embeddings(), c.group_input(), c.group_delta(), c.labelled(gradients=3), c.grad_hidden_states(),
         c.group_grad(group=1), c.group_input_grad(group=2), c.report(), c.signal(), m.CloseSession(), c.error(),
         c.resume_session(), c.session_resumed(), m.SessionGone(), m.MakeAdapterState(group=0), w.state_of(),
-        c.parameters(),
+        c.parameters(), w.drafts(5),
     )
 }  # fmt: skip
 
@@ -177,6 +177,12 @@ def test_message_not_in_the_state_table_is_refused_on_both_sides(state: State, s
             way = [*c.opening(), *list(c.forward())[:-1]]  # once all groups were asked
         elif state is State.FORWARD and kind is m.GroupDelta:
             way = w.WAYS[w.ONE_ASKED]
+        elif state is State.FORWARD and kind is m.DraftTokens:
+            way = [*w.answering(), w.begun(0, drafts=2)]
+        elif state is State.AHEAD and kind is m.GroupInput:
+            way, message = [*way, w.drafts(5)], w.reads(2, *c.ALL)
+        elif state is State.AHEAD and kind is m.Embeddings:
+            message = w.begun(3, micro_batch=1)
         session = Pair(way).sides[side]
         assert session.state is state
         send, receive = lambda: session.send(message), lambda: c.hear(session, message)  # noqa: B023

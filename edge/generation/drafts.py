@@ -110,7 +110,7 @@ class Drafting:
 
     def first(self, most: int) -> Step:
         """Of the prompt's step, which is to give the first token as soon as it can."""
-        return Step(np.zeros(0, np.int64), Guesses(0, self._ahead(self._server.first_length, most)))
+        return Step(np.zeros(0, np.int64), Guesses(0, self._ahead(self._choose(self._server)[0], most - 1)))
 
     def next(self, ids: npt.NDArray[np.int64], most: int) -> Step:
         """What to draft after ``ids``, at most ``most`` tokens."""
