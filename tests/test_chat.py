@@ -119,7 +119,7 @@ def test_old_turns_are_left_out_where_there_is_no_room(bundle: Path, server: Run
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_chat(bundle: Path, server: RunningServer, tmp_path: Path) -> None:
-    with terminal(*chat_command(bundle, server, "--max-new-tokens", 1900, "--draft", 0)) as window:
+    with terminal(*chat_command(bundle, server, "--max-new-tokens", 1900, "--draft", "off")) as window:
         window.wait_for("> ")
         window.wait_for("> ", interrupting=True)  # leaves the line that is being written
         window.type("w5 w6\n")

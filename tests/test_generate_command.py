@@ -82,7 +82,7 @@ def test_the_choice_of_tokens_obeys_the_options(where: list[object]) -> None:
     asked = [*where, "--prompt", "w5 w6", "--max-new-tokens", 24]
     drawn = [
         answer_of(*asked, "--temperature", 1.5, "--seed", seed, "--draft", draft)
-        for seed, draft in ((1, 0), (1, 3), (2, 0))
+        for seed, draft in ((1, "off"), (1, "server"), (2, "prompt"))
     ]
     assert drawn[0]["answer"] == drawn[1]["answer"] != drawn[2]["answer"]
     found = answer_of(*asked, "--logprobs", 2)

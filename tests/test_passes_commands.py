@@ -175,9 +175,7 @@ def test_an_adapter_is_used_live_or_in_its_own_passes(place: Place, wholes: dict
         return [*place.train(out, *BOTTLENECK), "--init-adapter", wholes["default"], "--passes", passes, "--steps", 1]
 
     for passes in ("1,1", "3,2"):
-        assert_fails(
-            run_edge(*start_from(passes)), 10, "was trained in passes 2,2; train with --passes live, or --passes"
-        )
+        assert_fails(run_edge(*start_from(passes)), 10, "was trained in passes 2,2; give --passes live, or --passes")
     for passes in ("live", "2,2"):
         done = run_edge(*start_from(passes))
         assert done.code == 0, done.stderr

@@ -7,9 +7,11 @@ import pytest
 import torch
 import transformers
 
-from dlora.edge.generation.drafts import MAX_DRAFT, DraftLength, look_up_draft
+from dlora.edge.generation.drafts import Drafting, Step, look_up_draft
 from dlora.edge.generation.sampling import Sampler, Sampling
+from dlora.edge.model.extension import Extension
 from dlora.protocol.errors import DataError, UsageError
+from dlora.protocol.messages import MAX_DRAFT
 
 VOCABULARY = 50
 PROMPT = [3, 7, 7, 9]
@@ -129,15 +131,62 @@ def test_a_draft_is_what_followed_the_same_tokens() -> None:
 
 
 def test_drafts_are_as_long_as_they_pay() -> None:
-    assert DraftLength(3).length == 3
-    slow, quick, hopeless = DraftLength(), DraftLength(), DraftLength()
+    """Of either kind: a step of so many seconds, and 9 ms for each token."""
+    for by in ("prompt", "server"):
+        slow, quick, hopeless = (Drafting(by=by) for _ in range(3))
+        for _ in range(40):
+            for drafting, step_s, hits in ((slow, 1.0, True), (quick, 0.01, True), (hopeless, 1.0, False)):
+                observe(drafting, by, 0, 0, step_s)
+                observe(drafting, by, 4, 4 if hits else 0, step_s)
+        assert length(slow, by) == MAX_DRAFT  # over a slow network a token more costs nothing
+        assert 0 < length(quick, by) < MAX_DRAFT
+        assert length(hopeless, by) <= 1
+        for _ in range(200):  # what was learnt of another part of the text fades
+            observe(hopeless, by, 0, 0, 1.0)
+        assert length(hopeless, by) > 1
+        assert length(Drafting(by=by, length=3), by) == 3
+
+
+def test_drafts_come_from_whoever_gives_more() -> None:
+    drafting = Drafting()
     for _ in range(40):
-        for drafts, step_s, hits in ((slow, 1.0, True), (quick, 0.01, True), (hopeless, 1.0, False)):
-            drafts.observe(0, 0, step_s)
-            drafts.observe(4, 4 if hits else 0, step_s + 4 * 0.009)
-    assert slow.length == MAX_DRAFT  # over a slow network a token more costs nothing
-    assert 0 < quick.length < MAX_DRAFT
-    assert hopeless.length <= 1
-    for _ in range(200):  # what was learnt of another part of the text fades
-        hopeless.observe(0, 0, 1.0)
-    assert hopeless.length > 1
+        observe(drafting, "server", 4, 0, 1.0)
+        observe(drafting, "prompt", 4, 4, 1.0)
+    assert length(drafting, "prompt") == MAX_DRAFT
+    for _ in range(80):
+        observe(drafting, "server", 4, 4, 1.0)
+        observe(drafting, "prompt", 4, 0, 1.0)
+    assert length(drafting, "prompt") == 0
+    assert length(drafting, "server") == MAX_DRAFT
+
+
+def test_nothing_comes_ahead_where_another_token_is_mostly_chosen() -> None:
+    """Where guesses take time: else nothing is lost."""
+    greedy, drawn = Drafting(), Drafting(is_greedy=False)
+    assert greedy.first(20).guesses.ahead is not None
+    for drafting in (greedy, drawn):
+        for hit in [False] * 20:
+            found = Extension(np.zeros((1, 2), np.float32), drafts=(1, 2), drafts_s=1.0, was_expected=hit)
+            drafting.observe(Step(np.zeros(0, np.int64)), found, 2, 1.2)
+        assert drafting.next(np.arange(9), 20).guesses.ahead is None
+    assert Drafting(by="prompt").first(20).guesses == Drafting(by="off").next(np.arange(9), 20).guesses == (0, None)
+
+
+REPEATED = np.array([*range(20), *range(20), 0, 1], np.int64)
+
+
+def observe(drafting: Drafting, by: str, drafted: int, accepted: int, step_s: float) -> None:
+    """A step with so many drafted tokens, each of which takes 9 ms."""
+    drafts_s, logits = drafted * 0.009, np.zeros((1, 2), np.float32)
+    if by == "prompt":
+        step = Step(np.arange(drafted))
+        drafting.observe(step, Extension(logits), accepted, step_s + drafts_s)
+    else:
+        found = Extension(logits, drafts=tuple(range(drafted)), drafts_s=drafts_s)
+        drafting.observe(Step(np.zeros(0, np.int64)), found, accepted, step_s + drafts_s)
+
+
+def length(drafting: Drafting, by: str) -> int:
+    """Of the next draft of this kind, in a text in which everything repeats."""
+    step = drafting.next(REPEATED, 64)
+    return len(step.looked_up) if by == "prompt" else step.guesses.drafts

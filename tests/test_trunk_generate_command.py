@@ -69,15 +69,15 @@ def answer(*words: object) -> dict[str, Any]:
 def test_an_adapter_answers_in_the_mode_that_it_was_trained_in_or_another(place: Place) -> None:
     """The same words each time; in trunk a token is a round trip."""
     as_trained, split, other = (
-        answer(*place.words(adapter, *PROMPT, "--draft", 0, *mode))
+        answer(*place.words(adapter, *PROMPT, "--draft", "off", *mode))
         for adapter, mode in ((place.trained, ()), (place.trained, ("--device-blocks", "0")), (place.other, ()))
     )
     assert as_trained["answer"] == split["answer"] == other["answer"]
     assert as_trained["round_trips"] == as_trained["tokens"] == 8
     assert split["round_trips"] == other["round_trips"] > 8 * 5
-    asked = answer(*place.words(place.other, *PROMPT, "--draft", 0, "--device-blocks", 2))
+    asked = answer(*place.words(place.other, *PROMPT, "--draft", "off", "--device-blocks", 2))
     assert (asked["answer"], asked["round_trips"]) == (split["answer"], 8)
-    bare = answer("generate", *place.words(place.other)[1:7], *PROMPT, "--draft", 0, "--device-blocks", 2)
+    bare = answer("generate", *place.words(place.other)[1:7], *PROMPT, "--draft", "off", "--device-blocks", 2)
     assert bare["answer"] != split["answer"]
 
 

@@ -40,6 +40,8 @@ class SeenMicroBatch:
         frames: their sizes and times, in order.
         inputs, deltas, grads, input_grads: of each exchange group, as they crossed.
         last_hidden, last_grad: the last hidden states at the labels, and the loss's gradient of them.
+        drafts: the tokens that the server has guessed and taken in after the device's.
+        ahead: what each group read of tokens that the server has gone on with.
     """
 
     begun: m.Embeddings
@@ -51,6 +53,8 @@ class SeenMicroBatch:
     input_grads: dict[int, WireTensor] = field(default_factory=dict)
     last_hidden: WireTensor | None = None
     last_grad: WireTensor | None = None
+    drafts: tuple[int, ...] = ()
+    ahead: dict[int, WireTensor] = field(default_factory=dict)
 
     @property
     def step(self) -> int:
@@ -187,13 +191,20 @@ class _Reader:
         if isinstance(message, m.Embeddings):
             if not seen.openings:
                 raise RemoteProtocolError("a micro-batch before a session is open")
-            self._under_way[key] = SeenMicroBatch(message, seen.opening, [])
+            begun = SeenMicroBatch(message, seen.opening, [])
+            if message.decoding is not None and message.decoding.is_ahead and seen.micro_batches:
+                begun.inputs = dict(seen.micro_batches[-1].ahead)
+            self._under_way[key] = begun
             seen.micro_batches.append(self._under_way[key])
         if key not in self._under_way:
             raise RemoteProtocolError("a message of a micro-batch that did not begin")
         micro_batch = self._under_way[key]
         micro_batch.frames.append(frame)
         match message:
+            case m.DraftTokens() if micro_batch.last_hidden is None:
+                micro_batch.drafts = tuple(message.token_ids.data.tolist())
+            case m.GroupInput() if micro_batch.last_hidden is not None:
+                _add(micro_batch.ahead, message.groups, message.hidden_states)
             case m.GroupInput():
                 _add(micro_batch.inputs, message.groups, message.hidden_states)
             case m.GroupDelta():
@@ -233,7 +244,7 @@ def _add_each(known: dict[int, tuple[WireTensor, ...]], groups: Sequence[int], c
 
 def whole_texts(tokens: Sequence[Sequence[int]], micro_batches: Sequence[SeenMicroBatch]) -> list[list[int]]:
     """The texts of micro-batches, whose packed tokens are given: of each sequence its own, and of what is generated,
-    where tokens go on from others, the text that they make together."""
+    where tokens go on from others, the text that they make together, with what the server has guessed of it."""
     texts: list[list[int]] = []
     context: list[int] = []
     for packed, micro_batch in zip(tokens, micro_batches, strict=False):
@@ -246,5 +257,5 @@ def whole_texts(tokens: Sequence[Sequence[int]], micro_batches: Sequence[SeenMic
         if not position:
             context = []
             texts.append(context)
-        context[position:] = packed
+        context[position:] = [*packed, *micro_batch.drafts]
     return texts

@@ -27,6 +27,7 @@ from .settings_options import takes_settings
             "default": "",
             "help": "Only what train holds out with the same --hold-out: a share, or auto. By default all.",
         },
+        "passes": CHANGES["passes"] | {"default": "live"},
     },
 )  # fmt: skip
 def evaluate(
