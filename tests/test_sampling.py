@@ -166,8 +166,9 @@ def test_nothing_comes_ahead_where_another_token_is_mostly_chosen() -> None:
     assert greedy.first(20).guesses.ahead is not None
     for drafting in (greedy, drawn):
         for hit in [False] * 20:
-            found = Extension(np.zeros((1, 2), np.float32), drafts=(1, 2), drafts_s=1.0, was_expected=hit)
-            drafting.observe(Step(np.zeros(0, np.int64)), found, 2, 1.2)
+            found = Extension(np.zeros((1, 2), np.float32), drafts=(1, 2), drafts_s=1.0)
+            drafting.next(np.arange(9), 20, expects=8 if hit else 7)
+            drafting.observe(Step(np.zeros(0, np.int64)), found, [1, 2, 3], 1.2)
         assert drafting.next(np.arange(9), 20).guesses.ahead is None
     assert Drafting(by="prompt").first(20).guesses == Drafting(by="off").next(np.arange(9), 20).guesses == (0, None)
 
@@ -178,12 +179,14 @@ REPEATED = np.array([*range(20), *range(20), 0, 1], np.int64)
 def observe(drafting: Drafting, by: str, drafted: int, accepted: int, step_s: float) -> None:
     """A step with so many drafted tokens, each of which takes 9 ms."""
     drafts_s, logits = drafted * 0.009, np.zeros((1, 2), np.float32)
+    chosen = [*range(accepted), -1]
     if by == "prompt":
-        step = Step(np.arange(drafted))
-        drafting.observe(step, Extension(logits), accepted, step_s + drafts_s)
+        drafting._looked_up = np.arange(drafted)
+        drafting.observe(Step(np.arange(drafted)), Extension(logits), chosen, step_s + drafts_s)
     else:
+        drafting._looked_up = np.arange(0)
         found = Extension(logits, drafts=tuple(range(drafted)), drafts_s=drafts_s)
-        drafting.observe(Step(np.zeros(0, np.int64)), found, accepted, step_s + drafts_s)
+        drafting.observe(Step(np.zeros(0, np.int64)), found, chosen, step_s + drafts_s)
 
 
 def length(drafting: Drafting, by: str) -> int:

@@ -11,6 +11,7 @@ that differs are dropped. They come from two places:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -23,7 +24,7 @@ from dlora.protocol.messages import MAX_DRAFT
 
 _LONGEST_MATCH, _SHORTEST_MATCH = 4, 2
 _WEIGHT: Final = 0.2  # of the newest measurement
-_FIRST_ACCEPTED: Final = {"prompt": 0.3, "server": 0.6}  # in answers of chats; in code it is more
+_FIRST_ACCEPTED: Final = {"prompt": 0.2, "server": 0.6}  # in answers of chats; in code it is more
 _FIRST_EXPECTED: Final = 0.6  # of tokens that are drawn
 _FIRST_LENGTH: Final = {"prompt": 1, "server": 4}  # before anything is measured
 
@@ -70,11 +71,16 @@ class _Kind:
         rates = np.cumsum(self.accepted**lengths) / (step_s + lengths * self.token_s(step_s))
         return int(rates.argmax()), float(rates.max())
 
-    def observe(self, drafted: int, accepted: int, extra_s: float, step_s: float) -> None:
-        """Of so many tokens, which took ``extra_s``, the first ``accepted`` were right."""
+    def observe_time(self, drafted: int, extra_s: float, step_s: float) -> None:
+        """So many tokens took ``extra_s``."""
         self._token_s = _mean(self.token_s(step_s), extra_s / drafted)
-        for number in range(min(drafted, accepted + 1)):  # of those after the first that was wrong nothing is known
-            self.accepted = _mean(self.accepted, float(number < accepted))
+
+    def observe_tokens(self, drafted: Sequence[int], chosen: Sequence[int]) -> None:
+        """These were or would have been drafted where those were chosen."""
+        for draft, choice in zip(drafted, chosen, strict=False):
+            self.accepted = _mean(self.accepted, float(draft == choice))
+            if draft != choice:  # of those after the first that was wrong nothing is known
+                return
 
     def fade(self) -> None:
         """What was learnt of a part of the text fades, so that drafts are tried again in the next."""
@@ -106,39 +112,44 @@ class Drafting:
     def __post_init__(self) -> None:
         self._prompt, self._server = _Kind("prompt"), _Kind("server")
         self._step_s = 0.0  # that a step takes without a draft
+        self._looked_up: npt.NDArray[np.int64] = np.zeros(0, np.int64)  # for this step, whether it is sent or not
         self._expected = 1.0 if self.is_greedy else _FIRST_EXPECTED  # how often the server's next token is chosen
 
     def first(self, most: int) -> Step:
         """Of the prompt's step, which is to give the first token as soon as it can."""
         return Step(np.zeros(0, np.int64), Guesses(0, self._ahead(self._choose(self._server)[0], most - 1)))
 
-    def next(self, ids: npt.NDArray[np.int64], most: int) -> Step:
-        """What to draft after ``ids``, at most ``most`` tokens."""
-        looked_up, guessed = ids[:0], Guesses()
+    def next(self, ids: npt.NDArray[np.int64], most: int, expects: int | None = None) -> Step:
+        """What to draft after ``ids``, at most ``most`` tokens; ``expects``: the token that the server has gone on
+        with, if it has."""
+        is_expected = expects == int(ids[-1])
+        if expects is not None:
+            self._expected = _mean(self._expected, float(is_expected))
         prompt, prompt_rate = self._choose(self._prompt)
         server, server_rate = self._choose(self._server)
         if self.by in ("auto", "prompt"):
-            looked_up = look_up_draft(ids, min(prompt, most))
-        if self.by == "auto" and server_rate >= prompt_rate:
-            looked_up = ids[:0]
-        if self.by in ("auto", "server") and not len(looked_up):
-            guessed = Guesses(min(server, most), self._ahead(server, most - 1))
-        return Step(looked_up, guessed)
+            self._looked_up = look_up_draft(ids, MAX_DRAFT)
+        looked_up = self._looked_up[: min(prompt, most)]
+        # What the server has guessed already costs nothing more.
+        if len(looked_up) and not is_expected and (self.by == "prompt" or prompt_rate > server_rate):
+            return Step(looked_up)
+        if self.by in ("auto", "server"):
+            return Step(ids[:0], Guesses(min(server, most), self._ahead(server, most - 1)))
+        return Step(ids[:0])
 
-    def observe(self, step: Step, found: Extension, accepted: int, seconds: float) -> None:
-        """A step gave ``found``, of whose drafts the first ``accepted`` were right, and took ``seconds``."""
-        if found.was_expected is not None:
-            self._expected = _mean(self._expected, float(found.was_expected))
+    def observe(self, step: Step, found: Extension, chosen: Sequence[int], seconds: float) -> None:
+        """A step gave ``found``, of which the tokens ``chosen`` came, and took ``seconds``."""
+        self._prompt.observe_tokens(self._looked_up.tolist(), chosen)
         if len(step.looked_up):
             if self._step_s:
-                extra_s = max(0.0, seconds - self._step_s)
-                self._prompt.observe(len(step.looked_up), accepted, extra_s, self._step_s)
+                self._prompt.observe_time(len(step.looked_up), max(0.0, seconds - self._step_s), self._step_s)
             return
         step_s = max(seconds - found.drafts_s, 1e-6)
         self._step_s = _mean(self._step_s, step_s) if self._step_s else step_s
         self._prompt.fade()
         if found.drafts:
-            self._server.observe(len(found.drafts), accepted, found.drafts_s, self._step_s)
+            self._server.observe_tokens(found.drafts, chosen)
+            self._server.observe_time(len(found.drafts), found.drafts_s, self._step_s)
         else:
             self._server.fade()
 

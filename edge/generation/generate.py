@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -92,6 +93,7 @@ class TokenAnswer:
         self._most = min(max_new_tokens, context.limit - len(prompt))
         self._stop_token_ids = frozenset(stop_token_ids)
         self._drafting = Drafting(_who_drafts(drafts, context), draft_length, is_greedy=sampling.temperature == 0.0)
+        self._expects: int | None = None  # the token with which the server has gone on
         self._constraint = constraint
         self._should_stop = should_stop
         self._acts_from = _acts_from(prompt, context.model.invocation)
@@ -128,28 +130,28 @@ class TokenAnswer:
             return
         step = self._drafting.first(self._most - 1)
         if produced:
-            step = self._drafting.next(self._ids, self._most - produced - 1)
+            step = self._drafting.next(self._ids, self._most - produced - 1, self._expects)
         started = time.perf_counter()
         ids = np.concatenate([self._ids, step.looked_up]).astype(np.int64)
         found = self._context.extend(ids, self._acts_from, len(step.looked_up) + 1, step.guesses)
         if not produced:
             self.counters.reused_tokens = self._context.reused
-        seconds = time.perf_counter() - started
+        seconds, self._expects = time.perf_counter() - started, found.expects
         draft = (*step.looked_up.tolist(), *found.drafts)
-        accepted = 0
+        chosen: list[int] = []
         try:
             for row, drafted in zip(found.logits, (*draft, None), strict=True):
                 choice = self._choose(row)
                 self._ids = np.append(self._ids, choice.token)
-                accepted += int(choice.token == drafted)
+                chosen.append(choice.token)
                 yield choice
                 if choice.token != drafted or len(self._ids) - self._prompt_tokens == self._most:
                     break
         finally:  # also where the answer ends in the middle
             self.counters.drafted += len(draft)
-            self.counters.accepted += accepted
+            self.counters.accepted += sum(map(operator.eq, draft, chosen))
         if produced:  # the first step was the prompt's
-            self._drafting.observe(step, found, accepted, seconds)
+            self._drafting.observe(step, found, chosen, seconds)
 
     def _choose(self, row: FloatArray) -> Choice:
         if self._constraint is None:

@@ -39,11 +39,11 @@ class Extension:
         drafts: the tokens that the server has guessed.
         held: how many tokens of the text it held already; 0 where it has lost them.
         drafts_s: seconds that it took to guess these.
-        was_expected: whether the last token was the one that the server has gone on with; None: it has not.
+        expects: the token with which the server goes on meanwhile; None: it does not.
     """
 
     logits: FloatArray
     drafts: tuple[int, ...] = ()
     held: int = 0
     drafts_s: float = 0.0
-    was_expected: bool | None = None
+    expects: int | None = None

@@ -177,7 +177,7 @@ class SplitModel:
             if self._room:
                 found = self._decoder.extend(ids, known, acts_from, count, guesses)
                 logits = self._logits(found.hidden_states)
-                return Extension(logits, found.drafts, found.held, found.drafts_s, found.was_expected)
+                return Extension(logits, found.drafts, found.held, found.drafts_s, found.expects)
             part = part_of(ids, 0, len(ids), len(ids) - count, acts_from)
             return Extension(self._logits(self._evaluate_hidden(part)))
 

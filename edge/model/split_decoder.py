@@ -33,7 +33,7 @@ class Decoded:
     drafts: tuple[int, ...]
     held: int
     drafts_s: float
-    was_expected: bool | None
+    expects: int | None
 
 
 class SplitDecoder:
@@ -52,10 +52,9 @@ class SplitDecoder:
         """As ``SplitModel`` has it. Raises what ``Connection`` raises."""
         session, welcome = self._connection.session, self._connection.welcome
         position = end = min(known, session.cached_tokens)
-        run, was_expected = None, None
+        run = None
         if position == len(ids) - 1 and count == 1 and self._last is not None and self._last.ahead is not None:
             run = self._go_on_ahead(self._last, self._last.ahead, int(ids[-1]), position, guesses)
-            was_expected = run is not None
         if run is None:
             parts = decode_parts(
                 ids, position, wanted_from=len(ids) - count, count=count, most=welcome.max_sequence_length,
@@ -71,7 +70,8 @@ class SplitDecoder:
                     release_freed_memory()
         assert run is not None
         assert run.hidden_states is not None
-        return Decoded(run.hidden_states, tuple(run.drafts), position, run.drafts_s, was_expected)
+        expects = None if run.ahead is None else run.ahead.next_token
+        return Decoded(run.hidden_states, tuple(run.drafts), position, run.drafts_s, expects)
 
     def _go_on_ahead(
         self, last: DeviceMicroBatch, ahead: Ahead, token: int, position: int, guesses: Guesses
