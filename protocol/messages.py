@@ -198,8 +198,9 @@ class AdapterState(Message, frozen=True):
 
 
 class GroupParameters(Message, frozen=True):
-    """E gives C what it trains of a group whose unit is killed, for C to apply until the unit is revived; C answers
-    with the same of no tensors. Only where E asked for ``on_kill`` ``give_to_server``.
+    """E gives C what it trains of a group whose unit is killed, for C to apply until the unit is revived, or, where it
+    ``lends`` an adapter, of each group, until the session ends; C answers with the same of no tensors. Only where E
+    asked for ``on_kill`` ``give_to_server``, or for ``lends``.
 
     ``tensors``: of the adapter kind's ``parameter_shapes``, in that order, with the scaling in what is nearest to the
     output: stored as adapter state is.

@@ -418,8 +418,9 @@ def check_decoding(begun: m.Embeddings, opening: m.OpenSession, shapes: Shapes, 
         raise ViolationError("other passes than the session's")
     crossing = begun.crossing_positions
     acts_to_end = crossing is None or not crossing.shape[0] or crossing.data[0] == begun.tokens - crossing.shape[0]
-    if begun.passes is not None and not acts_to_end:
-        raise ViolationError("adapters that act in passes, but not from some token on")
+    is_in_order = begun.passes is None and not (isinstance(purpose, m.Use) and purpose.lends)
+    if not is_in_order and not acts_to_end:
+        raise ViolationError("adapters that act in passes, or are lent, but not from some token on")
     if decoding.guesses and purpose.drafts is None:
         raise ViolationError("guesses of C, in a session that asks for none")
     if begun.tokens + decoding.guesses > shapes.welcome.max_tokens:

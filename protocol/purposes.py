@@ -34,7 +34,7 @@ class Train(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
 
 class Use(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="purpose", tag="use"):
-    """The purpose of evaluating and generating: every group of the session is live, all the time.
+    """The purpose of evaluating and generating: every group of the session is live, all the time, or C applies it.
 
     Attributes:
         context_length: for how many tokens C is to keep keys and values, so that micro-batches of the mode ``decode``
@@ -42,11 +42,14 @@ class Use(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True,
         passes: how groups are asked in those; None: live.
         drafts: of E's embedding table, where C is to guess tokens that may come next: it takes these in as E would
             embed them. None: it is not asked for any.
+        lends: whether E gives C what it has learnt of every group, before the first micro-batch, for C to apply until
+            the session ends: nothing is asked then.
     """
 
     context_length: Index = 0
     passes: Passes | None = None
     drafts: TableDtype | None = None
+    lends: bool = False
 
 
 class Encode(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="purpose", tag="encode"):

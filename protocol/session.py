@@ -265,6 +265,8 @@ class Session:
         if message.context_length > welcome.max_context_length:
             text = f"a context of {message.context_length} tokens; at most {welcome.max_context_length} fit"
             raise ViolationError(text, m.ErrorCode.LIMIT)
+        if isinstance(purpose, m.Use) and purpose.lends and purpose.passes is not None:
+            raise ViolationError("passes of an adapter that is lent")
         if isinstance(purpose, m.Encode) and message.groups:
             raise ViolationError("groups in a session that only encodes")
         if message.window > welcome.window:

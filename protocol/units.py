@@ -22,7 +22,7 @@ class Units:
     Attributes:
         states: uint8 (units,), the ``UnitState`` of each as last signalled; groups: the exchange groups of each.
         group_states: the exchange groups that take part, by what their units do.
-        handed_over: the groups whose parameters E has given C, as long as their units are HELD or GIVEN.
+        handed_over: the groups whose parameters E has given C, as long as their units are HELD or GIVEN, or lent.
     """
 
     def __init__(self, opened_with: m.OpenSession | None = None) -> None:
@@ -37,13 +37,22 @@ class Units:
         if isinstance(opened_with.purpose, m.Train):
             self._config = opened_with.purpose.kill_revive
             self.groups = group_units(opened_with.groups, self._config.unit)
+        elif self._lends:
+            self.group_states = GroupStates(given=frozenset(range(len(opened_with.groups))))
         else:
             self.group_states = GroupStates(tuple(range(len(opened_with.groups))))
 
     @property
+    def _lends(self) -> bool:
+        purpose = None if self._opened_with is None else self._opened_with.purpose
+        return isinstance(purpose, m.Use) and purpose.lends
+
+    @property
     def groups_to_give(self) -> list[int]:
         """The groups whose parameters C must have and has not: of GIVEN units before the next micro-batch, of HELD ones
-        before the next report. In their order."""
+        before the next report; of all that are lent. In their order."""
+        if self._lends:
+            return sorted(self.group_states.given - self.handed_over)
         if self._config is None or not self._config.gives_to_server:
             return []
         return sorted(self._groups_in(UnitState.HELD, UnitState.GIVEN) - self.handed_over)

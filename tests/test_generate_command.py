@@ -50,13 +50,13 @@ def answer_of(*arguments: object) -> dict[str, object]:
     return found
 
 
-def test_the_answer_is_printed_and_what_it_took_is_said(where: list[object]) -> None:
-    plain = run_edge("generate", *where, "--prompt", "w5 w6", "--max-new-tokens", 12)
-    assert plain.code == 0, plain.stderr
+def test_the_answer_is_printed_and_what_it_took_where_that_is_asked_for(where: list[object]) -> None:
+    plain, told = (run_edge("generate", *where, "--prompt", "w5 w6", "--max-new-tokens", 12, *v) for v in ([], ["-v"]))
+    assert (plain.code, plain.stderr) == (0, "")
     found = answer_of(*where, "--prompt", "w5 w6", "--max-new-tokens", 12)
-    assert plain.stdout == f"{found['answer']}\n"
-    assert plain.stderr.startswith("12 tokens, ")
-    assert "round trips and" in plain.stderr
+    assert plain.stdout == told.stdout == f"{found['answer']}\n"
+    assert told.stderr.startswith("12 tokens, ")
+    assert "round trips and" in told.stderr
     assert (found["finish_reason"], found["tokens"], found["prompt"]) == ("length", 12, "w5 w6")
     assert found["bytes_sent"] > 0 < found["round_trips"]
 

@@ -201,7 +201,7 @@ def test_device_messages_have_only_known_fields() -> None:
         "step", "micro_batch", "group", "protocol_versions", "software", "base_fingerprint", "groups", "adapter",
         "passes", "kept_reads", "codecs", "evaluation_codecs", "purpose", "window", "times", "tensors", "gradient_norm",
         "mode", "hidden_states", "sequence_lengths", "label_positions",
-        "crossing_positions", "examples", "token_ids", "decoding", "context_length", "drafts",
+        "crossing_positions", "examples", "token_ids", "decoding", "context_length", "drafts", "lends",
         "kill_revive", "seed", "total_steps", "next_step", "ticket", "learnt", "deltas",
         "grad_hidden_states", "scores", "code", "message", "retryable", "retry_after_s", "device", "session", "token",
         "received",

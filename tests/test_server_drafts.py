@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import gc
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from answers import INVOCATION, random_answers
 from families import VOCABULARY
 from generating import answer_of, generated, generated_while_sessions_are_lost
 from serving import RunningServer, config, open_model, random_dataset, randomize_all, serving, training
 from tiny import TinyFactory
+from waiting import eventually
 
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.generation.sampling import Sampling
 from dlora.edge.model.context import Context
 from dlora.edge.wire.connecting import ConnectSettings, Retry
+from dlora.protocol import messages as m
 from dlora.protocol.choices import Drafts
+from dlora.protocol.errors import LocalProtocolError, RemoteProtocolError
+from dlora.protocol.frames import encode
 
 PROMPTS = [[9, 10, 11, 7, 8], [5, 6, 5, 6, 5, 6, 7, 8], [7, 8, 20, 21, 22, 7, 8, 12]]  # each invokes at 7, 8
 TOKENS = 24
@@ -119,3 +126,71 @@ def test_in_passes_a_token_takes_as_many_round_trips_as_passes(
         list(answer)
         each = 3 if drafts == "off" else 2
         assert answer.counters.round_trips == 3 + 8 * each
+
+
+# -- an adapter that is lent ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), DRAWN], ids=["greedy", "drawn"])
+def test_a_lent_adapter_says_the_same_and_asks_for_nothing(
+    sampling: Sampling, bundle: Path, server: RunningServer, adapter: Path
+) -> None:
+    """The device is asked for nothing, and guesses are those of the adapted model."""
+    with opening(bundle, server, adapter, drafts=False) as live, opening(bundle, server, adapter, lends=True) as lent:
+        for prompt in PROMPTS:
+            wanted = generated(live, prompt, TOKENS, sampling=sampling)
+            assert generated(lent, prompt, TOKENS, sampling=sampling) == wanted
+            answer = answer_of(Context(lent), prompt, TOKENS, sampling=sampling, drafts="server", draft_length=8)
+            assert [choice.token for choice in answer] == wanted
+            if sampling is not DRAWN:
+                assert answer.counters.accepted == answer.counters.drafted > 16
+                assert answer.counters.round_trips == 4
+
+
+def test_a_lent_adapter_is_given_again_after_a_lost_session(bundle: Path, server: RunningServer, adapter: Path) -> None:
+    retry = ConnectSettings(retry=Retry(max_s=30))
+    with opening(bundle, server, adapter, lends=True, connecting=retry) as lent:
+        wanted = generated(lent, PROMPTS[1], TOKENS)
+        found, _ = generated_while_sessions_are_lost(lent, server, PROMPTS[1], TOKENS, Sampling(), 3, "server")
+        assert found == wanted
+
+
+@pytest.mark.parametrize("ends", ["closed", "parked and evicted"])
+def test_a_lent_adapter_is_gone_when_the_session_is(ends: str, tiny: TinyFactory, bundle: Path, adapter: Path) -> None:
+    """From the server's memory. On its disk it never was: such a session has no ticket, and nothing else is written."""
+    with serving(tiny("llama", blocks=3, **LONG).base) as alone:
+        quotas, sessions = alone.server.service.quotas, alone.server.service.sessions
+        opened = open_model(Bundle.open(bundle), alone.url, adapter, context_length=64, wire_dtype="fp32", lends=True)
+        with opened as lent:
+            generated(lent, PROMPTS[0], 4)
+            given = [array for group in lent.adapters.groups for array in group.given_to_server()]
+            assert len(copies_in_memory(given)) == len(given)
+            if ends != "closed":
+                lent.connection._disconnect()
+                eventually(lambda: sessions.parked == 1)
+                assert copies_in_memory(given)
+                sessions.make_memory_free()
+        eventually(lambda: not len(sessions) and not copies_in_memory(given))
+        assert quotas.live_bytes == 0
+
+
+def copies_in_memory(values: Sequence[np.ndarray]) -> list[torch.Tensor]:
+    """Of these arrays, among all tensors of this process."""
+    gc.collect()
+    tensors = [each for each in gc.get_objects() if type(each) is torch.Tensor]
+    return [
+        tensor
+        for tensor in tensors
+        if any(tuple(tensor.shape) == value.shape and np.array_equal(tensor.float().numpy(), value) for value in values)
+    ]
+
+
+def test_a_device_that_lends_nothing_gives_nothing(bundle: Path, server: RunningServer, adapter: Path) -> None:
+    """Whatever a server says: only the device begins, and its own rules refuse to send."""
+    with opening(bundle, server, adapter) as opened:
+        connection = opened.connection
+        given = m.GroupParameters(group=0, tensors=())
+        with pytest.raises(LocalProtocolError, match="not due"):
+            connection.send(given)
+        with pytest.raises(RemoteProtocolError, match="not now"):
+            connection.session.receive(encode(given, seq=connection.session.link.received + 1))

@@ -136,9 +136,10 @@ def test_without_a_server_all_blocks_run_here(place: Place, tmp_path: Path) -> N
 
 
 def test_a_chat_says_what_it_says_in_the_mode_split(place: Place) -> None:
+    asked = *PROMPT[2:], "-v", "--draft", "off"
     lines = ("w5 w6", "w7", "/adapter none", "/reset", "w5 w6", f"/adapter {place.trained}", "/reset", "w5 w6")
     said = [
-        say(chat_command(place.model.bundle, place.server, "--adapter", place.trained, *PROMPT[2:], *mode), *lines)
+        say(chat_command(place.model.bundle, place.server, "--adapter", place.trained, *asked, *mode), *lines)
         for mode in ((), ("--device-blocks", "0"))
     ]
     assert said[0].stdout == said[1].stdout

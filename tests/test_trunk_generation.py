@@ -105,6 +105,8 @@ def check_tokens(
             wanted = generated_by_peft(reference, prompt, TOKENS)
             for draft_length in (0, None, 5):
                 assert generated(context, prompt, TOKENS, draft_length=draft_length) == wanted
+        with open_model(bundle, server.url, out, device_blocks=None, drafts=True, **settings) as guessed:
+            assert generated(guessed, prompt, TOKENS, drafts="server", draft_length=4) == wanted
         assert generated(split, prompt, TOKENS) == wanted
         assert wanted != generated_by_peft(tiny_model(family, **changes), prompt, TOKENS)  # the adapter does something
 
@@ -127,6 +129,19 @@ def test_the_base_model_alone_gives_its_own_tokens(model: Tiny, server: RunningS
     base = tiny_model("llama", num_hidden_layers=3)
     with opening(model, server, None) as trunk:
         assert generated(trunk, PROMPTS[0], TOKENS) == generated_by_peft(base, PROMPTS[0], TOKENS)
+
+
+def test_the_base_model_guesses_what_it_says_itself(model: Tiny, server: RunningServer) -> None:
+    """In the blocks that it runs for the device, and in those that the device runs; some of these it runs later."""
+    base = tiny_model("llama", num_hidden_layers=3)
+    with opening(model, server, None, drafts=True) as trunk:
+        context = Context(trunk)
+        for prompt in PROMPTS:
+            wanted = generated_by_peft(base, prompt, TOKENS)
+            for length in (3, 0, 1, 16):
+                answer = answer_of(context, prompt, TOKENS, drafts="server", draft_length=length)
+                assert [choice.token for choice in answer] == wanted
+                assert answer.counters.accepted == answer.counters.drafted >= min(1, length)
 
 
 @WHEREVER

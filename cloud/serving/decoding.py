@@ -6,7 +6,7 @@ device checks each against what it chooses itself. What it does not choose is fo
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,7 +35,7 @@ def context_ways(purpose: m.Use | m.Encode, groups: Sequence[GroupSpec]) -> Ways
     """How the blocks of a session's context run."""
     if isinstance(purpose, m.Encode):
         return Ways(purpose.blocks, has_base=purpose.drafts is not None, adapted=0)
-    if not groups:
+    if not groups or purpose.lends:
         return Ways(0, has_base=True, adapted=0)
     if purpose.passes is None and purpose.drafts is None:
         return Ways(0, has_base=False, adapted=1)
@@ -44,10 +44,11 @@ def context_ways(purpose: m.Use | m.Encode, groups: Sequence[GroupSpec]) -> Ways
 
 
 class BaseTokens:
-    """Tokens that go on in a context, in the base model alone.
+    """Tokens that go on in a context, in the base model alone, or with an adapter that was lent.
 
     Args:
-        reading: groups whose reads are wanted; None: the blocks from ``Context.lowest`` on run when they are needed.
+        states: groups that the server applies; and those whose reads are wanted, where tokens run in passes. Without
+            either the blocks from ``Ways.lowest`` on run when they are needed.
         as_ids: as ``SessionModel.embed`` takes it.
 
     Attributes:
@@ -56,17 +57,21 @@ class BaseTokens:
             once all have run; (1, tokens, width) each.
     """
 
-    def __init__(self, model: SessionModel, context: Context, reading: Collection[int] | None, *, as_ids: bool) -> None:
+    def __init__(
+        self, model: SessionModel, context: Context, states: GroupStates, *, in_passes: bool, as_ids: bool
+    ) -> None:
         self.ids: list[int] = []
         self._model = model
         self._context = context
-        self._reading = reading
+        self._reading = states.live if in_passes else ()
+        self._given = {group: model.parameters[group] for group in states.given}
+        self._in_passes = in_passes
         self._as_ids = as_ids
         self._head = find_head(model.base)
         self._embeds: list[Tensor] = []
         self._hidden: list[Tensor] = []
         self._last: list[Tensor] = []
-        self._reads: dict[int, list[Tensor]] = {group: [] for group in reading or ()}
+        self._reads: dict[int, list[Tensor]] = {group: [] for group in self._reading}
         self._not_run = 0  # of the last ones, through the other blocks
 
     @property
@@ -91,9 +96,9 @@ class BaseTokens:
         self._embeds.append(embeds)
         self._hidden.append(self._context.run_first(embeds[None]))
         self._not_run += len(embeds)
-        if self._reading and acts_from < len(embeds):
-            self._run_reading(self._reading, torch.arange(acts_from, len(embeds)) if acts_from else None)
-        elif self._reading is not None:
+        if (self._reading or self._given) and acts_from < len(embeds):
+            self._run_groups(torch.arange(acts_from, len(embeds)) if acts_from else None)
+        elif self._in_passes:
             self.run()
 
     def run(self) -> None:
@@ -110,13 +115,14 @@ class BaseTokens:
             self.ids.append(guessed)
             self.take(self._model.embed([guessed], as_ids=self._as_ids))
 
-    def _run_reading(self, reading: Collection[int], rows: Tensor | None) -> None:
+    def _run_groups(self, rows: Tensor | None) -> None:
         model = self._model
         if rows is not None:
             rows = rows.to(model.base.device)
         runner = PassRunner(
-            model.base, model.groups, model.sites, live=reading, given={}, rows=rows, graded=None, outputs={}
-        )
+            model.base, model.groups, model.sites, live=self._reading, given=self._given, rows=rows, graded=None,
+            outputs={},
+        )  # fmt: skip
         with running_targets(runner):
             self.run()
             for group, read in runner.reads.items():
@@ -177,7 +183,8 @@ class DecodeMicroBatch:
 
     @property
     def _acts_from(self) -> int:
-        """In passes: the first of its tokens at which adapters act; their number where they act at none."""
+        """In passes, or of an adapter that was lent: the first of its tokens at which adapters act; their number where
+        they act at none."""
         if self._crossing is None:
             return 0
         return int(self._crossing[0]) if len(self._crossing) else len(self._embeds)
@@ -212,8 +219,7 @@ class DecodeMicroBatch:
     def _take_in(self, device: MicroBatchDevice) -> BaseTokens:
         """The tokens, and those that are guessed after them."""
         self._context.crop(self._decoding.position)
-        reading = None if self._passes is None else self._states.live
-        tokens = BaseTokens(self._model, self._context, reading, as_ids=self._as_ids)
+        tokens = self._new_tokens()
         tokens.take(self._embeds, self._acts_from)
         if self._decoding.drafts:
             began_s = device.computed_s
@@ -221,12 +227,16 @@ class DecodeMicroBatch:
             device.send_drafts(tokens.ids, device.computed_s - began_s)
         return tokens
 
+    def _new_tokens(self) -> BaseTokens:
+        in_passes = self._passes is not None
+        return BaseTokens(self._model, self._context, self._states, in_passes=in_passes, as_ids=self._as_ids)
+
     def _last_hidden_states(self, device: MicroBatchDevice, tokens: BaseTokens, ahead: Ahead | None) -> Tensor:
         """What the device gets of all tokens, (1, tokens, width)."""
         model = self._model
         if isinstance(model.opening.purpose, m.Encode):
             return tokens.hidden_states
-        if not model.groups:
+        if not self._context.ways.adapted:
             tokens.run()
             return tokens.last_hidden_states
         if self._passes is not None:
@@ -288,7 +298,7 @@ class DecodeMicroBatch:
         model, began_s = self._model, device.computed_s
         assert self._decoding.ahead is not None
         self._context.crop(length)
-        tokens = BaseTokens(model, self._context, self._states.live, as_ids=self._as_ids)
+        tokens = self._new_tokens()
         tokens.ids.append(token)
         tokens.take(model.embed([token], as_ids=self._as_ids))
         tokens.guess(self._decoding.ahead)

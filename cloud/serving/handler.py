@@ -33,7 +33,7 @@ from dlora.protocol.wire_codecs import Codecs
 
 from .service import Service
 from .session_device import DeviceGaveUpError
-from .session_loop import SessionLoop, shutting_down
+from .session_loop import SessionLoop, is_given, shutting_down
 from .sessions import ServerSession
 from .ticket import load_ticket, ticket_bytes
 from .transport import DeviceGoneError, SessionTransport, as_refusal, close_with_error
@@ -255,7 +255,7 @@ def frame_limit(service: Service, session: Session) -> int:
     widest = largest_row(opening.adapter, opening.groups, *ends)
     micro_batch = service.max_tokens * (widest * 4 + 12)
     kept = largest_state_bytes(opening.adapter, opening.groups)
-    if isinstance(opening.purpose, m.Train) and opening.purpose.kill_revive.gives_to_server:
+    if is_given(opening.purpose):
         kept = max((kept, *(parameter_bytes(opening.adapter, group) for group in opening.groups)))
     return CONTROL_BYTES + max(micro_batch, kept)
 

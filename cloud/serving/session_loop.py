@@ -72,7 +72,7 @@ class SessionLoop:
         self._charge_ended = threading.Condition()
         self._beginning = threading.Lock()  # one at a time is laid out and waits for memory
         purpose = opening.purpose
-        self._is_given = isinstance(purpose, m.Train) and purpose.kill_revive.gives_to_server
+        self._is_given = is_given(purpose)
         if not live.session.has_adapter_state:
             for group in range(len(opening.groups)):
                 self._hold(group)
@@ -185,7 +185,7 @@ class SessionLoop:
         self._quota.hold(state_bytes(adapter, spec) + (parameter_bytes(adapter, spec) if self._is_given else 0))
 
     def _take_parameters(self, given: m.GroupParameters) -> None:
-        """Of a group whose unit is killed: the server applies them until it is revived."""
+        """Of a group that the server applies: until its unit is revived, or, where it is lent, the session ends."""
         with self._charged():
             self._model.take_parameters(given)
             self._device.send(m.GroupParameters(group=given.group, tensors=()))
@@ -294,6 +294,17 @@ class SessionLoop:
             taken = self._quota.live_bytes
             self._charge_ended.wait_for(lambda: self._quota.live_bytes < taken or not taken)
             return taken > 0
+
+
+def is_given(purpose: m.Train | m.Use | m.Encode) -> bool:
+    """Whether a device may give parameters of groups in a session for this."""
+    match purpose:
+        case m.Train():
+            return purpose.kill_revive.gives_to_server
+        case m.Use():
+            return purpose.lends
+        case _:
+            return False
 
 
 def shutting_down() -> RefusedError:

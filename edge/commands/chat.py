@@ -19,7 +19,7 @@ from dlora.protocol.text import one_line
 
 from .generate import summary_line
 from .model_options import UsedModel, check_model, find_adapter, takes_model
-from .options import AdapterOption, AdaptersOption
+from .options import AdapterOption, AdaptersOption, LendOption, VerboseOption
 from .output import print_answer, warn
 from .sampling_options import ChatSamplingOptions, ContextLengthOption, DraftOption, MaxNewTokensOption
 
@@ -48,6 +48,8 @@ def chat(
     context_length: ContextLengthOption = 4096,
     sampling_options: ChatSamplingOptions = ChatSamplingOptions(),
     draft: DraftOption = "auto",
+    lend_adapter: LendOption = False,
+    verbose: VerboseOption = False,
 ) -> None:
     """Talk to the model, with an adapter or without; /help tells what else can be said.
 
@@ -58,14 +60,15 @@ def chat(
 
     check_model(settings)
     sampling = sampling_options.sampling()
-    used = UsedModel.of(settings, adapter, draft)
+    used = UsedModel.of(settings, adapter, draft, lends=lend_adapter)
     with prompt_tokenizer(used.bundle) as tokenizer:
         from dlora.edge.adapters.store import default_directory
         from dlora.edge.generation.chat import Chat
 
         said = Chat(tokenizer, system=system, sampling=sampling, max_new_tokens=max_new_tokens, drafts=draft, say=_note)
         directory = adapters or default_directory()
-        with closing(_Talk(said, used, find_adapter(adapter, directory), directory, context_length)) as talk:
+        found = find_adapter(adapter, directory)
+        with closing(_Talk(said, used, found, directory, context_length, verbose=verbose)) as talk:
             talk.run()
 
 
@@ -114,7 +117,17 @@ def _path(text: str) -> Path:
 class _Talk:
     """What is said, and the model that answers: opened when it is needed, and again after a failure."""
 
-    def __init__(self, said: Chat, used: UsedModel, adapter: Path | None, adapters: Path, context_length: int) -> None:
+    def __init__(
+        self,
+        said: Chat,
+        used: UsedModel,
+        adapter: Path | None,
+        adapters: Path,
+        context_length: int,
+        *,
+        verbose: bool,
+    ) -> None:
+        self._verbose = verbose
         self._said = said
         self._used = used
         self._adapter = adapter
@@ -223,8 +236,10 @@ class _Talk:
         print(flush=True)
         self._said.keep(answer.text)
         context.model.release_weights()
-        stopped = "stopped; " if answer.finish_reason == "cancelled" else ""
-        _note(f"{stopped}{summary_line(answer.counters)}")
+        if answer.finish_reason == "cancelled":
+            _note("stopped")
+        if self._verbose:
+            _note(summary_line(answer.counters))
 
 
 def _read(*, is_terminal: bool) -> str | None:

@@ -12,7 +12,7 @@ from dlora.edge.settings import Settings
 from dlora.protocol.errors import UsageError
 
 from .model_options import CHANGES, MODEL, UsedModel, check_model
-from .options import AdapterOption, JsonOption, RecordOption
+from .options import AdapterOption, JsonOption, LendOption, RecordOption
 from .sampling_options import MaxNewTokensOption
 from .settings_options import takes_settings
 
@@ -60,6 +60,7 @@ def evaluate(
     save: Annotated[
         Path | None, typer.Option(help="Keep every question with its answers in this file, a JSON object a line.")
     ] = None,
+    lend_adapter: LendOption = False,
     record: RecordOption = None,
     json_output: JsonOption = False,
 ) -> None:
@@ -85,7 +86,7 @@ def evaluate(
             if value is not None:
                 raise UsageError(f"{option} needs --answers, which says how answers are scored")
     names = [str(adapter or "base"), *(against or [])]
-    used = UsedModel.of(settings, None)
+    used = UsedModel.of(settings, None, lends=lend_adapter)
     models = {name: used.with_adapter(None if name == "base" else Path(name)) for name in names}
     if settings.data.hold_out == "auto":
         settings = settings.replaced(hold_out=hold_out_of_run(models[names[0]].find_adapter()))

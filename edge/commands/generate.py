@@ -16,7 +16,7 @@ from dlora.protocol.errors import DataError, UsageError
 from dlora.protocol.text import visible_json
 
 from .model_options import UsedModel, check_model, takes_model
-from .options import AdapterOption, JsonOption, RecordOption
+from .options import AdapterOption, JsonOption, LendOption, RecordOption, VerboseOption
 from .output import print_answer, warn
 from .sampling_options import DraftOption, MaxNewTokensOption, SamplingOptions, StopOption
 
@@ -47,10 +47,12 @@ def generate(
     sampling_options: SamplingOptions = SamplingOptions(),
     stop: StopOption = None,
     draft: DraftOption = "auto",
+    lend_adapter: LendOption = False,
     logprobs: Annotated[
         int | None, typer.Option(help="With --json: each token with so many likeliest in its place.", min=0, max=20)
     ] = None,
     record: RecordOption = None,
+    verbose: VerboseOption = False,
     json_output: JsonOption = False,
 ) -> None:
     """Answer a prompt with the base model or an adapter, token by token.
@@ -65,12 +67,14 @@ def generate(
 
     check_model(settings)
     check_record(record, is_local=settings.placement.device_blocks == "all")
+    if lend_adapter and adapter is None:
+        raise UsageError("--lend-adapter needs an --adapter to lend")
     if prompt is not None and messages is not None:
         raise UsageError("give --prompt or --messages, not both")
     asked_messages = None if messages is None else _read_messages(messages)
     text = _read_stdin() if prompt is None and messages is None else prompt
     sampling = sampling_options.sampling(logprobs=logprobs if json_output else None)
-    used = UsedModel.of(settings, adapter, draft)
+    used = UsedModel.of(settings, adapter, draft, lends=lend_adapter)
     with prompt_tokenizer(used.bundle) as tokenizer, recording(record, used.bundle.tokenizer_file(), warn) as recorder:
         from dlora.edge.generation.answer import TextAnswer
         from dlora.edge.generation.prompt import Prompt
@@ -103,7 +107,8 @@ def generate(
         print(visible_json(result | ({"logprobs": tokens} if tokens else {})))
     else:
         print(flush=True)
-        print(summary_line(answer.counters), file=sys.stderr)
+        if verbose:
+            print(summary_line(answer.counters), file=sys.stderr)
 
 
 def summary_line(counters: Counters) -> str:

@@ -70,23 +70,30 @@ def check_model(settings: Settings) -> None:
 
 @dataclass(frozen=True)
 class UsedModel:
-    """An open bundle, a server and an adapter, as settings, ``--adapter`` and ``--draft`` name them."""
+    """An open bundle, a server and an adapter, as settings and options name them."""
 
     settings: Settings
     bundle: Bundle
     credentials: Credentials
     adapter: Path | None
     drafts: Drafts
+    lends: bool
 
     @classmethod
-    def of(cls, settings: Settings, adapter: Path | None, drafts: Drafts = "auto") -> UsedModel:
-        """Reads tokens and certificates, and opens the bundle. Raises ``UsageError`` and ``BundleError``."""
+    def of(cls, settings: Settings, adapter: Path | None, drafts: Drafts = "auto", *, lends: bool = False) -> UsedModel:
+        """Reads tokens and certificates, and opens the bundle; ``lends``: whether ``--lend-adapter`` was given, which
+        is said. Raises ``UsageError`` and ``BundleError``."""
         from dlora.edge.engine.bundle import Bundle
         from dlora.edge.wire.credentials import Credentials
 
         credentials = Credentials.of(settings.server, warn)
+        if lends:
+            warn(
+                f"--lend-adapter: {settings.server.server} is GIVEN what the adapter has learnt, and has it in memory "
+                "until the session ends; it could keep it for good (SECURITY.md)"
+            )
         assert settings.device.bundle is not None  # every such command asks for it
-        return cls(settings, Bundle.open(settings.device.bundle), credentials, adapter, drafts)
+        return cls(settings, Bundle.open(settings.device.bundle), credentials, adapter, drafts, lends)
 
     def with_adapter(self, adapter: Path | None) -> UsedModel:
         """The same base model with another adapter."""
@@ -174,6 +181,10 @@ class UsedModel:
         count, manifest = self._device_blocks(), self.bundle.manifest
         if count and (line := other_storage_line(manifest, adapter)):
             warn(line)
+        lends = self.lends and adapter is not None
+        if lends and count:
+            text = "--lend-adapter is for a server that runs all blocks, and some run here: use --device-blocks 0"
+            raise UsageError(text)
         is_all = count == manifest.base_model.blocks
         # What the adapter was trained with says that there are some, and it itself how many are needed.
         is_open = self.settings.placement.device_blocks == "auto" and count and not is_all
@@ -192,5 +203,5 @@ class UsedModel:
         return Opening(
             self.bundle, None if is_all else server.server, adapter, None if is_open else count, server.wire_dtype,
             server.send, device.threads, device.engine, connecting, server.passes or "auto",
-            self.drafts in ("auto", "server"),
+            self.drafts in ("auto", "server"), lends,
         )  # fmt: skip

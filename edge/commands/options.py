@@ -20,6 +20,14 @@ AdaptersOption = Annotated[
         "--adapters", envvar="DLORA_ADAPTERS", help="Directory of adapters by name; one of the user's own by default."
     ),
 ]
+LendOption = Annotated[
+    bool,
+    typer.Option(
+        "--lend-adapter",
+        help="Give the server the adapter, to apply it until the session ends: quickest, and no longer private.",
+    ),
+]
+VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Say what each answer took.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 RecordOption = Annotated[
     Path | None,

@@ -23,6 +23,7 @@ DraftOption = Annotated[
     typer.Option(
         help="Who guesses the next tokens, to save round trips; the answer is the same. server: the base model there. "
         "prompt: what followed the same words before. auto: whichever pays, as many as pay. off: nobody.",
+        metavar="WHO",
     ),
 ]
 

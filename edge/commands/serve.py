@@ -13,7 +13,7 @@ from dlora.protocol.command import extra_needed
 from dlora.protocol.errors import UsageError
 
 from .model_options import UsedModel, check_model, find_adapter, takes_model
-from .options import AdapterOption, AdaptersOption, JsonOption
+from .options import AdapterOption, AdaptersOption, JsonOption, LendOption
 from .sampling_options import ChatSamplingOptions, ContextLengthOption, DraftOption, MaxNewTokensOption
 
 LONGEST_OUTAGE_S: Final = 60.0  # a client waits for its answer, and gives up itself
@@ -40,6 +40,7 @@ def serve(
     max_new_tokens: MaxNewTokensOption = 1024,
     sampling_options: ChatSamplingOptions = ChatSamplingOptions(),
     draft: DraftOption = "auto",
+    lend_adapter: LendOption = False,
     json_output: JsonOption = False,
 ) -> None:
     """Serve OpenAI's API on this device: http://127.0.0.1:8080/v1 in any client.
@@ -59,7 +60,7 @@ def serve(
     if adapters is not None and not adapters.is_dir():
         raise UsageError(f"--adapters {adapters} is no directory")
     directory, stopping = adapters or default_directory(), threading.Event()
-    used = UsedModel.of(settings, adapter, draft)
+    used = UsedModel.of(settings, adapter, draft, lends=lend_adapter)
     with prompt_tokenizer(used.bundle, for_long=True) as tokenizer:
         serving = ServeSettings(
             bundle=used.bundle,

@@ -44,6 +44,7 @@ class Opening:
         wire_dtype: as ``Codecs.parse`` takes it.
         passes: how a server that runs all blocks asks adapters, as ``passes_to_use`` takes it.
         drafts: whether a server is to guess tokens that may come next in an answer.
+        lends: whether a server that runs all blocks is given the adapter, to apply it until the session ends.
     """
 
     bundle: Bundle
@@ -57,6 +58,7 @@ class Opening:
     connecting: ConnectSettings | None = None
     passes: str = "live"
     drafts: bool = False
+    lends: bool = False
 
     @property
     def codecs(self) -> Codecs:
@@ -130,7 +132,7 @@ def open_to_evaluate(opening: Opening, *, longest: int) -> Iterator[SplitModel |
 def _open_split(opening: Opening, context_length: int) -> Iterator[SplitModel]:
     """All blocks on the server; those without an adapter do not exchange."""
     bundle = opening.bundle
-    used = load_adapters(bundle.manifest, opening.adapter, opening.passes)
+    used = load_adapters(bundle.manifest, opening.adapter, "live" if opening.lends else opening.passes)
     adapters = used.adapters
     release_freed_memory()  # its files were read whole
     engine, codecs = make_engine(bundle, opening.engine, opening.threads), opening.codecs
@@ -138,7 +140,7 @@ def _open_split(opening: Opening, context_length: int) -> Iterator[SplitModel]:
         check_base_model(bundle, connection.welcome)
         fingerprint = bundle.manifest.base_model.fingerprint
         drafts = opening.table if context_length else None
-        purpose = m.Use(context_length=context_length, passes=used.passes, drafts=drafts)
+        purpose = m.Use(context_length=context_length, passes=used.passes, drafts=drafts, lends=opening.lends)
         session = UntrainedSession(connection, adapters, purpose, codecs, base_fingerprint=fingerprint)
         session.open()
         if connection.recorder is not None:

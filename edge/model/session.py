@@ -14,7 +14,7 @@ from dlora.edge.wire.connection import Connection
 from dlora.protocol import messages as m
 from dlora.protocol.errors import RemoteProtocolError, SessionLostError
 from dlora.protocol.tensors import WireTensor
-from dlora.protocol.wire_codecs import Codecs, decode_floats
+from dlora.protocol.wire_codecs import Codecs, TensorRole, decode_floats
 
 T = TypeVar("T")
 
@@ -71,6 +71,16 @@ class ModelSession(ABC):
                 return work()
             except SessionLostError:
                 self.open()
+
+    def _give_parameters(self) -> None:
+        """Give the server what groups have learnt that it is to apply, as far as it does not have it."""
+        opening = self.connection.session.opened_with
+        assert opening is not None
+        codec = opening.codecs.of(TensorRole.GROUP_PARAMETERS)
+        for group in self.connection.session.units.groups_to_give:
+            tensors = tuple(codec.encode(tensor) for tensor in self.adapters.groups[group].given_to_server())
+            self.connection.send(m.GroupParameters(group=group, tensors=tensors))
+            self.connection.receive(m.GroupParameters)
 
     def _set_up(self) -> None:
         """Let the server make what it keeps of each group, or give it to one that has not made it, or has lost it."""
@@ -144,7 +154,7 @@ class UntrainedSession(ModelSession):
         raise RemoteProtocolError("a signal where nothing is trained")
 
     def send_unanswered(self) -> None:
-        pass
+        self._give_parameters()
 
     def run_basis_pass(self) -> int:
         return 0

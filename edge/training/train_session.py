@@ -11,7 +11,6 @@ from dlora.edge.wire.connection import Connection
 from dlora.protocol import messages as m
 from dlora.protocol.errors import CheckpointError, RemoteProtocolError, SessionLostError
 from dlora.protocol.tensors import ByteArray, FloatArray, WireTensor
-from dlora.protocol.wire_codecs import TensorRole
 
 from .resolved import Resolved
 
@@ -99,16 +98,6 @@ class TrainSession(ModelSession):
         """Wait for the signal to the last report, where there is one."""
         while self.unanswered is not None:
             self.run(lambda: self.handle_signal(self.connection.receive(m.Signal)))
-
-    def _give_parameters(self) -> None:
-        """Give the server what units have learnt that it is to apply, and does not have."""
-        opening = self.connection.session.opened_with
-        assert opening is not None
-        codec = opening.codecs.of(TensorRole.GROUP_PARAMETERS)
-        for group in self.connection.session.units.groups_to_give:
-            tensors = tuple(codec.encode(tensor) for tensor in self.adapters.groups[group].given_to_server())
-            self.connection.send(m.GroupParameters(group=group, tensors=tensors))
-            self.connection.receive(m.GroupParameters)
 
     def _send_report(self) -> None:
         assert self.unanswered is not None
