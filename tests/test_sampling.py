@@ -10,6 +10,7 @@ import transformers
 from dlora.edge.generation.drafts import Drafting, Step, look_up_draft
 from dlora.edge.generation.sampling import Sampler, Sampling
 from dlora.edge.model.extension import Extension
+from dlora.edge.model.measured_drafts import MeasuredDrafts
 from dlora.protocol.errors import DataError, UsageError
 from dlora.protocol.messages import MAX_DRAFT
 
@@ -133,7 +134,7 @@ def test_a_draft_is_what_followed_the_same_tokens() -> None:
 def test_drafts_are_as_long_as_they_pay() -> None:
     """Of either kind: a step of so many seconds, and 9 ms for each token."""
     for by in ("prompt", "server"):
-        slow, quick, hopeless = (Drafting(by=by) for _ in range(3))
+        slow, quick, hopeless = (Drafting(MeasuredDrafts(), by=by) for _ in range(3))
         for _ in range(40):
             for drafting, step_s, hits in ((slow, 1.0, True), (quick, 0.01, True), (hopeless, 1.0, False)):
                 observe(drafting, by, 0, 0, step_s)
@@ -144,11 +145,11 @@ def test_drafts_are_as_long_as_they_pay() -> None:
         for _ in range(200):  # what was learnt of another part of the text fades
             observe(hopeless, by, 0, 0, 1.0)
         assert length(hopeless, by) > 1
-        assert length(Drafting(by=by, length=3), by) == 3
+        assert length(Drafting(MeasuredDrafts(), by=by, length=3), by) == 3
 
 
 def test_drafts_come_from_whoever_gives_more() -> None:
-    drafting = Drafting()
+    drafting = Drafting(MeasuredDrafts())
     for _ in range(40):
         observe(drafting, "server", 4, 0, 1.0)
         observe(drafting, "prompt", 4, 4, 1.0)
@@ -162,7 +163,7 @@ def test_drafts_come_from_whoever_gives_more() -> None:
 
 def test_nothing_comes_ahead_where_another_token_is_mostly_chosen() -> None:
     """Where guesses take time: else nothing is lost."""
-    greedy, drawn = Drafting(), Drafting(is_greedy=False)
+    greedy, drawn = Drafting(MeasuredDrafts()), Drafting(MeasuredDrafts(), is_greedy=False)
     assert greedy.first(20).guesses.ahead is not None
     for drafting in (greedy, drawn):
         for hit in [False] * 20:
@@ -170,7 +171,11 @@ def test_nothing_comes_ahead_where_another_token_is_mostly_chosen() -> None:
             drafting.next(np.arange(9), 20, expects=8 if hit else 7)
             drafting.observe(Step(np.zeros(0, np.int64)), found, [1, 2, 3], 1.2)
         assert drafting.next(np.arange(9), 20).guesses.ahead is None
-    assert Drafting(by="prompt").first(20).guesses == Drafting(by="off").next(np.arange(9), 20).guesses == (0, None)
+    assert (
+        Drafting(MeasuredDrafts(), by="prompt").first(20).guesses
+        == Drafting(MeasuredDrafts(), by="off").next(np.arange(9), 20).guesses
+        == (0, None)
+    )
 
 
 REPEATED = np.array([*range(20), *range(20), 0, 1], np.int64)

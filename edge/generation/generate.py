@@ -92,7 +92,9 @@ class TokenAnswer:
         self._sampler = Sampler(sampling, prompt)
         self._most = min(max_new_tokens, context.limit - len(prompt))
         self._stop_token_ids = frozenset(stop_token_ids)
-        self._drafting = Drafting(_who_drafts(drafts, context), draft_length, is_greedy=sampling.temperature == 0.0)
+        self._drafting = Drafting(
+            context.drafts, _who_drafts(drafts, context), draft_length, is_greedy=sampling.temperature == 0.0
+        )
         self._expects: int | None = None  # the token with which the server has gone on
         self._constraint = constraint
         self._should_stop = should_stop

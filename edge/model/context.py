@@ -14,6 +14,7 @@ from dlora.protocol.tensors import FloatArray
 from .ends import LongArray
 from .extension import Extension, Guesses
 from .generating import GeneratingModel
+from .measured_drafts import MeasuredDrafts
 
 
 class Context:
@@ -21,11 +22,13 @@ class Context:
 
     Attributes:
         reused: how many tokens of the last call's the server held already; 0 where that was lost.
+        drafts: what was measured of drafts.
     """
 
     def __init__(self, model: GeneratingModel) -> None:
         self.model = model
         self.reused = 0
+        self.drafts = MeasuredDrafts()
         self._kept = np.zeros(0, np.int64)
         self._held_act_from = 0
 
