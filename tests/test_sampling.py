@@ -141,10 +141,11 @@ def test_drafts_are_as_long_as_they_pay() -> None:
                 observe(drafting, by, 4, 4 if hits else 0, step_s)
         assert length(slow, by) == MAX_DRAFT  # over a slow network a token more costs nothing
         assert 0 < length(quick, by) < MAX_DRAFT
-        assert length(hopeless, by) <= 1
+        seldom = length(hopeless, by)
+        assert seldom < 4
         for _ in range(200):  # what was learnt of another part of the text fades
             observe(hopeless, by, 0, 0, 1.0)
-        assert length(hopeless, by) > 1
+        assert length(hopeless, by) > seldom
         assert length(Drafting(MeasuredDrafts(), by=by, length=3), by) == 3
 
 

@@ -98,11 +98,10 @@ class Drafting:
     def observe(self, step: Step, found: Extension, chosen: Sequence[int], seconds: float) -> None:
         """A step gave ``found``, of which the tokens ``chosen`` came, and took ``seconds``."""
         self.measured.prompt.observe_tokens(self._looked_up.tolist(), chosen)
+        known_s = self.measured.step_s
         if len(step.looked_up):
-            if self.measured.step_s:
-                self.measured.prompt.observe_time(
-                    len(step.looked_up), max(0.0, seconds - self.measured.step_s), self.measured.step_s
-                )
+            if known_s:
+                self.measured.prompt.observe_time(len(step.looked_up), max(0.0, seconds - known_s), known_s)
             return
         step_s = max(seconds - found.drafts_s, 1e-6)
         self.measured.step_s = moving_mean(self.measured.step_s, step_s) if self.measured.step_s else step_s
