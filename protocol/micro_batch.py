@@ -10,45 +10,17 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
-import numpy as np
-
 from . import messages as m
 from .adapters import Crossing
-from .counting import counted_tokens
+from .beginnings import Shapes
 from .errors import ViolationError
-from .passes import MOST_PIECES, forward_waves, may_send_early
+from .passes import MOST_PIECES, forward_waves
 from .states import TRANSITIONS, Side, State
 from .tensors import WireTensor
-from .wire_codecs import FOR_ALL, Codecs, TensorRole
+from .wire_codecs import TensorRole
 
 Key = tuple[int, int]
 """Step and micro-batch: what every message of a micro-batch carries."""
-
-
-class Shapes(NamedTuple):
-    """What is the same for all micro-batches of a session and a mode: widths, codecs and the server's limits;
-    ``encoded_width`` as ``OpenSession`` has it."""
-
-    crossings: tuple[Crossing, ...]
-    codecs: Codecs
-    welcome: m.Welcome
-    encoded_width: int = 0
-
-    def check(self, tensor: WireTensor, role: TensorRole | None, shape: tuple[int | None, ...]) -> None:
-        """Raise ``ViolationError`` unless the tensor is stored as its role's codec says (None: as any codec does), and
-        of this shape."""
-        if role is None and tensor.dtype not in FOR_ALL:
-            raise ViolationError(f"a tensor of {tensor.dtype} where floats were due")
-        tensor.check(tensor.dtype if role is None else self.codecs.of(role).dtype, shape)
-
-    def check_all(
-        self, tensors: Sequence[WireTensor], role: TensorRole | None, shapes: Sequence[tuple[int, ...]]
-    ) -> None:
-        """The same of one tensor for each of ``shapes``."""
-        if len(tensors) != len(shapes):
-            raise ViolationError(f"{len(tensors)} tensors where {len(shapes)} were due")
-        for tensor, shape in zip(tensors, shapes, strict=True):
-            self.check(tensor, role, shape)
 
 
 class GroupStates(NamedTuple):
@@ -349,96 +321,3 @@ def does_exchange(begun: m.Embeddings) -> bool:
     if begun.mode in m.WITHOUT_GRADIENTS:
         return begun.crossing_positions is None or begun.crossing_positions.shape[0] > 0
     return begun.mode != "basis"
-
-
-def check_embeddings(message: m.Embeddings, shapes: Shapes) -> None:
-    """Raise ``ViolationError`` unless a micro-batch may begin so, as far as its own shapes and numbers say."""
-    welcome = shapes.welcome
-    if (message.hidden_states is None) is (message.token_ids is None):
-        raise ViolationError("neither embeddings nor token ids, or both")
-    if message.hidden_states is not None:
-        shapes.check(message.hidden_states, TensorRole.EMBEDDINGS, (None, welcome.embedding_size))
-    if message.token_ids is not None:
-        message.token_ids.check("int32", (None,))
-    message.sequence_lengths.check("int32", (None,))
-    tokens, lengths = message.tokens, message.sequence_lengths.data
-    if not 0 < tokens <= welcome.max_tokens:
-        raise ViolationError(f"{tokens} tokens; at most {welcome.max_tokens} fit", m.ErrorCode.LIMIT)
-    if not lengths.size or lengths.min() < 1 or int(lengths.sum(dtype=np.int64)) != tokens:
-        raise ViolationError("sequence lengths that do not add up to the tokens")
-    counted = counted_tokens(lengths, packs=welcome.packs)
-    if counted > welcome.max_tokens:
-        text = f"{tokens} tokens count as {counted} with their padding; at most {welcome.max_tokens} fit"
-        raise ViolationError(text, m.ErrorCode.LIMIT)
-    if lengths.max() > welcome.max_sequence_length:
-        limit = welcome.max_sequence_length
-        raise ViolationError(f"a sequence of {lengths.max()} tokens; at most {limit} fit", m.ErrorCode.LIMIT)
-    _check_positions(message.label_positions, tokens, "label positions")
-    if (message.mode == "encode") is bool(message.label_positions.shape[0]):
-        raise ViolationError("no label positions, or some in the mode encode")
-    if message.mode == "encode" and lengths.size > m.MAX_ENCODED_SEQUENCES:
-        text = f"{lengths.size} sequences in the mode encode; at most {m.MAX_ENCODED_SEQUENCES} fit"
-        raise ViolationError(text, m.ErrorCode.LIMIT)
-    if message.mode == "encode" and (message.crossing_positions or message.examples):
-        raise ViolationError("crossing positions, or examples, in the mode encode")
-    if message.crossing_positions is not None:
-        _check_positions(message.crossing_positions, tokens, "crossing positions")
-    if message.examples is not None:
-        message.examples.check("int32", (lengths.size,))
-    # In fp16 all of a message have one exponent: what was read in other company is stored otherwise.
-    may_be_kept = message.passes is not None and message.mode == "train" and shapes.codecs.group_input != "fp16"
-    if message.kept_reads is not None and not may_be_kept:
-        raise ViolationError("kept reads that are not of training in passes, or are stored in fp16")
-    if message.kept_reads is not None and not may_send_early(shapes.crossings, message.rows):
-        raise ViolationError(f"kept reads of so many rows that what is written takes more than {MOST_PIECES} messages")
-    if message.passes is not None and message.mode not in ("train", "evaluate", "decode"):
-        raise ViolationError(f"passes in the mode {message.mode}")
-    if (message.mode == "decode") is (message.decoding is None) or (message.mode == "decode" and lengths.size > 1):
-        raise ViolationError("a position belongs to the one sequence of the mode decode")
-
-
-def check_decoding(begun: m.Embeddings, opening: m.OpenSession, shapes: Shapes, cached_tokens: int, ahead: int) -> None:
-    """Raise ``ViolationError`` unless C can go on with a micro-batch of the mode ``decode``.
-
-    Args:
-        cached_tokens: of which C holds keys and values; ahead: of how many tokens after the last micro-batch it has
-            sent what groups read.
-    """
-    purpose, decoding = opening.purpose, begun.decoding
-    assert decoding is not None
-    if isinstance(purpose, m.Train) or not purpose.context_length:
-        raise ViolationError("a micro-batch of the mode decode, in a session that has no context length")
-    if decoding.position > cached_tokens:
-        raise ViolationError(f"tokens from position {decoding.position} on, where only {cached_tokens} are held")
-    end = decoding.position + begun.tokens
-    if end + decoding.guesses > purpose.context_length:
-        text = f"a context of {end + decoding.guesses} tokens; this session has room for {purpose.context_length}"
-        raise ViolationError(text, m.ErrorCode.LIMIT)
-    if begun.passes != (purpose.passes if isinstance(purpose, m.Use) else None):
-        raise ViolationError("other passes than the session's")
-    crossing = begun.crossing_positions
-    acts_to_end = crossing is None or not crossing.shape[0] or crossing.data[0] == begun.tokens - crossing.shape[0]
-    is_in_order = begun.passes is None and not (isinstance(purpose, m.Use) and purpose.lends)
-    if not is_in_order and not acts_to_end:
-        raise ViolationError("adapters that act in passes, or are lent, but not from some token on")
-    if decoding.guesses and purpose.drafts is None:
-        raise ViolationError("guesses of C, in a session that asks for none")
-    if begun.tokens + decoding.guesses > shapes.welcome.max_tokens:
-        raise ViolationError(f"{begun.tokens + decoding.guesses} tokens, guesses among them", m.ErrorCode.LIMIT)
-    if decoding.drafts and int(begun.label_positions.data[-1]) != begun.tokens - 1:
-        raise ViolationError("guesses after a token whose last hidden state is not asked for")
-    if decoding.ahead is not None and not may_send_early(shapes.crossings, 1 + decoding.ahead):
-        raise ViolationError(f"ahead, where what is written takes more than {MOST_PIECES} messages")
-    if (decoding.ahead is not None or decoding.is_ahead) and begun.passes is None:
-        raise ViolationError("ahead, where groups are asked live")
-    if decoding.is_ahead and (begun.tokens != ahead or decoding.drafts or begun.crossing_positions is not None):
-        raise ViolationError("tokens that C has not gone on with")
-
-
-def _check_positions(tensor: WireTensor, tokens: int, name: str) -> None:
-    tensor.check("int32", (None,))
-    positions = tensor.data
-    if not positions.size:
-        return
-    if positions[0] < 0 or positions[-1] >= tokens or (positions[1:] <= positions[:-1]).any():
-        raise ViolationError(f"{name} that are not ascending rows of the tokens")

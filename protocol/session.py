@@ -22,12 +22,13 @@ from typing import Final
 
 from . import messages as m
 from .adapters import crossings, kind_of
+from .beginnings import Shapes, check_decoding, check_embeddings, check_opening
 from .errors import LocalProtocolError, RemoteProtocolError, UsageError, ViolationError
 from .frames import Decoder, Prefix, encode, read_prefix
 from .groups import GroupSpec
 from .link import MAX_REPEATS, Link
 from .messages import AnyMessage
-from .micro_batch import GroupStates, Key, MicroBatchRules, Shapes, check_decoding, check_embeddings
+from .micro_batch import GroupStates, Key, MicroBatchRules
 from .states import TRANSITIONS, C, E, Side, State
 from .tensors import tensors_of
 from .units import Units
@@ -258,19 +259,7 @@ class Session:
     def _take_open(self, message: m.OpenSession) -> None:
         welcome, purpose = self.welcome, message.purpose
         assert welcome is not None
-        if not all(group.targets for group in message.groups):
-            raise ViolationError("a group without target modules")
-        if isinstance(purpose, m.Train) and purpose.next_step > purpose.total_steps:
-            raise ViolationError("next_step lies after the end of the run")
-        if message.context_length > welcome.max_context_length:
-            text = f"a context of {message.context_length} tokens; at most {welcome.max_context_length} fit"
-            raise ViolationError(text, m.ErrorCode.LIMIT)
-        if isinstance(purpose, m.Use) and purpose.lends and purpose.passes is not None:
-            raise ViolationError("passes of an adapter that is lent")
-        if isinstance(purpose, m.Encode) and message.groups:
-            raise ViolationError("groups in a session that only encodes")
-        if message.window > welcome.window:
-            raise ViolationError(f"a window of {message.window} micro-batches; at most {welcome.window} fit")
+        check_opening(message, welcome)
         try:
             widths = crossings(message.adapter, message.groups)
         except UsageError as error:
