@@ -1,9 +1,9 @@
 """How quickly answers come: PEFT's ``generate`` in one process, and the split, over loopback and slower networks.
 
-Two parts, of which --only chooses: ``speed`` (tokens a second, first token, bytes and round trips a token, with drafts
-and without, at several round-trip times) and ``memory`` (of the device's process in a chat of 2,000 tokens, and in
-training). What has to be reached is written into docs/log/benchmarks/generate.json. Adapters are trained for a few
-steps: what they cost does not depend on what they say.
+Three parts, of which --only chooses: ``speed`` (tokens a second, first token, bytes and round trips a token, with drafts
+and without, at several round-trip times), ``equal`` (answers with drafts against those without, and in passes against
+live) and ``memory`` (of the device's process in a chat of 2,000 tokens, and in training). What has to be reached is
+written into docs/log/benchmarks/generate.json. Adapters are trained on the demo's dialogue, and asked what was held out.
 """
 
 from __future__ import annotations
@@ -18,21 +18,26 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from bars import Entry, at_most, write_bars
+from bars import Entry, at_least, at_most, write_bars
 from children import cloud_server, log, need_bundle, new_parser, run_json, worker
 from delaying_proxy import delaying_proxy
 
 from dlora.edge.data.prompt import prompt_tokenizer
 from dlora.edge.engine.bundle import Bundle
-from dlora.edge.generation.generate import Counters, TokenAnswer
+from dlora.edge.generation.generate import Counters, TokenAnswer, acts_from
 from dlora.edge.generation.sampling import Sampling
 from dlora.edge.model.context import Context
 from dlora.edge.model.device_lora import trained_device_blocks
 from dlora.edge.model.opening import Opening, open_to_generate
+from dlora.protocol.choices import Drafts
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+from dialogue import write_dialogue
 
 FILE: Final = Path("benchmarks") / "generate.json"  # in docs
 COMMAND: Final = "python benchmarks/generate.py"
@@ -48,20 +53,46 @@ QUESTIONS: Final = (
     "What should I cook tonight with rice, eggs and spinach?",
     "Tell me a joke about computers.",
 )
-TRUNK: Final = "trunk_4_blocks"
-# Adapters by what they exchange: the options that train them.
-RECIPES: Final[dict[str, list[str]]] = {
-    "lora_1_group": ["--kind", "lora", "--target-modules", "q_proj,v_proj", "--blocks", "29"],
-    "lora_4_groups": ["--kind", "lora", "--target-modules", "q_proj,v_proj", "--blocks", "spread:4"],
-    "default": [],
-    "lora_all": ["--kind", "lora", "--target-modules", "q_proj,v_proj"],
-    TRUNK: ["--device-blocks", "4"],  # on the device, which answers in that mode, too
+
+
+@dataclass(frozen=True)
+class Way:
+    """How answers are made.
+
+    Attributes:
+        recipe: the options that train its adapter; None: there is none.
+        drafts: who makes drafts, side by side.
+        opening: fields of ``Opening``.
+        is_on_device: whether it needs a bundle with blocks.
+        has_peft: whether it is compared with PEFT.
+    """
+
+    recipe: tuple[str, ...] | None
+    drafts: tuple[Drafts, ...]
+    opening: dict[str, Any] = field(default_factory=dict)
+    is_on_device: bool = False
+    has_peft: bool = False
+
+
+PASSES: Final = ("--passes", "2,2")
+WAYS: Final = {
+    "base_model": Way(None, ("off", "auto"), has_peft=True),
+    "lora_4_groups": Way(
+        ("--kind", "lora", "--target-modules", "q_proj,v_proj", "--blocks", "spread:4"), ("prompt",), has_peft=True
+    ),
+    "live": Way((), ("prompt", "auto"), has_peft=True),
+    "passes": Way(PASSES, ("off", "auto"), {"passes": "auto"}),
+    "lent": Way(PASSES, ("auto",), {"lends": True}),
+    "trunk": Way(("--device-blocks", "12"), ("off", "auto"), is_on_device=True),
 }
+DRAWN: Final = Sampling(temperature=0.7, top_p=0.95, seed=7)
+TIE: Final = 1e-4  # logits that differ by less may stand in either order: sums of several rows round otherwise
 
 
 def main() -> None:
     """Print one JSON object, and write the bars."""
     options = _options()
+    command = f"{COMMAND} --only"
     result: dict[str, Any] = {"threads": options.threads, "wire_dtype": options.wire_dtype}
     bars: dict[str, Entry] = {}
     with tempfile.TemporaryDirectory() as work, cloud_server(options.model, options.threads) as url:
@@ -71,7 +102,11 @@ def main() -> None:
             bars |= _speed_bars(result["speed"])
         if "memory" in options.only:
             result["memory"] = place.measure_memory()
-            bars["memory"] = at_most(1.1, result["memory"]["ratio"], f"{COMMAND} --only memory")
+            bars["memory"] = at_most(1.1, result["memory"]["ratio"], f"{command} memory")
+        if "equal" in options.only:
+            result["equal"] = place.measure_equal()
+            others = sum(row["others"] for row in result["equal"].values())
+            bars["letter_for_letter"] = at_most(0, others, f"{command} equal")
     write_bars(options.docs / FILE, bars)
     print(json.dumps(result, indent=1))
 
@@ -84,8 +119,10 @@ class Place:
         self._work = work
         self._url = url
         with prompt_tokenizer(Bundle.open(need_bundle(options.bundle))) as tokenizer:
-            self._prompts = [tokenizer.encode_chat([{"role": "user", "content": asked}]) for asked in QUESTIONS]
+            asked = [json.loads(line)["messages"][:1] for line in write_dialogue(work, 200, seed=0)[1].open()]
+            self._prompts = [tokenizer.encode_chat(messages) for messages in asked]
             self._stop = tokenizer.stop_token_ids
+        self._adapters: dict[tuple[str, ...], Path] = {}
 
     # -- speed -------------------------------------------------------------------------------------------
 
@@ -93,68 +130,105 @@ class Place:
         options, found = self._options, dict[str, Any]()
         stop = ",".join(map(str, self._stop))
         with worker("peft_generate.py", options.model, options.threads, stop) as peft:
-            for name in options.adapters:
-                path = need_bundle(options.blocks_bundle if name == TRUNK else options.bundle)
-                adapter = self._train(path, name, RECIPES[name]) if name in RECIPES else None
-                bundle, theirs, ours = Bundle.open(path), list[dict[str, Any]](), list[Counters]()
-                with self._open(bundle, adapter, self._url) as context:
-                    self._answer(context, self._prompts[0], 4, 0)  # loads what is loaded when first used
-                    for ids in self._prompts[: options.prompts]:  # taking turns
+            for name in options.ways:
+                way, adapter = WAYS[name], self._adapter(WAYS[name])
+                found[name] = {}
+                if way.has_peft:
+                    theirs = list[dict[str, Any]]()
+                    for ids in self._prompts[: options.prompts]:
                         request = {"adapter": adapter and str(adapter), "ids": ids.tolist(), "tokens": options.tokens}
                         theirs.append(peft(request))
-                        ours.append(self._answer(context, ids, len(theirs[-1]["tokens"]), 0))
-                        log(f"{name}: PEFT {_rate_of_peft(theirs[-1]):.1f} tokens/s, ours {_rate(ours[-1]):.1f}")
-                found[name] = {
-                    "peft_tokens_per_s": round(statistics.median(map(_rate_of_peft, theirs)), 2),
-                    "peft_first_token_s": round(statistics.median(each["first_s"] for each in theirs), 3),
-                    "loopback": _summary(ours),
-                    "networks": self._measure_networks(bundle, name, adapter),
-                }
+                    found[name] = {
+                        "peft_tokens_per_s": round(statistics.median(map(_rate_of_peft, theirs)), 2),
+                        "peft_first_token_s": round(statistics.median(each["first_s"] for each in theirs), 3),
+                    }
+                found[name]["networks"] = self._measure_networks(way)
         return found
 
-    def _measure_networks(self, bundle: Bundle, name: str, adapter: Path | None) -> list[dict[str, Any]]:
+    def _measure_networks(self, way: Way) -> list[dict[str, Any]]:
         options, rows = self._options, []
         for round_trip_ms in options.round_trips_ms:
-            with (
-                delaying_proxy(self._url, round_trip_ms / 1e3) as url,
-                self._open(bundle, adapter, url) as context,
-            ):
-                started = time.perf_counter()
-                self._answer(context, self._prompts[0], 2, 0)
-                a_token_s = (time.perf_counter() - started) / 3
-                tokens = int(np.clip(options.seconds / a_token_s, 8, options.tokens))
-                for draft_length in (0, None):
-                    answers = [self._answer(context, ids, tokens, draft_length) for ids in self._prompts[::3]]
-                    row = {"round_trip_ms": round_trip_ms, "drafts": draft_length is None}
-                    rows.append({**row, **_summary(answers)})
-                    log(f"{name}: {json.dumps(rows[-1])}")
+            with delaying_proxy(self._url, round_trip_ms / 1e3) as url:
+                for drafts in way.drafts:
+                    with self._open(way, url, drafts) as context:
+                        started = time.perf_counter()
+                        self._answer(context, self._prompts[0], 2, drafts)
+                        a_token_s = (time.perf_counter() - started) / 3
+                        tokens = int(np.clip(options.seconds / a_token_s, 8, options.tokens))
+                        prompts = self._prompts[: options.prompts]
+                        answers = [self._answer(context, ids, tokens, drafts)[1] for ids in prompts]
+                    rows.append({"round_trip_ms": round_trip_ms, "drafts": drafts, **_summary(answers)})
+                    log(f"{json.dumps(rows[-1])}")
         return rows
 
     @contextmanager
-    def _open(self, bundle: Bundle, adapter: Path | None, url: str) -> Iterator[Context]:
-        wire, threads = self._options.wire_dtype, self._options.threads
-        opening = Opening(bundle, url, adapter, trained_device_blocks(adapter), wire, threads=threads)
+    def _open(self, way: Way, url: str, drafts: Drafts) -> Iterator[Context]:
+        adapter, options = self._adapter(way), self._options
+        opening = Opening(
+            Bundle.open(need_bundle(options.blocks_bundle if way.is_on_device else options.bundle)), url, adapter,
+            trained_device_blocks(adapter), options.wire_dtype, threads=options.threads,
+            drafts=drafts in ("server", "auto"), **way.opening,
+        )  # fmt: skip
         with open_to_generate(opening, context_length=512) as model:
             yield Context(model)
 
-    def _answer(self, context: Context, ids: Any, tokens: int, draft_length: int | None) -> Counters:
-        answer = TokenAnswer(
-            context, ids, Sampling(), max_new_tokens=tokens, stop_token_ids=(), draft_length=draft_length
-        )
-        for _ in answer:
-            pass
+    def _answer(
+        self, context: Context, ids: Any, tokens: int, drafts: Drafts, sampling: Sampling = Sampling()
+    ) -> tuple[list[int], Counters]:
+        answer = TokenAnswer(context, ids, sampling, max_new_tokens=tokens, stop_token_ids=(), drafts=drafts)
+        found = [choice.token for choice in answer]
         context.logits(np.array([0]))  # the next answer's prompt is not held
-        return answer.counters
+        return found, answer.counters
+
+    # -- equal -------------------------------------------------------------------------------------------
+
+    def measure_equal(self) -> dict[str, Any]:
+        """How many answers with drafts are those without, greedy and drawn with a seed, and how many in passes are
+        those live."""
+        found: dict[str, Any] = {}
+        for name in self._options.ways:
+            way = WAYS[name]
+            for how, sampling in (("greedy", Sampling()), ("drawn", DRAWN)):
+                found[f"{name}, {how}"] = row = self._compare(way, way, "auto", sampling)
+                log(f"{name}, {how}: {row}")
+            if way.opening:
+                row = self._compare(way, Way(way.recipe, ()), "off", Sampling())
+                found[f"{name}, greedy, against live"] = {"answers": row["answers"], "others": 0, "not_live": row}
+        return found
+
+    def _compare(self, way: Way, other: Way, drafts: Drafts, sampling: Sampling) -> dict[str, Any]:
+        """Answers one way with ``drafts`` against those another way without."""
+        options = self._options
+        row = {"answers": 0, "tokens": 0, "equal_answers": 0, "ties": 0, "others": 0, "other_tokens": 0}
+        with self._open(way, self._url, drafts) as context, self._open(other, self._url, "off") as plain:
+            for ids in self._prompts[: options.answers]:
+                wanted, _ = self._answer(plain, ids, options.answer_tokens, "off", sampling)
+                answer, _ = self._answer(context, ids, options.answer_tokens, drafts, sampling)
+                row["answers"] += 1
+                row["tokens"] += len(wanted)
+                row["equal_answers"] += wanted == answer
+                first = next(
+                    (place for place, pair in enumerate(zip(wanted, answer, strict=True)) if len(set(pair)) > 1), None
+                )
+                if first is not None:
+                    text = np.concatenate([ids, wanted[:first]]).astype(np.int64)
+                    logits = plain.logits(text, acts_from(ids, plain.model.invocation))[0]
+                    gap = abs(float(logits[wanted[first]] - logits[answer[first]]))
+                    row["ties" if gap <= TIE else "others"] += 1
+                    row["other_tokens"] += sum(one != two for one, two in zip(wanted, answer, strict=True))
+        return row
 
     # -- memory ------------------------------------------------------------------------------------------
 
     def measure_memory(self) -> dict[str, Any]:
         """Of the default recipe: the peak in training, and in a chat of 2,000 tokens and more."""
         out = self._work / "memory"
-        trained = run_json("-m", "dlora.edge", "train", *self._training(self._options.bundle, out, []))
+        training = self._training(self._options.bundle, out, ())
+        trained = run_json("-m", "dlora.edge", "train", *training, "--steps", 12, "--lr", "2e-3")
         command = [
             sys.executable, "-m", "dlora.edge", "chat", "--bundle", str(self._options.bundle), "--server", self._url,
             "--adapter", str(out), "--threads", str(self._options.threads), "--max-new-tokens", "200",
+            "--verbose",
         ]  # fmt: skip
         pipe = subprocess.PIPE
         process = subprocess.Popen(command, stdin=pipe, stdout=subprocess.DEVNULL, stderr=pipe, text=True)
@@ -177,21 +251,23 @@ class Place:
 
     # -- adapters ----------------------------------------------------------------------------------------
 
-    def _train(self, bundle: Path, name: str, recipe: Sequence[str]) -> Path:
-        out = self._work / re.sub(r"\W+", "-", f"{bundle.name}-{name}")
-        run_json("-m", "dlora.edge", "train", *self._training(bundle, out, recipe), "--wire-dtype", "fp32")
+    def _adapter(self, way: Way) -> Path | None:
+        """Trained once a recipe, and kept where ``--work`` says."""
+        if way.recipe is None:
+            return None
+        options = self._options
+        bundle = options.blocks_bundle if way.is_on_device else options.bundle
+        out = (options.work or self._work) / re.sub(r"\W+", "-", f"adapter {' '.join(way.recipe)}")
+        if not (out / "dlora_adapter.json").exists():
+            more = "--steps", options.steps, "--eval-examples", 0
+            run_json("-m", "dlora.edge", "train", *self._training(bundle, out, way.recipe), *more)
         return out
 
     def _training(self, bundle: Path, out: Path, recipe: Sequence[str]) -> list[object]:
-        data, lines = self._work / "data.jsonl", []
-        for number, asked in enumerate(QUESTIONS):
-            answer = f"Well, number {number}: {asked.lower()} I would say so, my friend, any day."
-            turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
-            lines.append(json.dumps({"messages": turns}) + "\n")
-        data.write_text("".join(lines * 4))
+        data = self._work / "train.jsonl"
         return [
-            "--bundle", bundle, "--server", self._url, "--data", data, "--out", out, "--steps", "12", "--lr", "2e-3",
-            "--seed", "0", "--json", *recipe,
+            "--bundle", need_bundle(bundle), "--server", self._url, "--data", data, "--out", out, "--seed", "0",
+            "--json", *recipe,
         ]  # fmt: skip
 
 
@@ -217,31 +293,45 @@ def _summary(answers: Sequence[Counters]) -> dict[str, Any]:
 
 
 def _speed_bars(speed: dict[str, Any]) -> dict[str, Entry]:
-    """How much longer the split takes: 0.8 of PEFT's tokens a second is 1.25 times its time.
-
-    That is wanted of four live groups; the default recipe's adapter stands beside it, by the same bars. And how often a
-    token of trunk waits for the server.
-    """
+    """Of loopback against PEFT: 0.8 of its tokens a second is 1.25 times its time. Of networks: seconds a token, and
+    round trips; on loopback, in passes against live as it was."""
     command, bars = f"{COMMAND} --only speed", dict[str, Entry]()
-    for name, before in (("lora_4_groups", ""), ("default", "default_recipe_")):
-        if (row := speed.get(name)) is not None:
-            token = row["peft_tokens_per_s"] / row["loopback"]["tokens_per_s"]
-            bars[f"{before}time_per_token"] = at_most(1.25, token, command)
-            first = row["loopback"]["first_token_s"] / row["peft_first_token_s"]
-            bars[f"{before}first_token"] = at_most(1.3, first, command)
-    if (row := speed.get(TRUNK)) is not None:
-        bars["trunk_round_trips_per_token"] = at_most(1, row["loopback"]["round_trips_per_token"], command)
+
+    def row(name: str, round_trip_ms: int, drafts: Drafts) -> dict[str, Any] | None:
+        rows = speed.get(name, {}).get("networks", [])
+        return next((each for each in rows if (each["round_trip_ms"], each["drafts"]) == (round_trip_ms, drafts)), None)
+
+    if found := row("lora_4_groups", 0, "prompt"):
+        peft = speed["lora_4_groups"]
+        token = peft["peft_tokens_per_s"] / found["tokens_per_s"]
+        bars["time_per_token"] = at_most(1.25, token, command)
+        bars["first_token"] = at_most(1.3, found["first_token_s"] / peft["peft_first_token_s"], command)
+    for name, round_trip_ms, rate in (
+        ("passes", 20, 6), ("passes", 80, 3.5), ("lent", 20, 10), ("lent", 80, 8), ("trunk", 80, 6),
+    ):  # fmt: skip
+        if found := row(name, round_trip_ms, "auto"):
+            bars[f"{name}_tokens_per_s_at_{round_trip_ms}_ms"] = at_least(rate, found["tokens_per_s"], command)
+    if found := row("passes", 80, "auto"):
+        bars["passes_round_trips_per_token"] = at_most(1.2, found["round_trips_per_token"], command)
+    if (found := row("passes", 0, "auto")) and (before := row("live", 0, "prompt")):
+        bars["loopback_against_live"] = at_most(1, before["tokens_per_s"] / found["tokens_per_s"], command)
+    if found := row("trunk", 0, "off"):
+        bars["trunk_round_trips_per_token"] = at_most(1, found["round_trips_per_token"], command)
     return bars
 
 
 def _options() -> argparse.Namespace:
-    names, parts = ["base_model", *RECIPES], ["speed", "memory"]
+    parts = ["speed", "equal", "memory"]
     parser = new_parser(__doc__)
     parser.add_argument("--blocks-bundle", type=Path, default=Path("build/smollm2-blocks"), help="for trunk")
-    parser.add_argument("--adapters", nargs="+", choices=names, default=names, help="for --only speed")
-    parser.add_argument("--only", nargs="+", choices=parts, default=parts)
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS), help="for speed and equal")
+    parser.add_argument("--only", nargs="+", choices=parts, default=["speed", "memory"])
+    parser.add_argument("--steps", type=int, default=120, help="that adapters are trained for")
+    parser.add_argument("--work", type=Path, help="where adapters are kept for the next time")
+    parser.add_argument("--answers", type=int, default=200, help="that are compared, for equal")
+    parser.add_argument("--answer-tokens", type=int, default=16, help="of each of these")
     parser.add_argument("--wire-dtype", default="fp16")
-    parser.add_argument("--prompts", type=int, default=5, help="questions that are compared with PEFT's speed")
+    parser.add_argument("--prompts", type=int, default=5, help="that are answered, for speed")
     parser.add_argument("--tokens", type=int, default=48, help="of an answer")
     parser.add_argument("--round-trips-ms", type=int, nargs="*", default=[0, 20, 80], help="of the networks tried")
     parser.add_argument("--seconds", type=float, default=10.0, help="that an answer over a slow network may take")

@@ -98,7 +98,7 @@ class TokenAnswer:
         self._expects: int | None = None  # the token with which the server has gone on
         self._constraint = constraint
         self._should_stop = should_stop
-        self._acts_from = _acts_from(prompt, context.model.invocation)
+        self._acts_from = acts_from(prompt, context.model.invocation)
 
     def __iter__(self) -> Iterator[Choice]:
         """Its tokens as they are chosen; not the stop token. Raises what ``Context.logits`` does."""
@@ -170,7 +170,7 @@ def _who_drafts(asked: Drafts, context: Context) -> Drafts:
     return "prompt" if asked == "auto" else "off"
 
 
-def _acts_from(prompt: LongArray, invocation: tuple[int, ...]) -> int:
+def acts_from(prompt: LongArray, invocation: tuple[int, ...]) -> int:
     """The row from which on the adapters act; one that is never reached where the prompt does not invoke them."""
     if not invocation:
         return 0
