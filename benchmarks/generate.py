@@ -1,9 +1,10 @@
 """How quickly answers come: PEFT's ``generate`` in one process, and the split, over loopback and slower networks.
 
-Three parts, of which --only chooses: ``speed`` (tokens a second, first token, bytes and round trips a token, with drafts
-and without, at several round-trip times), ``equal`` (answers with drafts against those without, and in passes against
-live) and ``memory`` (of the device's process in a chat of 2,000 tokens, and in training). What has to be reached is
-written into docs/log/benchmarks/generate.json. Adapters are trained on the demo's dialogue, and asked what was held out.
+Three parts, of which --only chooses: ``speed`` (tokens a second, first token, bytes and round trips a token, with
+drafts and without, at several round-trip times), ``equal`` (answers with drafts against those without, and in passes
+against live) and ``memory`` (of the device's process in a chat of 2,000 tokens, and in training). What has to be
+reached is written into docs/log/benchmarks/generate.json. Adapters are trained on the demo's dialogue, and asked what
+was held out of it.
 """
 
 from __future__ import annotations
@@ -207,15 +208,14 @@ class Place:
                 row["answers"] += 1
                 row["tokens"] += len(wanted)
                 row["equal_answers"] += wanted == answer
-                first = next(
-                    (place for place, pair in enumerate(zip(wanted, answer, strict=True)) if len(set(pair)) > 1), None
-                )
-                if first is not None:
+                differ = np.flatnonzero(np.array(wanted) != np.array(answer))
+                if len(differ):
+                    first = int(differ[0])
                     text = np.concatenate([ids, wanted[:first]]).astype(np.int64)
                     logits = plain.logits(text, acts_from(ids, plain.model.invocation))[0]
                     gap = abs(float(logits[wanted[first]] - logits[answer[first]]))
                     row["ties" if gap <= TIE else "others"] += 1
-                    row["other_tokens"] += sum(one != two for one, two in zip(wanted, answer, strict=True))
+                    row["other_tokens"] += len(differ)
         return row
 
     # -- memory ------------------------------------------------------------------------------------------
@@ -259,8 +259,8 @@ class Place:
         bundle = options.blocks_bundle if way.is_on_device else options.bundle
         out = (options.work or self._work) / re.sub(r"\W+", "-", f"adapter {' '.join(way.recipe)}")
         if not (out / "dlora_adapter.json").exists():
-            more = "--steps", options.steps, "--eval-examples", 0
-            run_json("-m", "dlora.edge", "train", *self._training(bundle, out, way.recipe), *more)
+            training = self._training(bundle, out, way.recipe)
+            run_json("-m", "dlora.edge", "train", *training, "--steps", options.steps)
         return out
 
     def _training(self, bundle: Path, out: Path, recipe: Sequence[str]) -> list[object]:
