@@ -48,6 +48,25 @@ RECIPES: Final[dict[str, tuple[str, ...]]] = {
     "trunk": ("train", "--device-blocks", "12", *TRAIN),
     "evaluate": ("evaluate", "--adapter", "lora"),
     "generate": ("generate", "--adapter", "lora", "--prompt", QUESTION, "--max-new-tokens", "24"),
+    "generate, in passes": (
+        "generate",
+        "--adapter",
+        "bottleneck, in passes",
+        "--prompt",
+        QUESTION,
+        "--max-new-tokens",
+        "24",
+    ),
+    "generate, lent": (
+        "generate",
+        "--adapter",
+        "bottleneck",
+        "--lend-adapter",
+        "--prompt",
+        QUESTION,
+        "--max-new-tokens",
+        "24",
+    ),
     "generate, trunk": ("generate", "--adapter", "trunk", "--prompt", QUESTION, "--max-new-tokens", "24"),
 }
 TRIED: Final = (0.3, 1, 3, 10, 30)

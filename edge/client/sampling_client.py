@@ -101,7 +101,8 @@ class SamplingClient:
             opening = Opening(
                 opened, server, path, opened.manifest.base_model.blocks if server is None else 0, wire_dtype,
                 threads=threads, engine=engine,
-                connecting=None if server is None else connect_settings(credentials, max_retry_s),
+                connecting=None if server is None else connect_settings(credentials, max_retry_s), passes="auto",
+                drafts=True,
             )  # fmt: skip
             model = stack.enter_context(open_to_generate(opening, context_length=context_length))
             yield cls(model, words)

@@ -31,6 +31,7 @@ from dlora.protocol.wire_codecs import Codecs, TensorRole, decode_floats
 from .decode_parts import fitting
 from .ends import Embedding, LongArray
 from .extension import Guesses
+from .micro_batch import drafts_of
 from .session import UntrainedSession
 
 _MOST_TOKENS: Final = 1024  # of a micro-batch: enough to keep a server busy, and few megabytes in each direction
@@ -78,6 +79,7 @@ class Encoder:
         self._embedding = Embedding(bundle, engine)
         self._codec = codecs.of(TensorRole.EMBEDDINGS)
         self._send = send
+        self._vocabulary = bundle.manifest.base_model.vocabulary_size
         self._count = 0
 
     def encode(self, packs: Sequence[Sequence[LongArray]]) -> Iterator[list[WireTensor]]:
@@ -108,13 +110,13 @@ class Encoder:
         tokens = len(batch.ids)
         asked = fitting(Guesses(drafts), opening, self.connection.welcome, position + tokens, tokens)
         self._begin("decode", batch, m.Decoding(position, asked.drafts))
-        message, guessed, drafts_s = self.connection.receive_any(), list[int](), 0.0
+        message, guessed, drafts_s = self.connection.receive_any(), tuple[int, ...](), 0.0
         if isinstance(message, m.DraftTokens):
-            guessed, drafts_s = message.token_ids.data.tolist(), message.computed_s
+            guessed, drafts_s = drafts_of(message, self._vocabulary), message.computed_s
             message = self.connection.receive_any()
         if not isinstance(message, m.LabelledHiddenStates):
             raise RemoteProtocolError(f"{type(message).__name__} where hidden states were asked for")
-        return decode_floats(message.hidden_states), tuple(guessed), drafts_s
+        return decode_floats(message.hidden_states), guessed, drafts_s
 
     def _encode(self, packs: Sequence[Sequence[LongArray]]) -> Iterator[list[WireTensor]]:
         waiting, in_order = deque(each for pack in packs for each in self._micro_batches(pack)), deque[_Asked]()

@@ -34,6 +34,7 @@ class DeviceParts:
 
     Attributes:
         connection: to the server, with what keeps the truth of each micro-batch, and when what happened.
+        vocabulary: how many tokens there are.
         sends_token_ids: whether the server looks tokens up, and not the device.
         kept_reads: what is kept of what groups read in the base pass, in training in passes; None: nothing.
         head_seconds: spent in embedding and head so far.
@@ -44,6 +45,7 @@ class DeviceParts:
     head: Head
     adapters: AdapterSet
     compute: AdapterCompute
+    vocabulary: int
     sends_token_ids: bool = False
     kept_reads: KeptReads | None = None
     head_seconds: float = 0.0
@@ -53,6 +55,14 @@ class DeviceParts:
         ended = time.perf_counter()
         self.head_seconds += ended - started
         self.connection.spans.add(what, COMPUTE, started, ended)
+
+
+def drafts_of(message: m.DraftTokens, vocabulary: int) -> tuple[int, ...]:
+    """The tokens that a server has guessed. Raises ``RemoteProtocolError`` for one that the model does not have."""
+    found = message.token_ids.data
+    if found.size and int(found.max()) >= vocabulary:
+        raise RemoteProtocolError(f"a guessed token that the model's {vocabulary} do not have")
+    return tuple(found.tolist())
 
 
 @dataclass
@@ -157,9 +167,9 @@ class DeviceMicroBatch:
             self._count_early(is_refused=isinstance(message, m.GroupInput) and message.groups[0] == 0)
         match message:
             case m.DraftTokens() if self.ahead is not None:
-                self.ahead.drafts, self.ahead.drafts_s = message.token_ids.data.tolist(), message.computed_s
+                self.ahead.drafts, self.ahead.drafts_s = drafts_of(message, self.parts.vocabulary), message.computed_s
             case m.DraftTokens():
-                self.drafts, self.drafts_s = message.token_ids.data.tolist(), message.computed_s
+                self.drafts, self.drafts_s = drafts_of(message, self.parts.vocabulary), message.computed_s
             case m.GroupInput() if self.ahead is not None:
                 read = message.hidden_states  # a copy: what came is a view of its frame
                 self.ahead.reads.append((message.groups, WireTensor(read.dtype, read.data.copy(), read.exponent)))

@@ -59,6 +59,7 @@ class SplitModel:
         self._compute = AdapterCompute(engine, session.adapters, lambda what, *when: spans.add(what, COMPUTE, *when))
         self._parts = DeviceParts(
             self.connection, Embedding(bundle, engine), Head(bundle, engine), self.adapters, self._compute,
+            bundle.manifest.base_model.vocabulary_size,
             sends_token_ids=send == "token-ids", kept_reads=kept_reads,
         )  # fmt: skip
         self._evaluated = 0
