@@ -225,7 +225,7 @@ def train(path: Path) -> None:
     trainer.evaluate(data)
     blocks = DecodeBlocks(opened, engine, 2, DeviceLora())
     for ids in ([3, 4], [3, 4, 5]):
-        source.feed(np.array(ids), len(ids), blocks)
+        source.feed(np.array(ids), len(ids), blocks, 0)
     run = trunk_config((0, 1), is_local=True, invocation=INVOCATION)
     Trainer(opened, engine, partial(DeviceSide, source=source), run, random_answers()).run_step()
 

@@ -118,7 +118,8 @@ def test_logprobs_are_of_each_token(endpoint: Endpoint) -> None:
         for chunk in ask(endpoint, **asked, stream=True)
         for token in (chunk.choices[0].logprobs.content if chunk.choices[0].logprobs else [])
     ]
-    assert [each.logprob for each in streamed] == [each.logprob for each in content]
+    # How many tokens are guessed at a time follows from what steps take, and sums of several rows round otherwise.
+    assert [each.logprob for each in streamed] == pytest.approx([each.logprob for each in content], abs=1e-4)
 
 
 def test_completions_continue_texts(endpoint: Endpoint) -> None:

@@ -10,6 +10,7 @@ import pytest
 import session_ways as w
 from conversations import Pair
 
+from dlora.protocol import beginnings
 from dlora.protocol import messages as m
 from dlora.protocol import micro_batch as micro_batch_module
 from dlora.protocol import passes as passes_module
@@ -229,7 +230,7 @@ def test_what_is_out_of_order_with_kept_reads_is_refused(
 def test_no_more_comes_early_than_c_takes_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(micro_batch_module, "MOST_PIECES", 2)
     w.refused_by_both(Pair([*opening(), KEPT, writes(0), writes(1)]), writes(2), "more than 2 messages early")
-    for module in (passes_module, micro_batch_module):
+    for module in (passes_module, beginnings):
         monkeypatch.setattr(module, "MOST_PIECES", 2)
     w.say_all(Pair(opening()), [KEPT])
     monkeypatch.setattr(passes_module, "PIECE_BYTES", 1)  # three groups in three pieces

@@ -24,7 +24,7 @@ LendOption = Annotated[
     bool,
     typer.Option(
         "--lend-adapter",
-        help="Give the server the adapter, to apply it until the session ends: quickest, and no longer private.",
+        help="Give the server the adapter, to apply it until the session ends: quickest, and the server then has it.",
     ),
 ]
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Say what each answer took.")]
