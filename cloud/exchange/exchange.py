@@ -74,14 +74,23 @@ class RowRunner(GroupRunner):
             return frozen
         targets = self._groups[group].targets
         return [
-            torch.add(output, _Unpack.apply(delta, self, output.shape, output.dtype), alpha=target.gain)
+            torch.add(output, self._unpack(delta, output), alpha=target.gain)
             for output, delta, target in zip(frozen, deltas, targets, strict=True)
         ]
 
     def pack(self, padded: Tensor) -> Tensor:
         """(batch, length, width) or (batch * length, width) to the rows that cross, (rows, width)."""
+        if not torch.is_grad_enabled():  # what autograd keeps takes longer than the rest, at a few rows
+            return chosen_rows(padded, self.rows)
         packed: Tensor = _Pack.apply(padded, self)
         return packed
+
+    def _unpack(self, delta: Tensor, output: Tensor) -> Tensor:
+        """Rows that crossed, where they lie in ``output``."""
+        if not torch.is_grad_enabled():
+            return among_all(delta.to(output.dtype), self.rows, output.shape)
+        unpacked: Tensor = _Unpack.apply(delta, self, output.shape, output.dtype)
+        return unpacked
 
     def _apply_given(self, group: int, x: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """As ``exchange``, with what the device has given in its place."""

@@ -128,7 +128,11 @@ class MicroBatchDevice:
         """Tokens that were guessed, and how long that took."""
         step, micro_batch = self._key
         ids = WireTensor.from_ints(token_ids)
-        self._send(m.DraftTokens(step=step, micro_batch=micro_batch, token_ids=ids, computed_s=max(0.0, computed_s)))
+        self._send(
+            m.DraftTokens(
+                step=step, micro_batch=micro_batch, token_ids=ids, computed_s=min(max(0.0, computed_s), m.MAX_SECONDS)
+            )
+        )
 
     def send_inputs(self, groups: tuple[int, ...], tensor: WireTensor) -> None:
         """What some groups' adapters get, as it crosses."""
