@@ -291,3 +291,26 @@ def test_an_answer_goes_on_after_kill_9_and_leaves_nothing_on_the_servers_disk(
     written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     assert written
     assert not any(each in written for each in given)
+
+
+OTHERS = ("gemma2", "gemma3_text", "qwen3", "bloom", "phi3", "gpt_neox")
+
+
+@pytest.mark.parametrize("family", ["gpt2", *(pytest.param(each, marks=pytest.mark.slow) for each in OTHERS)])
+@pytest.mark.parametrize("way", [{"passes": "2,2"}, {"passes": "live"}, {"lends": True}], ids=["2,2", "live", "lent"])
+def test_guesses_change_no_letter_of_other_families(
+    way: dict[str, Any], family: str, tiny: TinyFactory, tmp_path: Path
+) -> None:
+    untied = {"tie_word_embeddings": False}
+    bundle = tiny(family, head_dtype="fp32", **untied).bundle
+    with serving(tiny(family, **untied).base) as server:
+        adapter = train(bundle, server, tmp_path, kind="bottleneck", answers=True, size=0.25)
+        settings = {**way, "context_length": 60}
+        with (
+            opening(bundle, server, adapter, **settings, drafts=False) as plain,
+            opening(bundle, server, adapter, **settings) as opened,
+        ):
+            for sampling in (Sampling(), DRAWN):
+                wanted = generated(plain, PROMPTS[1], 10, sampling=sampling)
+                found = generated(opened, PROMPTS[1], 10, sampling=sampling, drafts="server", draft_length=3)
+                assert found == wanted
