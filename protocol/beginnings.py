@@ -2,44 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
-
 import numpy as np
 
 from . import messages as m
-from .adapters import Crossing
 from .counting import counted_tokens
 from .errors import ViolationError
+from .micro_batch import Shapes
 from .passes import MOST_PIECES, may_send_early
 from .tensors import WireTensor
-from .wire_codecs import FOR_ALL, Codecs, TensorRole
-
-
-class Shapes(NamedTuple):
-    """What is the same for all micro-batches of a session and a mode: widths, codecs and the server's limits;
-    ``encoded_width`` as ``OpenSession`` has it."""
-
-    crossings: tuple[Crossing, ...]
-    codecs: Codecs
-    welcome: m.Welcome
-    encoded_width: int = 0
-
-    def check(self, tensor: WireTensor, role: TensorRole | None, shape: tuple[int | None, ...]) -> None:
-        """Raise ``ViolationError`` unless the tensor is stored as its role's codec says (None: as any codec does), and
-        of this shape."""
-        if role is None and tensor.dtype not in FOR_ALL:
-            raise ViolationError(f"a tensor of {tensor.dtype} where floats were due")
-        tensor.check(tensor.dtype if role is None else self.codecs.of(role).dtype, shape)
-
-    def check_all(
-        self, tensors: Sequence[WireTensor], role: TensorRole | None, shapes: Sequence[tuple[int, ...]]
-    ) -> None:
-        """The same of one tensor for each of ``shapes``."""
-        if len(tensors) != len(shapes):
-            raise ViolationError(f"{len(tensors)} tensors where {len(shapes)} were due")
-        for tensor, shape in zip(tensors, shapes, strict=True):
-            self.check(tensor, role, shape)
+from .wire_codecs import TensorRole
 
 
 def check_opening(message: m.OpenSession, welcome: m.Welcome) -> None:

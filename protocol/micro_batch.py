@@ -12,15 +12,40 @@ from typing import NamedTuple
 
 from . import messages as m
 from .adapters import Crossing
-from .beginnings import Shapes
 from .errors import ViolationError
 from .passes import MOST_PIECES, forward_waves
 from .states import TRANSITIONS, Side, State
 from .tensors import WireTensor
-from .wire_codecs import TensorRole
+from .wire_codecs import FOR_ALL, Codecs, TensorRole
 
 Key = tuple[int, int]
 """Step and micro-batch: what every message of a micro-batch carries."""
+
+
+class Shapes(NamedTuple):
+    """What is the same for all micro-batches of a session and a mode: widths, codecs and the server's limits;
+    ``encoded_width`` as ``OpenSession`` has it."""
+
+    crossings: tuple[Crossing, ...]
+    codecs: Codecs
+    welcome: m.Welcome
+    encoded_width: int = 0
+
+    def check(self, tensor: WireTensor, role: TensorRole | None, shape: tuple[int | None, ...]) -> None:
+        """Raise ``ViolationError`` unless the tensor is stored as its role's codec says (None: as any codec does), and
+        of this shape."""
+        if role is None and tensor.dtype not in FOR_ALL:
+            raise ViolationError(f"a tensor of {tensor.dtype} where floats were due")
+        tensor.check(tensor.dtype if role is None else self.codecs.of(role).dtype, shape)
+
+    def check_all(
+        self, tensors: Sequence[WireTensor], role: TensorRole | None, shapes: Sequence[tuple[int, ...]]
+    ) -> None:
+        """The same of one tensor for each of ``shapes``."""
+        if len(tensors) != len(shapes):
+            raise ViolationError(f"{len(tensors)} tensors where {len(shapes)} were due")
+        for tensor, shape in zip(tensors, shapes, strict=True):
+            self.check(tensor, role, shape)
 
 
 class GroupStates(NamedTuple):

@@ -22,13 +22,13 @@ from typing import Final
 
 from . import messages as m
 from .adapters import crossings, kind_of
-from .beginnings import Shapes, check_decoding, check_embeddings, check_opening
+from .beginnings import check_decoding, check_embeddings, check_opening
 from .errors import LocalProtocolError, RemoteProtocolError, UsageError, ViolationError
 from .frames import Decoder, Prefix, encode, read_prefix
 from .groups import GroupSpec
 from .link import MAX_REPEATS, Link
 from .messages import AnyMessage
-from .micro_batch import GroupStates, Key, MicroBatchRules
+from .micro_batch import GroupStates, Key, MicroBatchRules, Shapes
 from .states import TRANSITIONS, C, E, Side, State
 from .tensors import tensors_of
 from .units import Units

@@ -142,8 +142,7 @@ class Connection:
             opening = self.session.opened_with
             assert opening is not None
             widest = largest_row(opening.adapter, opening.groups, self.welcome.hidden_size, opening.encoded_width)
-            # Its answers may be as large.
-            self._allow_frames((message.tokens + message.guesses) * widest * 4)
+            self._allow_frames((message.tokens + message.guesses) * widest * 4)  # its answers may be as large
         started = time.perf_counter()
         try:
             self._write(frame)
