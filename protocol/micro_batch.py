@@ -223,13 +223,13 @@ class MicroBatchRules:
 
     def _check_drafts(self, message: m.DraftTokens) -> None:
         """Of a micro-batch's own, before anything else, or ahead."""
-        assert self.decoding is not None
         is_ahead = self.state is State.AHEAD
-        most = self.decoding.ahead if is_ahead else self.decoding.drafts
-        count = message.token_ids.shape[0] if len(message.token_ids.shape) == 1 else -1
+        asked = m.Decoding(0) if self.decoding is None else self.decoding
+        most = (asked.ahead if is_ahead else asked.drafts) or 0
         message.token_ids.check("int32", (None,))
-        if self._has_drafted or self.asked or most is None or count > most or not (most or is_ahead):
-            raise ViolationError(f"{count} guessed tokens, too late or where at most {most or 0} were asked for")
+        count = message.token_ids.shape[0]
+        if self._has_drafted or self.asked or count > most or not (most or is_ahead):
+            raise ViolationError(f"{count} guessed tokens, too late or where at most {most} were asked for")
         if count and message.token_ids.data.min() < 0:
             raise ViolationError("a guessed token below 0")
         self._has_drafted = True

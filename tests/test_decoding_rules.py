@@ -68,6 +68,7 @@ REFUSED: list[tuple[Sequence[m.AnyMessage], m.AnyMessage, str]] = [
     (w.answering(), w.begun(0, 3, drafts=2, label_positions=w.ints([0])), "whose last hidden state is not asked for"),
     (w.answering(), w.begun(0, 3, crossing_positions=w.ints([0, 2])), "not from some token on"),
     ([*w.answering(), w.begun(0)], w.drafts(5), "at most 0 were asked for"),
+    ([*c.opening(), c.embeddings()], w.drafts(5), "at most 0 were asked for"),  # of a micro-batch that trains
     ([*w.answering(), w.begun(0, drafts=2)], w.drafts(5, 6, 7), "at most 2 were asked for"),
     ([*w.answering(), w.begun(0, drafts=2)], w.drafts(-1), "below 0"),
     ([*w.answering(), w.begun(0, drafts=2), w.drafts(5)], w.drafts(6), "too late"),
