@@ -124,12 +124,12 @@ class Session:
     @property
     def may_close(self) -> bool:
         """Whether the device may send ``CloseSession`` now."""
-        return m.CloseSession in TRANSITIONS[self._state] and not self._is_awaited
+        return m.CloseSession in TRANSITIONS[self._state] and not self._awaited
 
     @property
-    def _is_awaited(self) -> bool:
-        """Whether E waits for something of a micro-batch: of one whose last hidden states it has, for nothing."""
-        return any(each.state is not State.AHEAD for each in self.under_way.values())
+    def _awaited(self) -> int:
+        """Of how many micro-batches E waits for something: of one whose last hidden states it has, for nothing."""
+        return sum(each.state is not State.AHEAD for each in self.under_way.values())
 
     @property
     def has_adapter_state(self) -> bool:
@@ -224,7 +224,7 @@ class Session:
         allowed_sender, next_state = TRANSITIONS[self._state].get(type(message), (None, self._state))
         if allowed_sender is not sender:
             raise ViolationError("not now")
-        if self._is_awaited and (self._state is State.SETTING_UP or isinstance(message, _BETWEEN_MICRO_BATCHES)):
+        if self._awaited and (self._state is State.SETTING_UP or isinstance(message, _BETWEEN_MICRO_BATCHES)):
             raise ViolationError("a micro-batch is under way")
         match message:
             case m.Welcome():
@@ -363,8 +363,7 @@ class Session:
     def _begin_micro_batch(self, message: m.Embeddings, key: Key, sender: Side) -> None:
         assert self._shapes is not None
         opening, mode = self._opening, message.mode
-        begun = sum(each.state is not State.AHEAD for each in self.under_way.values())
-        if sender is not E or begun == opening.window or key in self.under_way:
+        if sender is not E or self._awaited == opening.window or key in self.under_way:
             raise ViolationError("not now")
         if mode not in (_MODES_OF_FIRST_BLOCKS if isinstance(opening.purpose, m.Encode) else _MODES_OF_ALL_BLOCKS):
             raise ViolationError(f"a micro-batch of the mode {mode} in a session that is for something else")
@@ -384,7 +383,7 @@ class Session:
         shapes = self._shapes._replace(codecs=opening.codecs_of(mode))
         check_embeddings(message, shapes)
         if mode == "decode":
-            if self._is_awaited:  # whatever the window: they go on from each other
+            if self._awaited:  # whatever the window: they go on from each other
                 raise ViolationError("not now")
             check_decoding(message, opening, shapes, self.cached_tokens, self.tokens_ahead)
         self.tokens_ahead = 0

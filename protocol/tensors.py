@@ -65,6 +65,10 @@ class WireTensor:
 
     __hash__ = None  # type: ignore[assignment]
 
+    def copied(self) -> WireTensor:
+        """The same with an array of its own: what has come is a view of its whole frame."""
+        return WireTensor(self.dtype, self.data.copy(), self.exponent, self.width)
+
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the values; scales do not count."""

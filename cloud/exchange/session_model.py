@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from dlora.protocol.tensors import WireTensor
 from dlora.protocol.wire_codecs import TensorRole
 
 from .kinds import SITE_KINDS, Site
+from .passes import Outputs, PassRunner
 from .sketch import GroupSketch, sketch_bytes
 from .torch_codecs import from_wire, to_wire
 
@@ -129,6 +131,27 @@ class SessionModel:
         rows = end.weight[ids].to(dtype).to(torch.float32) * end.scale
         codecs = self.opening.evaluation_codecs
         return from_wire(to_wire(rows, codecs, TensorRole.EMBEDDINGS), base.device, base.dtype)
+
+    def pass_runner(
+        self,
+        live: Collection[int],
+        given: Collection[int] = (),
+        rows: Tensor | None = None,
+        *,
+        graded: Tensor | None = None,
+        outputs: Outputs = MappingProxyType({}),
+    ) -> PassRunner:
+        """One pass, as ``PassRunner`` has it, of the session's groups; ``given`` ones run with their parameters."""
+        return PassRunner(
+            self.base,
+            self.groups,
+            self.sites,
+            live=live,
+            given={group: self.parameters[group] for group in given},
+            rows=None if rows is None else rows.to(self.base.device),
+            graded=graded,
+            outputs=outputs,
+        )
 
     def torch_device_of(self, group: GroupSpec) -> torch.device:
         """Where a group's modules are."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dlora.cloud.exchange.differences import Differences
 from dlora.cloud.exchange.exchange import MicroBatchExchange
-from dlora.cloud.exchange.passes import Outputs, PassExchange, PassRunner
+from dlora.cloud.exchange.passes import PassExchange
 from dlora.cloud.exchange.session_model import SessionModel
 from dlora.cloud.exchange.target_modules import running_targets
 from dlora.cloud.model.context import Context, Ways
@@ -52,7 +52,7 @@ class BaseTokens:
         as_ids: as ``SessionModel.embed`` takes it.
 
     Attributes:
-        ids: of those that were guessed.
+        ids: of those that were guessed, the last ones.
         embeds: (tokens, embedding_size) of all; hidden_states: what came out of the first blocks; last_hidden_states:
             once all have run; (1, tokens, width) each.
     """
@@ -64,7 +64,7 @@ class BaseTokens:
         self._model = model
         self._context = context
         self._reading = states.live if in_passes else ()
-        self._given = {group: model.parameters[group] for group in states.given}
+        self._given = states.given
         self._in_passes = in_passes
         self._as_ids = as_ids
         self._head = find_head(model.base)
@@ -111,18 +111,21 @@ class BaseTokens:
         """Take in so many tokens more, each the likeliest one after those before it."""
         for _ in range(count):
             self.run()
-            guessed = int(self._head(self._last[-1][0, -1:]).argmax())
+            (guessed,) = self.likeliest(self._last[-1][0, -1:])
             self.ids.append(guessed)
-            self.take(self._model.embed([guessed], as_ids=self._as_ids))
+            self.take_guess(guessed)
+
+    def take_guess(self, token: int) -> None:
+        """Take in a token that the device has not sent, as it would embed it."""
+        self.take(self._model.embed([token], as_ids=self._as_ids))
+
+    def likeliest(self, last_hidden_states: Tensor) -> list[int]:
+        """The token that is likeliest to follow each of these, (tokens, hidden_size)."""
+        found: list[int] = self._head(last_hidden_states).argmax(-1).tolist()
+        return found
 
     def _run_groups(self, rows: Tensor | None) -> None:
-        model = self._model
-        if rows is not None:
-            rows = rows.to(model.base.device)
-        runner = PassRunner(
-            model.base, model.groups, model.sites, live=self._reading, given=self._given, rows=rows, graded=None,
-            outputs={},
-        )  # fmt: skip
+        runner = self._model.pass_runner(self._reading, self._given, rows)
         with running_targets(runner):
             self.run()
             for group, read in runner.reads.items():
@@ -204,7 +207,7 @@ class DecodeMicroBatch:
             last = self._last_hidden_states(device, tokens, ahead)[0]
             guessed = torch.arange(len(self._embeds), len(last))
             labelled = last.index_select(0, torch.cat([self._labelled, guessed]).to(last.device))
-            expected = self._expect(last, tokens, is_ahead=ahead is not None)
+            expected = self._expect(last, tokens)
             device.send_labelled(labelled, 0, None if expected is None else expected[1])
             if expected is not None:
                 self._go_on_ahead(device, *expected)
@@ -264,15 +267,10 @@ class DecodeMicroBatch:
             context.take_base_rows(number, self._decoding.position + acts_from)
         if not self._states.live:
             return last
-        numbers = iter(range(context.ways.adapted))
-
-        def make_runner(outputs: Outputs) -> PassRunner:
-            return PassRunner(
-                model.base, model.groups, model.sites,
-                live=self._states.live, given={}, rows=None, graded=None, outputs=outputs,
-            )  # fmt: skip
-
-        exchange = PassExchange(self._states, passes, make_runner, trains=False)
+        numbers, live = iter(range(context.ways.adapted)), self._states.live
+        exchange = PassExchange(
+            self._states, passes, lambda outputs: model.pass_runner(live, outputs=outputs), trains=False
+        )
         groups_device = PassDevice(
             device, self.codecs, crossings(model.adapter, model.groups), acting.shape[1], model.base.dtype,
             model.base.device, ahead=None if ahead is None else ahead.inputs, sends_early=self._decoding.is_ahead,
@@ -280,16 +278,15 @@ class DecodeMicroBatch:
         adapted = exchange.forward(groups_device, tokens.reads, lambda: context.run_adapted(next(numbers), acting))
         return torch.cat([last[:, :acts_from], adapted], 1)
 
-    def _expect(self, last: Tensor, tokens: BaseTokens, *, is_ahead: bool) -> tuple[int, int] | None:
+    def _expect(self, last: Tensor, tokens: BaseTokens) -> tuple[int, int] | None:
         """How long the context will be before the token that the device should choose next, and that token: where it is
-        to be gone on with, and the tokens after the first whose last hidden state was asked for are known."""
-        if self._decoding.ahead is None or not self._states.live or (len(self._labelled) > 1 and not is_ahead):
+        to be gone on with, and the device checks no tokens but those that the server has guessed."""
+        certain = len(last) - len(tokens.ids)
+        if self._decoding.ahead is None or not self._states.live or int(self._labelled[0]) < certain - 1:
             return None
-        certain = 1 if is_ahead else len(self._embeds)
-        drafted = tokens.ids[1:] if is_ahead else tokens.ids
-        chosen = find_head(self._model.base)(last[certain - 1 :]).argmax(-1).tolist()
+        chosen = tokens.likeliest(last[certain - 1 :])
         right = 0
-        while right < len(drafted) and drafted[right] == chosen[right]:
+        while right < len(tokens.ids) and tokens.ids[right] == chosen[right]:
             right += 1
         return self._decoding.position + certain + right, chosen[right]
 
@@ -299,10 +296,11 @@ class DecodeMicroBatch:
         assert self._decoding.ahead is not None
         self._context.crop(length)
         tokens = self._new_tokens()
-        tokens.ids.append(token)
-        tokens.take(model.embed([token], as_ids=self._as_ids))
+        tokens.take_guess(token)
         tokens.guess(self._decoding.ahead)
-        device.send_drafts(tokens.ids[1:], device.computed_s - began_s)
+        device.send_drafts(tokens.ids, device.computed_s - began_s)
         widths = crossings(model.adapter, model.groups)
-        groups_device = PassDevice(device, self.codecs, widths, len(tokens.ids), model.base.dtype, model.base.device)
+        groups_device = PassDevice(
+            device, self.codecs, widths, 1 + len(tokens.ids), model.base.dtype, model.base.device
+        )
         self._held.ahead = Ahead(length, tokens, groups_device.send_ahead(tokens.reads))

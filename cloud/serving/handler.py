@@ -166,8 +166,9 @@ class _Handshake:
                 closing_tasks=service.closing_tasks,
                 clock=service.settings.clock,
             )
-            is_in_passes = isinstance(opening.purpose, m.Train) or getattr(opening.purpose, "passes", None) is not None
-            quota.sent_ahead = opening.window * (MOST_PIECES if is_in_passes else 1)
+            purpose = opening.purpose
+            may_send_early = isinstance(purpose, m.Train) or (isinstance(purpose, m.Use) and purpose.passes is not None)
+            quota.sent_ahead = opening.window * (MOST_PIECES if may_send_early else 1)
             live = ServerSession(name, caller, device_id, session, transport, quota)
             loop = SessionLoop(service, live, controller, service.deadlines.of(caller, device_id))
             limit = frame_limit(service, session)

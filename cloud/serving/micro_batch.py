@@ -147,9 +147,8 @@ class ServerMicroBatch:
         )
         widths = crossings(model.adapter, model.groups)
         groups_device = PassDevice(
-            device, self.codecs, widths, self._crossing_rows, base.dtype, base.device, kept_reads=self._kept_reads,
-            sends_early=self._kept_reads is not None,
-        )  # fmt: skip
+            device, self.codecs, widths, self._crossing_rows, base.dtype, base.device, kept_reads=self._kept_reads
+        )
         hidden = exchange.forward(groups_device, base_runner.reads, run)
         labelled = hidden.reshape(-1, hidden.shape[-1]).index_select(0, labels)
         wanted = exchange.wanted
@@ -158,17 +157,8 @@ class ServerMicroBatch:
             exchange.backward(groups_device, labelled, device.receive_labelled_grad(labelled))
 
     def _pass_runner(self, outputs: Outputs, rows: Tensor | None, graded: Tensor | None) -> PassRunner:
-        model, states = self._model, self._group_states
-        return PassRunner(
-            model.base,
-            model.groups,
-            model.sites,
-            live=states.live,
-            given={group: model.parameters[group] for group in states.given},
-            rows=None if rows is None else rows.to(model.base.device),
-            graded=graded,
-            outputs=outputs,
-        )
+        states = self._group_states
+        return self._model.pass_runner(states.live, states.given, rows, graded=graded, outputs=outputs)
 
     @property
     def _lowest_block(self) -> int:

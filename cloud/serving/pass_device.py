@@ -43,7 +43,7 @@ class PassDevice:
         kept_reads: as ``Embeddings`` has it.
         ahead: where the device says that it has what groups read in the first wave: that, or None where it is of other
             tokens.
-        sends_early: whether it sends what they write without being asked.
+        sends_early: whether it sends what they write without being asked; with ``kept_reads`` it always does.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class PassDevice:
         sends_early: bool = False,
     ) -> None:
         self._kept_reads = kept_reads
-        self._sends_early = sends_early
+        self._sends_early = sends_early or kept_reads is not None
         self._is_ahead = ahead is not None
         self._device = device
         self._crossings = crossings

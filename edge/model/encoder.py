@@ -130,10 +130,8 @@ class Encoder:
             message = self.connection.receive_any()
             if not isinstance(message, m.EncodedHiddenStates):
                 raise RemoteProtocolError(f"{type(message).__name__} where hidden states were asked for")
-            # Copies: what came is a view of its frame.
-            under_way.pop((message.step, message.micro_batch)).found = [
-                WireTensor(tensor.dtype, tensor.data.copy(), tensor.exponent) for tensor in message.hidden_states
-            ]
+            asked = under_way.pop((message.step, message.micro_batch))
+            asked.found = [tensor.copied() for tensor in message.hidden_states]
             while in_order and (found := in_order[0].found) is not None:
                 of_pack += found
                 if in_order.popleft().ends_pack:

@@ -171,8 +171,7 @@ class DeviceMicroBatch:
             case m.DraftTokens():
                 self.drafts, self.drafts_s = drafts_of(message, self.parts.vocabulary), message.computed_s
             case m.GroupInput() if self.ahead is not None:
-                read = message.hidden_states  # a copy: what came is a view of its frame
-                self.ahead.reads.append((message.groups, WireTensor(read.dtype, read.data.copy(), read.exponent)))
+                self.ahead.reads.append((message.groups, message.hidden_states.copied()))
             case m.GroupInput() if self._passes is not None:
                 self._answer_pass(message)
             case m.GroupInput():

@@ -13,7 +13,6 @@ from dlora.edge.adapters.units import AdapterSet
 from dlora.edge.wire.connection import Connection
 from dlora.protocol import messages as m
 from dlora.protocol.errors import RemoteProtocolError, SessionLostError
-from dlora.protocol.tensors import WireTensor
 from dlora.protocol.wire_codecs import Codecs, TensorRole, decode_floats
 
 T = TypeVar("T")
@@ -99,10 +98,7 @@ class ModelSession(ABC):
                 self.connection.send(m.MakeAdapterState(group=index))
                 state = self.connection.receive(m.AdapterState)
                 group.check_made_state([decode_floats(tensor) for tensor in state.tensors])
-                # Copies: what came is a view of its frame.
-                group.adapter_state = tuple(
-                    WireTensor(tensor.dtype, tensor.data.copy(), tensor.exponent) for tensor in state.tensors
-                )
+                group.adapter_state = tuple(tensor.copied() for tensor in state.tensors)
                 if micro_batches:
                     norm = min(state.gradient_norm / micro_batches, float(np.finfo(np.float32).max))
                     group.first_gradient_norm = float(np.float32(norm))

@@ -176,9 +176,10 @@ class SplitModel:
         def attempt() -> Extension:
             check_room(ids, self.context_limit)
             if self._room:
-                found = self._decoder.extend(ids, known, acts_from, count, guesses)
-                logits = self._logits(found.hidden_states)
-                return Extension(logits, found.drafts, found.held, found.drafts_s, found.expects)
+                run, held = self._decoder.extend(ids, known, acts_from, count, guesses)
+                assert run.hidden_states is not None
+                expects = None if run.ahead is None else run.ahead.next_token
+                return Extension(self._logits(run.hidden_states), tuple(run.drafts), held, run.drafts_s, expects)
             part = part_of(ids, 0, len(ids), len(ids) - count, acts_from)
             return Extension(self._logits(self._evaluate_hidden(part)))
 

@@ -7,7 +7,6 @@ tokens after the last hidden states. Where it was right, the next step begins wi
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -17,23 +16,11 @@ from dlora.protocol import messages as m
 from dlora.protocol.adapters import crossings
 from dlora.protocol.errors import RemoteProtocolError
 from dlora.protocol.passes import may_send_early
-from dlora.protocol.tensors import FloatArray
 
 from .decode_parts import decode_parts, fitting, part_of
 from .ends import LongArray
 from .extension import Guesses
 from .micro_batch import Ahead, DeviceMicroBatch
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """Last hidden states, float32 (count + drafts, hidden_size); the others as of ``Extension``."""
-
-    hidden_states: FloatArray
-    drafts: tuple[int, ...]
-    held: int
-    drafts_s: float
-    expects: int | None
 
 
 class SplitDecoder:
@@ -48,8 +35,11 @@ class SplitDecoder:
         self._make = make
         self._last: DeviceMicroBatch | None = None  # of which something may still come, ahead
 
-    def extend(self, ids: LongArray, known: int, acts_from: int, count: int, guesses: Guesses) -> Decoded:
-        """As ``SplitModel`` has it. Raises what ``Connection`` raises."""
+    def extend(
+        self, ids: LongArray, known: int, acts_from: int, count: int, guesses: Guesses
+    ) -> tuple[DeviceMicroBatch, int]:
+        """As ``SplitModel`` has it: the micro-batch of the last tokens, which has its last hidden states, and how many
+        tokens were held. Raises what ``Connection`` raises."""
         session, welcome = self._connection.session, self._connection.welcome
         position = end = min(known, session.cached_tokens)
         run = None
@@ -69,9 +59,7 @@ class SplitDecoder:
                 if len(part.ids) > MANY_TOKENS:  # else the LM head comes on top of what this left
                     release_freed_memory()
         assert run is not None
-        assert run.hidden_states is not None
-        expects = None if run.ahead is None else run.ahead.next_token
-        return Decoded(run.hidden_states, tuple(run.drafts), position, run.drafts_s, expects)
+        return run, position
 
     def _go_on_ahead(
         self, last: DeviceMicroBatch, ahead: Ahead, token: int, position: int, guesses: Guesses
