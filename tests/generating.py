@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from answers import INVOCATION, random_answers
 from families import VOCABULARY
 from serving import RunningServer, config, random_dataset, randomize_all, training
 
@@ -18,6 +19,8 @@ from dlora.edge.model.generating import GeneratingModel
 from dlora.protocol.adapter_record import TrainingRecord
 from dlora.protocol.choices import Drafts
 from dlora.protocol.manifest import load_manifest
+
+PROMPTS = [[9, 10, 11, 7, 8], [5, 6, 5, 6, 5, 6, 7, 8], [7, 8, 20, 21, 22, 7, 8, 12]]  # each invokes at 7, 8
 
 
 def answer_of(
@@ -60,6 +63,23 @@ def generated_while_sessions_are_lost(
             for live in server.server.service.sessions:
                 server.server.service.sessions._evict(live, "a test")
     return found, answer.counters
+
+
+def train_adapter(
+    bundle: Path, server: RunningServer, out: Path, kind: str, adapt: str, *, size: float = 1.0, **changes: object
+) -> None:
+    """An adapter of random weights, large enough to change what is said; the smaller its ``size``, the more often the
+    base model says the same."""
+    answers = adapt == "answer"
+    run = config(kind=kind, invocation=INVOCATION if answers else (), basis_steps=2 if answers else 0, **changes)
+    dataset = random_answers() if answers else random_dataset(VOCABULARY)
+    with training(bundle, server.url, run, dataset) as trainer:
+        for _ in range(run.total_steps if "kill_revive" in changes else 1):
+            trainer.run_step()
+        randomize_all(trainer)
+        for parameter in trainer.adapters.parameters().values():
+            parameter.value *= size
+        trainer.save_adapter(out)
 
 
 def save_random_adapter(bundle: Path, url: str, directory: Path, seed: int = 0) -> None:

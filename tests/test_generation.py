@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from answers import INVOCATION, random_answers
+from answers import INVOCATION
 from drawn import one_in
 from families import FAMILIES, MORE_FAMILIES, VOCABULARY, tiny_model
-from generating import answer_of, generated, generated_while_sessions_are_lost
+from generating import PROMPTS, answer_of, generated, generated_while_sessions_are_lost, train_adapter
 from peft import PeftModel
-from serving import RunningServer, config, open_model, random_dataset, randomize_all, serving, training
+from serving import RunningServer, config, open_model, random_dataset, serving, training
 from test_parts import WITHOUT_CACHE
 from tiny import TinyFactory
 from waiting import PassingClock, eventually
@@ -31,21 +31,8 @@ from dlora.edge.model.split import SplitModel
 from dlora.edge.wire.connecting import ConnectSettings, Retry
 from dlora.protocol.errors import DataError, DloraError, RefusedError
 
-PROMPTS = [[9, 10, 11, 7, 8], [5, 6, 5, 6, 5, 6, 7, 8], [7, 8, 20, 21, 22, 7, 8, 12]]  # each invokes at 7, 8
 TOKENS = 16
 LONG = {"max_position_embeddings": 256}
-
-
-def train_adapter(bundle: Path, server: RunningServer, out: Path, kind: str, adapt: str, **changes: object) -> None:
-    """An adapter of random weights, large enough to change what is said."""
-    answers = adapt == "answer"
-    run = config(kind=kind, invocation=INVOCATION if answers else (), basis_steps=2 if answers else 0, **changes)
-    dataset = random_answers() if answers else random_dataset(VOCABULARY)
-    with training(bundle, server.url, run, dataset) as trainer:
-        for _ in range(run.total_steps if "kill_revive" in changes else 1):
-            trainer.run_step()
-        randomize_all(trainer)
-        trainer.save_adapter(out)
 
 
 def generated_by_peft(model: torch.nn.Module, prompt: list[int], count: int) -> list[int]:

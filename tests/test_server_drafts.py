@@ -15,11 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from answers import INVOCATION, random_answers
 from families import VOCABULARY
-from generating import answer_of, generated, generated_while_sessions_are_lost
+from generating import PROMPTS, answer_of, generated, generated_while_sessions_are_lost, train_adapter
 from processes import cloud_process
-from serving import RunningServer, config, open_model, random_dataset, randomize_all, serving, training
+from serving import RunningServer, open_model, serving
 from test_cli import free_port
 from tiny import TinyFactory
 from waiting import eventually
@@ -35,7 +34,6 @@ from dlora.protocol.choices import Drafts
 from dlora.protocol.errors import LocalProtocolError, RemoteProtocolError
 from dlora.protocol.frames import encode
 
-PROMPTS = [[9, 10, 11, 7, 8], [5, 6, 5, 6, 5, 6, 7, 8], [7, 8, 20, 21, 22, 7, 8, 12]]  # each invokes at 7, 8
 TOKENS = 14
 LONG = {"max_position_embeddings": 256, "tie_word_embeddings": False}
 DRAWN = Sampling(temperature=0.8, seed=3)
@@ -57,21 +55,6 @@ def server(tiny: TinyFactory) -> Iterator[RunningServer]:
         yield running
 
 
-def train(
-    bundle: Path, server: RunningServer, out: Path, *, kind: str, answers: bool, size: float, **changes: Any
-) -> Path:
-    """An adapter; the smaller, the more often the base model says the same."""
-    run = config(kind=kind, invocation=INVOCATION if answers else (), basis_steps=2 if answers else 0, **changes)
-    dataset = random_answers() if answers else random_dataset(VOCABULARY)
-    with training(bundle, server.url, run, dataset) as trainer:
-        trainer.run_step()
-        randomize_all(trainer)
-        for parameter in trainer.adapters.parameters().values():
-            parameter.value *= size
-        trainer.save_adapter(out)
-    return out
-
-
 Adapters = Callable[[str], Path]
 
 
@@ -83,7 +66,8 @@ def adapters(bundle: Path, server: RunningServer, tmp_path_factory: pytest.TempP
     def make(name: str) -> Path:
         kind, _, answers = name.partition(", ")
         out = tmp_path_factory.mktemp("adapter")
-        return train(bundle, server, out, kind=kind, answers=bool(answers), size=0.25)
+        train_adapter(bundle, server, out, kind, "answer" if answers else "all", size=0.25)
+        return out
 
     return make
 
@@ -304,11 +288,11 @@ def test_guesses_change_no_letter_of_other_families(
     untied = {"tie_word_embeddings": False}
     bundle = tiny(family, head_dtype="fp32", **untied).bundle
     with serving(tiny(family, **untied).base) as server:
-        adapter = train(bundle, server, tmp_path, kind="bottleneck", answers=True, size=0.25)
+        train_adapter(bundle, server, tmp_path, "bottleneck", "answer", size=0.25)
         settings = {**way, "context_length": 60}
         with (
-            opening(bundle, server, adapter, **settings, drafts=False) as plain,
-            opening(bundle, server, adapter, **settings) as opened,
+            opening(bundle, server, tmp_path, **settings, drafts=False) as plain,
+            opening(bundle, server, tmp_path, **settings) as opened,
         ):
             for sampling in (Sampling(), DRAWN):
                 wanted = generated(plain, PROMPTS[1], 10, sampling=sampling)

@@ -87,7 +87,7 @@ class UsedModel:
         from dlora.edge.wire.credentials import Credentials
 
         credentials = Credentials.of(settings.server, warn)
-        if lends:
+        if lends and settings.server.server is not None:
             warn(
                 f"--lend-adapter: {settings.server.server} is GIVEN what the adapter has learnt, and has it in memory "
                 "until the session ends; it could keep it for good (SECURITY.md)"
