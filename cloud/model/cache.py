@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 from torch import Tensor
@@ -76,14 +77,34 @@ class PartCache:
     def _empty(self) -> DynamicCache:
         # Without the model's config, which would make it forget what has left the window.
         cache = DynamicCache()
-        if self._room:
-            cache.layers = [_LayerWithRoom(self._room) for _ in range(self.base.blocks)]
+        end = self.base.blocks if self.end is None else self.end
+        cache.layers = [
+            self._empty_layer() if self.begin <= block < end else _CountingLayer(self)
+            for block in range(self.base.blocks)
+        ]
         return cache
+
+    def _empty_layer(self) -> DynamicLayer:
+        return _LayerWithRoom(self._room) if self._room else DynamicLayer()
 
     def _filled(self) -> list[Any]:
         """Those that hold something; what does not keep plain keys and values was refused before."""
         layers: list[Any] = list(self.decoder_cache.layers)
         return [layer for layer in layers if layer.keys is not None]
+
+
+class _CountingLayer(DynamicLayer):
+    """Of a block that is left out. Decoders ask some block of theirs how many tokens the cache holds, to make masks and
+    positions: it says as many as the others hold."""
+
+    def __init__(self, cache: PartCache) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # transformers'
+        self._cache = weakref.ref(cache)  # which holds it
+
+    def get_seq_length(self) -> int:
+        cache = self._cache()
+        assert cache is not None
+        return cache.length
 
 
 class _LayerWithRoom(DynamicLayer):

@@ -41,7 +41,6 @@ _RunBlock = Callable[[int, BlockCall], Any]
 
 CACHE_ARGUMENTS: Final = ("cache", "past_key_values")
 """What decoders call it: the first since transformers 5.24, the second before."""
-_COUNTED_VALUES: Final = 2  # of a token, in a block that is left out: one key and one value
 
 
 class ModelParts:
@@ -182,9 +181,7 @@ class ModelParts:
 
         Raises ``ExportError`` as ``check_cache`` does.
         """
-        each = self._cache_bytes
-        run = each[begin:end]
-        return sum(run) + (len(each) - len(run)) * _COUNTED_VALUES * self.base.dtype.itemsize
+        return sum(self._cache_bytes[begin:end])
 
     @cached_property
     def _cache_bytes(self) -> list[int]:
@@ -251,7 +248,7 @@ class ModelParts:
             raise ValueError("a cache of another model")
         if cache is not None and (cache.begin, cache.end) != (begin, end):
             raise ValueError(f"a cache of blocks {cache.begin} to {cache.end} is not one of blocks {begin} to {end}")
-        return _Part(begin, self.base.blocks if end is None else end, hidden_states, self._returned, cache)
+        return _Part(begin, self.base.blocks if end is None else end, hidden_states, self._returned)
 
     def _check_blocks(self, begin: int, end: int | None) -> None:
         blocks = self.base.blocks
@@ -333,7 +330,6 @@ class _Part:
     end: int
     hidden_states: Tensor
     returned: list[int | None]
-    cache: PartCache | None
 
     def run_block(self, index: int, run: BlockCall) -> Any:
         if self.begin <= index < self.end:
@@ -341,12 +337,6 @@ class _Part:
             if index == self.end - 1:
                 self.hidden_states = first_output(output)
             return output
-        if self.cache is not None:
-            # Decoders ask some block of theirs how many tokens the cache holds, to make masks and positions: the block
-            # that is left out has as many keys as the others have, of one value each.
-            batch, length, _ = self.hidden_states.shape
-            counted = self.hidden_states.new_zeros(batch, 1, length, 1)
-            self.cache.decoder_cache.update(counted, counted, index)
         return _given_on(self.hidden_states, self.returned[index])
 
 
