@@ -95,6 +95,10 @@ def serve(
             metavar="N|auto",
         ),
     ] = "auto",
+    batch_rows: Annotated[
+        int,
+        limit(help="Most tokens of several devices' answers that run through the model at once; 0: one by one.", min=0),
+    ] = 64,
     park_s: Annotated[float, timeout(help="Seconds that a session is kept whose device is away.", min=0)] = 120.0,
     exchange_timeout_s: Annotated[
         float, timeout(help="Least seconds for one answer of a device; slow ones get more.", min=0.1)
@@ -146,6 +150,7 @@ def serve(
         live_limit=live_limit,
         drain_s=drain_s,
         window=most_under_way,
+        batch_rows=batch_rows,
     )
     server = CloudServer(base, settings, ticket_key=key, access=Access(tokens, required=authenticated), tls=tls)
     _log_limits(server, live_limit, max_sessions)

@@ -24,7 +24,8 @@ class Site(ABC):
     """One exchange group's torch, for one session.
 
     Args:
-        state: what the server keeps of the group, in the base model's dtype, on the group's device; frozen.
+        state: what the server keeps of the group, float32, on the group's device; frozen. Products with it are
+            computed so, as PEFT does: in half precision a few small rows would take three times as long.
     """
 
     @abstractmethod
@@ -75,7 +76,7 @@ class _LoraSite(Site):
 
     def compute_outputs(self, sent: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
         pairs = zip(parameters[::2], parameters[1::2], strict=True)
-        return [sent @ lora_a.T @ lora_b.T for lora_a, lora_b in pairs]
+        return [sent.float() @ lora_a.T @ lora_b.T for lora_a, lora_b in pairs]
 
 
 class _FfaSite(Site):
@@ -85,7 +86,7 @@ class _FfaSite(Site):
         (self._lora_a,) = state
 
     def project(self, x: Tensor) -> Tensor:
-        return x @ self._lora_a.T
+        return x.float() @ self._lora_a.T
 
     def expand(self, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
         return outputs
@@ -102,10 +103,10 @@ class _BottleneckSite(Site):
         self._lora_b = lora_b.split([target.out_features for target in group.targets])
 
     def project(self, x: Tensor) -> Tensor:
-        return x @ self._lora_a.T
+        return x.float() @ self._lora_a.T
 
     def expand(self, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        return [outputs[0] @ lora_b.T for lora_b in self._lora_b]
+        return [outputs[0].float() @ lora_b.T for lora_b in self._lora_b]
 
     def compute_outputs(self, sent: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
         (core,) = parameters

@@ -68,12 +68,33 @@ class PassRunner(RowRunner):
         self.reads: dict[int, Tensor] = {}
         self._written = outputs
 
-    def exchange(self, group: int, x: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor] | None]:
+    def exchange(self, group: int, x: Tensor) -> tuple[list[Tensor], Sequence[Tensor] | None]:
         """The frozen products, and the deltas; None where there are none yet."""
+        deltas = self._read(group, x)
+        return self.run_frozen(group, x), deltas
+
+    def add_deltas(self, name: str, x: Tensor, output: Tensor) -> None:
+        """Add to what a target module gives, in place, what ``run_target`` would: of all of a group when one is called.
+
+        Under ``torch.no_grad``; x: (…, tokens, in_features), output: (…, tokens, out_features).
+        """
+        group = self._group_of[name]
+        targets = self._groups[group].targets
+        if group not in self._inputs:
+            self._inputs[group] = x
+            deltas = self.given_deltas(group, x) if group in self.given else self._read(group, x)
+            if deltas is not None:
+                self._outputs.update(zip((target.name for target in targets), deltas, strict=True))
+        if name in self._outputs:
+            gain = next(target.gain for target in targets if target.name == name)
+            output.add_(self.unpack(self._outputs.pop(name), output), alpha=gain)
+
+    def _read(self, group: int, x: Tensor) -> Sequence[Tensor] | None:
+        """Read; and the deltas, if the device has said any."""
         site = self.sites[group]
         self.reads[group] = site.project(self.pack(x))
         outputs = self._written.get(group)
-        return self.run_frozen(group, x), None if outputs is None else site.expand(outputs)
+        return None if outputs is None else site.expand(outputs)
 
 
 class PassExchange:
@@ -94,12 +115,13 @@ class PassExchange:
         self._outputs: dict[int, Sequence[Tensor]] = {}
         self._reads: Reads = {}
 
-    def forward(self, device: GroupsDevice, reads: Reads, run: Callable[[], Tensor]) -> Tensor:
+    def forward(self, device: GroupsDevice, reads: Reads, run: Callable[[PassRunner], Tensor]) -> Tensor:
         """All passes: what ``run`` gives in the last one, with its graph where something is trained.
 
         Args:
             reads: of the base pass.
-            run: the base model, at the rows that adapters act at and after.
+            run: the base model, at the rows that adapters act at and after, with what is given to it running its
+                target modules.
         """
         waves = forward_waves(self._live, self._passes)
         for number, asked in enumerate(waves):
@@ -111,7 +133,7 @@ class PassExchange:
                     leaf.requires_grad_()
             runner = self._make_runner(self._outputs)
             with torch.set_grad_enabled(has_graph), running_targets(runner):
-                hidden_states = run()
+                hidden_states = run(runner)
             reads = dict(runner.reads)
         self._reads = reads
         return hidden_states

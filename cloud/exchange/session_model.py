@@ -98,10 +98,10 @@ class SessionModel:
         self.parameters[given.group] = self._kept(given.group, given.tensors)
 
     def _kept(self, group: int, tensors: Sequence[WireTensor]) -> list[Tensor]:
-        """Tensors that came, in the base model's dtype, where the group's modules are."""
-        torch_device, dtype = self.torch_device_of(self.groups[group]), self.base.dtype
+        """Tensors that came, float32, where the group's modules are."""
+        torch_device = self.torch_device_of(self.groups[group])
         # Copies: what came is a view of its frame.
-        return [from_wire(each, torch_device, dtype).clone() for each in tensors]
+        return [from_wire(each, torch_device, torch.float32).clone() for each in tensors]
 
     def embeddings(self, begun: m.Embeddings) -> Tensor:
         """What a micro-batch begins with, (tokens, embedding_size), in the base model's dtype on its device.

@@ -14,13 +14,20 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from dlora.cloud.model.base_model import BaseModel
 from dlora.protocol.groups import GroupSpec
+
+
+class TargetRunner(Protocol):
+    """Runs target modules in place of their own ``forward``."""
+
+    def run_target(self, name: str, x: Tensor) -> Tensor: ...
+    def forget(self) -> None: ...
 
 
 class GroupRunner(ABC):
@@ -45,6 +52,10 @@ class GroupRunner(ABC):
         self._group_of = {target.name: index for index in taking_part for target in groups[index].targets}
         self._inputs: dict[int, Tensor] = {}
         self._outputs: dict[str, Tensor] = {}
+
+    def runs(self, name: str) -> bool:
+        """Whether a target module is one of its groups'."""
+        return name in self._group_of
 
     @abstractmethod
     def run_group(self, group: int, x: Tensor) -> Sequence[Tensor]:
@@ -88,14 +99,16 @@ _running = threading.local()
 
 
 @contextmanager
-def running_targets(runner: GroupRunner) -> Iterator[None]:
-    """Within, ``runner`` runs the target modules that are called in this thread."""
+def running_targets(runner: TargetRunner | None) -> Iterator[None]:
+    """Within, ``runner`` runs the target modules that are called in this thread; None: they run themselves."""
+    before = getattr(_running, "runner", None)
     _running.runner = runner
     try:
         yield
     finally:
-        _running.runner = None
-        runner.forget()
+        _running.runner = before
+        if runner is not None:
+            runner.forget()
 
 
 @dataclass(frozen=True)
@@ -106,7 +119,7 @@ class _Wrapped:
     original: Callable[[Tensor], Tensor]
 
     def __call__(self, x: Tensor) -> Tensor:
-        runner: GroupRunner | None = getattr(_running, "runner", None)
+        runner: TargetRunner | None = getattr(_running, "runner", None)
         return self.original(x) if runner is None else runner.run_target(self.name, x)
 
 

@@ -9,19 +9,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .part_forward import PartForward
 from .parts import ModelParts
-
-_FEW_ROWS: Final = 8
-_SMALL_PRODUCT: Final = 2 << 20
-"""Weights of a product that one thread is through with, at a few rows, before another has woken up: half of a
-millisecond and less. SmolLM2's 0.9 million give a quarter more tokens a second with one thread than with two."""
 
 
 class Ways(NamedTuple):
@@ -50,16 +44,16 @@ class Context:
         room: for how many tokens.
 
     Attributes:
+        room: likewise.
         length: how many tokens it holds, but for what the other blocks of the base model have not had yet.
     """
 
     def __init__(self, parts: ModelParts, ways: Ways, room: int) -> None:
         lowest = ways.lowest
+        self.room = room
         self.length = 0
         self.ways = ways
         self._parts = parts
-        weights = [target.weight.numel() for target in parts.base.targets.values()]
-        self._is_small = max(weights, default=0) <= _SMALL_PRODUCT
         self._first = parts.new_cache(end=lowest, room=room) if lowest else None
         self._base = parts.new_cache(begin=lowest, room=room) if ways.has_base else None
         self._adapted = [parts.new_cache(begin=lowest, room=room) for _ in range(ways.adapted)]
@@ -78,42 +72,27 @@ class Context:
                 cache.crop(length)
         self.length = length
 
-    def run_first(self, embeds: Tensor) -> Tensor:
-        """The next tokens through the first blocks: (1, tokens, width), twice."""
-        hidden_states = embeds
-        if self._first is not None:
-            with self._threads(embeds):
-                hidden_states = self._parts.run(embeds, end=self.ways.lowest, cache=self._first)
+    def first(self, embeds: Tensor) -> PartForward | None:
+        """The next tokens, (1, tokens, embedding_size), through the first blocks; None: there are none of these."""
+        if self._first is None:
+            return None
+        return PartForward(self._parts, embeds, 0, self.ways.lowest, self._first)
+
+    def take(self, hidden_states: Tensor) -> None:
+        """Take in the next tokens, (1, tokens, width), as they come out of the first blocks."""
         if self._base is not None:
             self._waiting.append(hidden_states)
-        self.length += embeds.shape[1]
-        return hidden_states
+        self.length += hidden_states.shape[1]
 
-    def run_base(self) -> Tensor:
-        """All tokens that they have not had through the base model's other blocks: the last hidden states, (1, tokens,
-        hidden_size)."""
+    def base(self) -> PartForward:
+        """All tokens that they have not had through the base model's other blocks."""
         assert self._base is not None
         hidden_states, self._waiting = torch.cat(self._waiting, 1), []
-        with self._threads(hidden_states):
-            return self._parts.run(hidden_states, begin=self.ways.lowest, cache=self._base)
+        return PartForward(self._parts, hidden_states, self.ways.lowest, None, self._base)
 
-    def run_adapted(self, number: int, hidden_states: Tensor) -> Tensor:
+    def adapted(self, number: int, hidden_states: Tensor) -> PartForward:
         """The next tokens through the other blocks, in one of the ways in which they run with adapters."""
-        with self._threads(hidden_states):
-            return self._parts.run(hidden_states, begin=self.ways.lowest, cache=self._adapted[number])
-
-    @contextmanager
-    def _threads(self, hidden_states: Tensor) -> Iterator[None]:
-        """Within, a few rows of a small model run in one thread."""
-        threads = torch.get_num_threads()
-        is_one = self._is_small and hidden_states.shape[1] <= _FEW_ROWS and threads > 1
-        if is_one:
-            torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            if is_one:
-                torch.set_num_threads(threads)
+        return PartForward(self._parts, hidden_states, self.ways.lowest, None, self._adapted[number])
 
     def take_base_rows(self, number: int, until: int) -> None:
         """Let adapters change nothing up to the token ``until``, in one of the ways."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +25,7 @@ from typing import Any, Final, NoReturn
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from dlora.protocol.errors import ExportError
 from dlora.protocol.text import first_line
@@ -112,29 +113,67 @@ class ModelParts:
         Raises ``ValueError`` for blocks that there are not, another width, no tokens, and a cache of other blocks or of
         another model.
         """
-        part = self._part(hidden_states, begin, end, cache)
-        if cache is not None and (attention_mask is not None or position_ids is not None):
+        if cache is None:
+            return self._run_part(self._part(hidden_states, begin, end), attention_mask, position_ids)
+        if attention_mask is not None or position_ids is not None:
             raise ValueError("with a cache there is neither padding nor packing: all rows have the same length")
-        arguments: dict[str, Any] = {"use_cache": cache is not None}
-        if cache is not None:
-            arguments[self._cache_argument] = cache.decoder_cache
-        if position_ids is not None:
-            arguments["position_ids"] = position_ids
-        embeds = hidden_states
-        if begin > 0:
-            # Masks and positions are made from their shape; no block sees their values.
-            embeds = hidden_states.new_zeros(*hidden_states.shape[:-1], self.base.embedding_size)
+        with self.extending([cache], [hidden_states.shape[1]], begin, end):
+            return self._run_part(self._part(hidden_states, begin, end), cache=cache.decoder_cache)
+
+    def run_side_by_side(
+        self, hidden_states: Tensor, begin: int, end: int | None, position_ids: Tensor, cache: DynamicCache
+    ) -> Tensor:
+        """As ``run``, of tokens of several contexts: (1, length, width), at the positions that they have there, (1,
+        length). Their attention, and what is kept of them, is the cache's."""
+        return self._run_part(self._part(hidden_states, begin, end), position_ids=position_ids, cache=cache)
+
+    @contextmanager
+    def extending(
+        self, caches: Sequence[PartCache], counts: Sequence[int], begin: int, end: int | None
+    ) -> Iterator[None]:
+        """Within, caches of the blocks ``begin`` to ``end - 1`` take in so many tokens each. After an error they are as
+        before."""
+        for cache in caches:
+            if cache.base is not self.base:
+                raise ValueError("a cache of another model")
+            if (cache.begin, cache.end) != (begin, end):
+                raise ValueError(
+                    f"a cache of blocks {cache.begin} to {cache.end} is not one of blocks {begin} to {end}"
+                )
         try:
-            with self._within(part.run_block):
-                output = self.base.decoder(inputs_embeds=embeds, attention_mask=attention_mask, **arguments)
+            yield
         except BaseException:
-            if cache is not None:
+            for cache in caches:
                 cache.cut(cache.length)
             raise
-        if cache is not None:
-            cache.length += hidden_states.shape[1]
-        last: Tensor = output.last_hidden_state if end is None else part.hidden_states
+        for cache, count in zip(caches, counts, strict=True):
+            cache.length += count
+
+    def _run_part(
+        self,
+        part: _Part,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: DynamicCache | None = None,
+    ) -> Tensor:
+        embeds = part.hidden_states
+        if part.begin > 0:
+            # Masks and positions are made from their shape; no block sees their values.
+            embeds = embeds.new_zeros(*embeds.shape[:-1], self.base.embedding_size)
+        arguments: dict[str, Any] = {} if cache is None else {self._cache_argument: cache}
+        if position_ids is not None:
+            arguments["position_ids"] = position_ids
+        with self._within(part.run_block):
+            output = self.base.decoder(
+                inputs_embeds=embeds, attention_mask=attention_mask, use_cache=cache is not None, **arguments
+            )
+        last: Tensor = output.last_hidden_state if part.is_last else part.hidden_states
         return last
+
+    @cached_property
+    def largest_product(self) -> int:
+        """Weights of the largest module that can be a target."""
+        return max((target.weight.numel() for target in self.base.targets.values()), default=0)
 
     def run_calls(
         self,
@@ -237,18 +276,14 @@ class ModelParts:
                     return f"block {index} keeps its past elsewhere"
         return None if is_near(found, wanted[:, 4:]) else "it gives something else with one than without"
 
-    def _part(self, hidden_states: Tensor, begin: int, end: int | None, cache: PartCache | None) -> _Part:
+    def _part(self, hidden_states: Tensor, begin: int, end: int | None) -> _Part:
         self._check_blocks(begin, end)
         if not hidden_states.shape[1]:
             raise ValueError("there are no tokens to run")
         width = hidden_states.shape[-1]
         if width != self._widths[begin]:
             raise ValueError(f"block {begin} takes hidden states of width {self._widths[begin]}, not {width}")
-        if cache is not None and cache.base is not self.base:
-            raise ValueError("a cache of another model")
-        if cache is not None and (cache.begin, cache.end) != (begin, end):
-            raise ValueError(f"a cache of blocks {cache.begin} to {cache.end} is not one of blocks {begin} to {end}")
-        return _Part(begin, self.base.blocks if end is None else end, hidden_states, self._returned)
+        return _Part(begin, self.base.blocks if end is None else end, end is None, hidden_states, self._returned)
 
     def _check_blocks(self, begin: int, end: int | None) -> None:
         blocks = self.base.blocks
@@ -322,12 +357,14 @@ class _Part:
     """One forward pass of the blocks ``begin`` to ``end - 1``.
 
     Attributes:
+        is_last: whether the final norm follows.
         hidden_states: before the first of them what they are given, after the last what they give.
         returned: as ``ModelParts`` keeps it.
     """
 
     begin: int
     end: int
+    is_last: bool
     hidden_states: Tensor
     returned: list[int | None]
 

@@ -9,7 +9,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from dlora.cloud.exchange.gate import ComputeGate
+from dlora.cloud.exchange.forward import Forwards
+from dlora.cloud.exchange.gate import Gate
 from dlora.cloud.exchange.torch_codecs import from_wire, to_wire
 from dlora.protocol import messages as m
 from dlora.protocol.errors import RefusedError
@@ -34,6 +35,7 @@ class MicroBatchDevice:
         arrived: when its first message was there.
 
     Attributes:
+        clock: seconds that never go back.
         waited_s: for the device so far; idle_s: for the device and for the gate.
     """
 
@@ -45,7 +47,7 @@ class MicroBatchDevice:
         codecs: Codecs,
         dtype: torch.dtype,
         *,
-        gate: ComputeGate,
+        gate: Gate,
         deadlines: Deadlines,
         arrived: float,
     ) -> None:
@@ -54,7 +56,7 @@ class MicroBatchDevice:
         self._times: list[float] = [arrived] * 3
         self._began = device.clock()
         self._device = device
-        self._clock = device.clock
+        self.clock = device.clock
         self._key = key
         self._codecs = codecs
         self._dtype = dtype
@@ -65,12 +67,19 @@ class MicroBatchDevice:
     @contextmanager
     def computing(self) -> Iterator[None]:
         """Within, the micro-batch computes; until its first turn comes, it waits."""
-        began = self._clock()
+        began = self.clock()
         with self._gate.computing():
-            now = self._clock()
+            now = self.clock()
             self.idle_s += now - began
             self._times += (began, began, now)
             yield
+
+    def run(self, forwards: Forwards) -> None:
+        """Run forward passes of the micro-batch's context, one after the other."""
+        self._gate.run(forwards, self._count_idle)
+
+    def _count_idle(self, seconds: float) -> None:
+        self.idle_s += seconds
 
     # -- tensors -------------------------------------------------------------------------------------------
 
@@ -124,13 +133,13 @@ class MicroBatchDevice:
 
     # -- messages ------------------------------------------------------------------------------------------
 
-    def send_drafts(self, token_ids: Sequence[int], computed_s: float) -> None:
-        """Tokens that were guessed, and how long that took."""
+    def send_drafts(self, token_ids: Sequence[int], seconds: float) -> None:
+        """Tokens that were guessed, and how long that took, with what was computed for others meanwhile."""
         step, micro_batch = self._key
         ids = WireTensor.from_ints(token_ids)
         self._send(
             m.DraftTokens(
-                step=step, micro_batch=micro_batch, token_ids=ids, computed_s=min(max(0.0, computed_s), m.MAX_SECONDS)
+                step=step, micro_batch=micro_batch, token_ids=ids, computed_s=min(max(0.0, seconds), m.MAX_SECONDS)
             )
         )
 
@@ -164,7 +173,7 @@ class MicroBatchDevice:
     @property
     def computed_s(self) -> float:
         """Seconds that were computed so far."""
-        return min(max(0.0, self._clock() - self._began - self.idle_s), m.MAX_SECONDS)
+        return min(max(0.0, self.clock() - self._began - self.idle_s), m.MAX_SECONDS)
 
     @property
     def _queued_s(self) -> float:
@@ -177,7 +186,7 @@ class MicroBatchDevice:
         times, self._times = self._times, []
         if opening is None or not opening.times:
             return ()
-        since = (at - self._device.began for at in (*times[-m.MAX_TIMES + 1 :], self._clock()))
+        since = (at - self._device.began for at in (*times[-m.MAX_TIMES + 1 :], self.clock()))
         return tuple(min(max(0.0, at), m.MAX_SECONDS) for at in since)
 
     def _send(self, message: m.ExchangeMessage) -> None:
@@ -186,17 +195,17 @@ class MicroBatchDevice:
     def receive(self, kind: type[M]) -> M:
         """The device's next message of this micro-batch. Raises ``DeviceGaveUpError``, and what the transport does."""
         transport = self._device.transport
-        began, times_lost = self._clock(), transport.times_lost
+        began, times_lost = self.clock(), transport.times_lost
         try:
             with self._gate.waiting():
                 try:
                     message = self._await_answer(began + self._deadlines.all_answers.seconds - self.waited_s)
                 finally:  # before the gate is waited for: what others compute is not the device's time
-                    received = self._clock()
+                    received = self.clock()
                     waited_s = received - began
                     self.waited_s += waited_s
         finally:
-            now = self._clock()
+            now = self.clock()
             self.idle_s += now - began
             self._times += (began, received, now)
         if transport.times_lost == times_lost:  # else it tells of the network, not of the device
@@ -209,7 +218,7 @@ class MicroBatchDevice:
     def _await_answer(self, give_up_at: float) -> m.AnyMessage:
         """The next message; a device that is late is told to come again, and the clock starts anew."""
         late = RefusedError("the device did not answer in time", m.ErrorCode.DEADLINE, retryable=True)
-        while self._clock() < give_up_at:
+        while self.clock() < give_up_at:
             message = self._device.receive(self._key, self._deadlines.one_answer.seconds, give_up_at)
             if message is not None:
                 return message

@@ -23,6 +23,8 @@ from websockets.http11 import Request, Response
 from dlora.cloud.admission.access import Access, AccessDeniedError, Caller
 from dlora.cloud.admission.guard import ConnectionLimits, Guard, GuardedConnection
 from dlora.cloud.admission.quotas import Quotas
+from dlora.cloud.exchange.gate import ComputeGate
+from dlora.cloud.exchange.shared_gate import SharedGate
 from dlora.cloud.exchange.target_modules import wrap_target_modules
 from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.model.layout import can_pack
@@ -88,7 +90,7 @@ class CloudServer:
         self._housekeeping: list[asyncio.Task[None]] = []
         self._changes_seen = self._changes_released = 0
         self._started = time.monotonic()
-        parts = ModelParts.of(base)
+        parts, gate = ModelParts.of(base), ComputeGate()
         row_blocks = RowBlocks.of(parts)
         live_bytes, may_pack, quotas = LiveBytes.measure(base, row_blocks), can_pack(base), settings.quotas
         max_tokens, live_limit = settings.max_tokens, settings.live_limit
@@ -116,6 +118,8 @@ class CloudServer:
             ticket_key=ticket_key,
             sessions=Sessions(settings.max_sessions, settings.clock),
             quotas=Quotas(quotas, total_live_bytes=live_limit, clock=settings.clock),
+            gate=gate,
+            shared_gate=SharedGate.of(gate, parts, settings.batch_rows, settings.clock),
             deadlines=DeviceDeadlines(settings.timeouts),
             pool=ThreadPoolExecutor(settings.max_sessions, thread_name_prefix="session"),
             openings=ThreadPoolExecutor(1, thread_name_prefix="opening"),

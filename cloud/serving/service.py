@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from dlora.cloud.admission.guard import ConnectionLimits
 from dlora.cloud.admission.quotas import QuotaLimits, Quotas
 from dlora.cloud.exchange.gate import ComputeGate
+from dlora.cloud.exchange.shared_gate import SharedGate
 from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.model.live_bytes import LiveBytes
 from dlora.cloud.model.parts import ModelParts
@@ -35,6 +36,7 @@ class ServerSettings:
         drain_s: how long running steps may take to finish once the server is asked to stop.
         window: the most micro-batches that a session may have under way at a time; None: as many of the usual size as
             a device has memory for, ``USUAL_WINDOW`` at most.
+        batch_rows: tokens of several sessions' answers that run side by side; 0: none do.
         clock: seconds that never go back, which everything that a session waits for is measured with.
     """
 
@@ -47,6 +49,7 @@ class ServerSettings:
     live_limit: int | None = None
     drain_s: float = 30.0
     window: int | None = None
+    batch_rows: int = 64
     clock: Callable[[], float] = time.monotonic
 
 
@@ -62,6 +65,7 @@ class Service:
         opening_bytes: the largest frame before a session is open.
         openings: one thread that decodes and checks what may be large, off the event loop and one after the other.
         draining: set once the server stops: running steps are finished, nothing new is begun.
+        gate: of all sessions; shared_gate: where those that answer compute together; None: they do not.
         running: the sessions' threads; closing_tasks: to devices that are told to go, until they have heard it.
     """
 
@@ -81,7 +85,8 @@ class Service:
     deadlines: DeviceDeadlines
     pool: ThreadPoolExecutor
     openings: ThreadPoolExecutor
-    gate: ComputeGate = field(default_factory=ComputeGate)
+    gate: ComputeGate
+    shared_gate: SharedGate | None
     draining: threading.Event = field(default_factory=threading.Event)
     running: Tasks = field(default_factory=Tasks)
     closing_tasks: Tasks = field(default_factory=Tasks)

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 import torch
 
 from dlora.cloud.admission.quotas import Charge
+from dlora.cloud.exchange.gate import Gate
 from dlora.cloud.exchange.session_model import SessionModel
 from dlora.cloud.model.context import Context
 from dlora.cloud.model.memory import release_freed_memory
@@ -232,7 +233,7 @@ class SessionLoop:
             del begun
             charge = self._admit(tokens, run.estimate(service.live_bytes))
         device = MicroBatchDevice(
-            self._device, run.key, run.codecs, service.base.dtype, gate=service.gate, deadlines=self._deadlines,
+            self._device, run.key, run.codecs, service.base.dtype, gate=self._gate_of(run), deadlines=self._deadlines,
             arrived=arrived,
         )  # fmt: skip
         started, times_lost = self._clock(), self._transport.times_lost
@@ -247,6 +248,12 @@ class SessionLoop:
                 self._charge_ended.notify_all()
         if self._transport.times_lost == times_lost:
             self._deadlines.all_answers.observe(device.waited_s)
+
+    def _gate_of(self, run: ServerMicroBatch | DecodeMicroBatch) -> Gate:
+        shared = self._service.shared_gate
+        if shared is not None and isinstance(run, DecodeMicroBatch) and run.may_share(shared.most_tokens):
+            return shared
+        return self._service.gate
 
     @contextmanager
     def _charged(self) -> Iterator[None]:
