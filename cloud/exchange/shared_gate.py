@@ -151,6 +151,7 @@ class SharedGate:
             while own.next is not None:
                 with self._gate.computing():
                     until = self._clock() + _MOST_HELD_S
+                    self._run_round()
                     while own.next is not None and self._clock() < until:
                         self._run_round()
         finally:

@@ -34,7 +34,7 @@ logger = logging.getLogger("dlora.cloud")
 
 _TRIED: Final = ((5, 1), (0, 4), (3, 1), (4, 3))
 """What every model is tried with: tokens that a context holds, and how many go on."""
-_WINDOWS: Final = "sliding_window", "attention_chunk_size"
+_WINDOWS: Final = "sliding_window", "window_size", "attention_window_size", "attention_chunk_size"
 """What configs call the tokens that attention reaches back."""
 _ORIGINAL_LENGTH: Final = "original_max_position_embeddings"  # past which "longrope" turns all positions otherwise
 
@@ -97,16 +97,14 @@ class SideBySide:
             wanted = [forward.run() for _, forward in alone]
             if not all(map(is_near, self.run(beside), wanted)):
                 return False
-            states = [torch.cat([first, last], 1) for (first, _), last in zip(alone, wanted, strict=True)]
+            states = [torch.cat([*first, last], 1) for (first, _), last in zip(alone, wanted, strict=True)]
         return True
 
-    def _begin(self, states: Tensor, begin: int, end: int | None, past: int) -> tuple[Tensor, PartForward]:
-        """What the first tokens of a context give, and the others that go on."""
+    def _begin(self, states: Tensor, begin: int, end: int | None, past: int) -> tuple[list[Tensor], PartForward]:
+        """What the first tokens of a context give, if there are any, and the others that go on."""
         cache = self._parts.new_cache(begin=begin, end=end)
-        first, rest = states[:, :past], states[:, past:]
-        if past:  # else there is nothing to run
-            first = self._parts.run(first, begin=begin, end=end, cache=cache)
-        return first, PartForward(self._parts, rest, begin, end, cache)
+        first = [self._parts.run(states[:, :past], begin=begin, end=end, cache=cache)] if past else []
+        return first, PartForward(self._parts, states[:, past:], begin, end, cache)
 
 
 def _reach(base: BaseModel) -> int:
@@ -116,7 +114,7 @@ def _reach(base: BaseModel) -> int:
     rope = getattr(config, "rope_parameters", None)
     if isinstance(rope, dict) and rope.get("rope_type") == "longrope":
         limits.append(rope.get(_ORIGINAL_LENGTH) or getattr(config, _ORIGINAL_LENGTH, None))
-    return min([base.max_sequence_length, *(limit for limit in limits if isinstance(limit, int))])
+    return min([base.max_sequence_length, *(limit for limit in limits if isinstance(limit, int) and limit > 0)])
 
 
 class _ContextCaches(DynamicCache):

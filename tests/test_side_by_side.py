@@ -1,0 +1,430 @@
+"""Answers of several sessions that are computed at once: each is what it is alone."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, tiny_model
+from generating import PROMPTS, generated, generated_while_sessions_are_lost, train_adapter
+from serving import RunningServer, open_model, serving
+from test_parts import deeper
+from tiny import TinyFactory
+from torch import Tensor
+from waiting import StandingClock, eventually
+
+from dlora.cloud.exchange import shared_gate
+from dlora.cloud.exchange.forward import Forward, Forwards
+from dlora.cloud.exchange.gate import ComputeGate
+from dlora.cloud.exchange.shared_gate import SharedGate
+from dlora.cloud.exchange.single_rows import SingleRows, twice
+from dlora.cloud.exchange.target_modules import original_forward, wrap_target_modules
+from dlora.cloud.model.base_model import BaseModel
+from dlora.cloud.model.layout import is_near, random_embeds
+from dlora.cloud.model.part_forward import PartForward
+from dlora.cloud.model.parts import ModelParts
+from dlora.cloud.model.side_by_side import SideBySide
+from dlora.edge.engine.bundle import Bundle
+from dlora.edge.generation.sampling import Sampling
+from dlora.edge.model.context import Context
+from dlora.edge.wire.connecting import ConnectSettings, Retry
+
+LONG = {"max_position_embeddings": 256, "tie_word_embeddings": False}
+OTHERWISE = {"mistral", "gemma2", "gemma3_text", "bloom", "falcon"}
+"""Families whose attention is not torch's, or has more than causal order: the tiny Mistral's looks back four tokens."""
+COUNTS = [(7, 1), (0, 5), (3, 1), (9, 4)]
+
+
+def begun(parts: ModelParts, begin: int, room: int = 0) -> list[PartForward]:
+    """Contexts that hold some tokens, and go on with others."""
+    found = []
+    for index, (past, count) in enumerate(COUNTS):
+        embeds = random_embeds(parts.base, past + count).roll(index, 1)
+        if begin:
+            embeds = parts.run(embeds, end=begin)
+        cache = parts.new_cache(begin=begin, room=room)
+        if past:
+            parts.run(embeds[:, :past], begin=begin, cache=cache)
+        found.append(PartForward(parts, embeds[:, past:], begin, None, cache))
+    return found
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_contexts_side_by_side_are_what_they_are_alone(family: str) -> None:
+    parts = ModelParts(BaseModel.from_model(tiny_model(family), family))
+    side_by_side = SideBySide.of(parts)
+    assert (side_by_side is None) == (family in OTHERWISE)
+    if side_by_side is not None:
+        for begin in (0, 1):
+            alone, beside = begun(parts, begin, 32), begun(parts, begin, 32)
+            for _ in range(2):  # the second time all go on from what both ways have kept
+                wanted = [forward.run() for forward in alone]
+                assert all(map(is_near, side_by_side.run(beside), wanted))
+            assert [each.cache.length for each in beside] == [each.cache.length for each in alone]
+
+
+@torch.no_grad()
+def test_in_half_precision_bits_are_the_same() -> None:
+    """Also of a single token, whose products may be computed in another order."""
+    model = tiny_model("llama", hidden_size=64, intermediate_size=1536, num_attention_heads=4, num_key_value_heads=2)
+    base = BaseModel.from_model(model.to(torch.bfloat16), "llama")
+    wrap_target_modules(base)
+    parts = ModelParts(base)
+    gate = SharedGate.of(ComputeGate(), parts, 64, time.monotonic)
+    assert gate is not None
+    alone = [Forward(part, likeliest_from=0) for part in begun(parts, 0)]
+    for forward in alone:
+        gate.run(iter([forward]), lambda _: None)
+    beside = [Forward(part, likeliest_from=0) for part in begun(parts, 0)]
+    run_at_once(gate, [iter([forward]) for forward in beside])
+    for one, other in zip(alone, beside, strict=True):
+        assert torch.equal(one.hidden_states, other.hidden_states)
+        assert one.likeliest == other.likeliest
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_single_row_is_multiplied_twice_where_that_puts_it_right(family: str) -> None:
+    sizes = {"n_embd": 1536, "n_head": 4} if family == "gpt2" else {"hidden_size": 64, "intermediate_size": 1536}
+    base = BaseModel.from_model(tiny_model(family, **sizes).to(torch.bfloat16), family)
+    found = SingleRows.of(base)
+    for name in found.modules:
+        product = original_forward(base, name)
+        rows = torch.randn(1, 8, base.targets[name].in_features).to(torch.bfloat16)
+        each = torch.cat([twice(product, row) for row in rows.split(1, 1)], 1)
+        assert torch.equal(each, product(rows)), name
+    assert SingleRows.of(BaseModel.from_model(tiny_model(family), family)) == SingleRows()
+
+
+@torch.no_grad()
+def test_a_forward_that_fails_leaves_all_caches_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = ModelParts(deeper("llama"))
+    side_by_side = SideBySide(parts)
+    wanted, beside = [forward.run() for forward in begun(parts, 0)], begun(parts, 0)
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(parts.base.block_modules[1].mlp, "forward", fail)
+        with pytest.raises(MemoryError):
+            side_by_side.run(beside)
+    assert [forward.cache.length for forward in beside] == [past for past, _ in COUNTS]
+    assert all(map(is_near, side_by_side.run(beside), wanted))
+
+
+# -- who computes ----------------------------------------------------------------------------------------------
+
+
+def run_at_once(gate: SharedGate, programs: Sequence[Forwards]) -> list[BaseException | None]:
+    """Run them in a thread each, once all of them wait; gives what each ended with."""
+
+    def run(forwards: Forwards) -> BaseException | None:
+        try:
+            with torch.no_grad():
+                gate.run(forwards, lambda _: None)
+        except Exception as error:
+            return error
+        return None
+
+    with ThreadPoolExecutor(len(programs)) as pool:
+        with gate._gate.computing():  # nobody begins before all have asked
+            running = [pool.submit(run, forwards) for forwards in programs]
+            eventually(lambda: len(gate._waiting) == len(programs))
+        return [each.result(60) for each in running]
+
+
+class Recorded:
+    """A gate that notes how many passes run at once, and of which blocks."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, parts: ModelParts, most_rows: int = 64) -> None:
+        gate = SharedGate.of(ComputeGate(), parts, most_rows, time.monotonic)
+        assert gate is not None
+        self.gate, self.rounds = gate, list[tuple[int, int]]()
+        run = gate._run
+
+        def record(forwards: Sequence[Forward]) -> None:
+            self.rounds.append((len(forwards), forwards[0].part.begin))
+            run(forwards)
+
+        monkeypatch.setattr(gate, "_run", record)
+
+
+@pytest.fixture(scope="module")
+def parts() -> ModelParts:
+    base = deeper("llama")
+    wrap_target_modules(base)
+    return ModelParts(base)
+
+
+def program(parts: ModelParts, *ends: int | None, tokens: int = 1) -> Forwards:
+    """Passes of the blocks up to each of these, from none or from the end before on."""
+    begin = 0
+    for end in ends:
+        width = parts.width_after(begin)
+        states = torch.ones(1, tokens, width)
+        yield Forward(PartForward(parts, states, begin, end, parts.new_cache(begin=begin, end=end)))
+        begin = end or 0
+
+
+def test_passes_of_the_same_blocks_run_at_once(monkeypatch: pytest.MonkeyPatch, parts: ModelParts) -> None:
+    recorded = Recorded(monkeypatch, parts)
+    assert run_at_once(recorded.gate, [program(parts, 2, None) for _ in range(3)]) == [None] * 3
+    assert recorded.rounds == [(3, 0), (3, 2)]
+
+
+def test_who_is_behind_catches_up(monkeypatch: pytest.MonkeyPatch, parts: ModelParts) -> None:
+    """One that is ahead waits for the others, but not for ever."""
+    recorded = Recorded(monkeypatch, parts)
+    ahead = program(parts, 2, None)
+    next(ahead)  # the others have their first blocks before them still
+    run_at_once(recorded.gate, [ahead, program(parts, 2, None), program(parts, 2, None)])
+    assert recorded.rounds == [(2, 0), (3, 2)]
+    recorded.rounds.clear()
+    ahead = program(parts, 2, None)
+    next(ahead)
+    run_at_once(recorded.gate, [ahead, *(program(parts, None, None, None, None) for _ in range(2))])
+    assert recorded.rounds == [(2, 0)] * 2 + [(1, 2)] + [(2, 0)] * 2
+
+
+def test_no_more_rows_than_allowed_run_at_once(monkeypatch: pytest.MonkeyPatch, parts: ModelParts) -> None:
+    recorded = Recorded(monkeypatch, parts, most_rows=8)
+    run_at_once(recorded.gate, [program(parts, None, tokens=tokens) for tokens in (3, 9, 3, 3)])
+    assert sorted(recorded.rounds) == [(1, 0), (1, 0), (2, 0)]
+
+
+def test_what_fails_fails_alone(monkeypatch: pytest.MonkeyPatch, parts: ModelParts) -> None:
+    """A pass that cannot run, and what is made of one that has: the others get theirs."""
+
+    def of_a_wrong_width() -> Forwards:
+        yield Forward(PartForward(parts, torch.ones(1, 1, 3), 0, None, parts.new_cache()))
+
+    def failing_after() -> Forwards:
+        yield from program(parts, None)
+        raise KeyError("mine")
+
+    recorded = Recorded(monkeypatch, parts)
+    good = program(parts, None)
+    found = run_at_once(recorded.gate, [good, of_a_wrong_width(), failing_after()])
+    assert [type(error) for error in found] == [type(None), ValueError, KeyError]
+
+
+def test_what_was_computed_for_others_is_not_charged(monkeypatch: pytest.MonkeyPatch, parts: ModelParts) -> None:
+    """Of a pass of three tokens beside one of one token each has its part."""
+    clock, idle = StandingClock(), {3: 0.0, 1: 0.0}
+    gate = SharedGate.of(ComputeGate(), parts, 64, clock)
+    assert gate is not None
+
+    def compute(_: Sequence[Forward]) -> None:
+        clock.now += 8.0
+
+    monkeypatch.setattr(gate, "_run", compute)
+
+    def run(tokens: int) -> None:
+        def count(seconds: float) -> None:
+            idle[tokens] += seconds
+
+        with torch.no_grad():
+            gate.run(program(parts, None, tokens=tokens), count)
+
+    with ThreadPoolExecutor(2) as pool:
+        with gate._gate.computing():
+            running = [pool.submit(run, tokens) for tokens in idle]
+            eventually(lambda: len(gate._waiting) == 2)
+        for each in running:
+            each.result(60)
+    assert idle == {3: 2.0, 1: 6.0}
+
+
+def test_turns_come_in_the_order_in_which_they_were_asked_for() -> None:
+    gate, order = ComputeGate(), list[int]()
+
+    def take(number: int) -> None:
+        with gate.computing():
+            order.append(number)
+
+    with gate.computing():
+        threads = []
+        for number in range(5):
+            threads.append(threading.Thread(target=take, args=(number,)))
+            threads[-1].start()
+            eventually(lambda: len(gate._turns) == len(threads))
+    for thread in threads:
+        thread.join(60)
+    assert order == list(range(5))
+
+
+def test_who_trains_comes_in_between_two_tokens_of_a_long_answer(
+    monkeypatch: pytest.MonkeyPatch, parts: ModelParts
+) -> None:
+    """Where a round takes longer than the gate is held, after each."""
+    monkeypatch.setattr(shared_gate, "_MOST_HELD_S", 0.0)
+    recorded = Recorded(monkeypatch, parts)
+    turn, was_in = threading.Event(), list[int]()
+
+    def train() -> None:
+        with recorded.gate._gate.computing():
+            was_in.append(len(recorded.rounds))
+
+    trainer = threading.Thread(target=train)
+
+    def answer() -> Forwards:
+        yield from program(parts, None)
+        trainer.start()
+        eventually(lambda: len(recorded.gate._gate._turns) == 1)
+        yield from program(parts, None)
+        turn.set()
+
+    with torch.no_grad():
+        recorded.gate.run(answer(), lambda _: None)
+    trainer.join(60)
+    assert turn.is_set()
+    assert was_in == [1]
+
+
+# -- with devices --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny: TinyFactory) -> Path:
+    return tiny("llama", head_dtype="fp32", blocks=3, **LONG).bundle
+
+
+@pytest.fixture(scope="module")
+def server(tiny: TinyFactory) -> Iterator[RunningServer]:
+    with serving(tiny("llama", blocks=3, **LONG).base, max_sessions=16) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def adapter(bundle: Path, server: RunningServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("adapter")
+    train_adapter(bundle, server, out, "bottleneck", "answer", size=0.25)
+    return out
+
+
+WAYS: list[dict[str, Any]] = [{"passes": "2,2"}, {"lends": True}, {"adapter": None}, {"passes": "1,1"}]
+
+
+def opened(bundle: Path, server: RunningServer, adapter: Path, way: dict[str, Any]) -> AbstractContextManager[Any]:
+    settings = {"wire_dtype": "fp32", "context_length": 128, "drafts": True, "adapter": adapter, **way}
+    retry = ConnectSettings(retry=Retry(max_s=30))
+    return open_model(Bundle.open(bundle), server.url, settings.pop("adapter"), connecting=retry, **settings)
+
+
+def count_shared(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many passes ran at once, from now on."""
+    gate, counts = server.server.service.shared_gate, list[int]()
+    assert gate is not None
+    run = gate._run
+
+    def count(forwards: Sequence[Forward]) -> None:
+        counts.append(len(forwards))
+        run(forwards)
+
+    monkeypatch.setattr(gate, "_run", count)
+    return counts
+
+
+Answer = Callable[[Any, Sequence[int]], list[int]]
+
+
+def answer_at_once(
+    bundle: Path, server: RunningServer, adapter: Path, answer: Answer, counts: list[int]
+) -> list[tuple[list[int], list[int]]]:
+    """Of each way an answer alone, and one while all others are answered."""
+    with ExitStack() as stack, ThreadPoolExecutor(len(WAYS)) as pool:
+        models = [stack.enter_context(opened(bundle, server, adapter, way)) for way in WAYS]
+        prompts = [PROMPTS[index % len(PROMPTS)] for index in range(len(WAYS))]
+        alone = list(map(answer, models, prompts))
+        assert set(counts) <= {1}
+        service = server.server.service
+        with service.gate.computing():
+            running = [pool.submit(answer, *each) for each in zip(models, prompts, strict=True)]
+            assert service.shared_gate is not None
+            eventually(lambda: len(service.shared_gate._waiting) == len(WAYS))
+        return list(zip(alone, [each.result(120) for each in running], strict=True))
+
+
+@pytest.mark.parametrize("draft_length", [0, 3])
+def test_answers_at_once_are_those_alone(
+    draft_length: int, bundle: Path, server: RunningServer, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In passes, with an adapter that was lent, and without any: they share what they ask for at the same time."""
+    counts = count_shared(server, monkeypatch)
+
+    def answer(model: Any, prompt: Sequence[int]) -> list[int]:
+        drafts = "server" if draft_length else "off"
+        return generated(Context(model), prompt, 12, draft_length=draft_length, drafts=drafts)
+
+    for alone, together in answer_at_once(bundle, server, adapter, answer, counts):
+        assert together == alone
+    assert max(counts) == len(WAYS)
+
+
+def test_sessions_that_are_lost_lose_nobody_elses_answer(
+    bundle: Path, server: RunningServer, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = count_shared(server, monkeypatch)
+
+    def answer(model: Any, prompt: Sequence[int]) -> list[int]:
+        return generated_while_sessions_are_lost(model, server, prompt, 12, Sampling(), 3, "server")[0]
+
+    for alone, together in answer_at_once(bundle, server, adapter, answer, counts):
+        assert together == alone
+    assert max(counts) > 1
+
+
+def test_live_adapters_and_texts_do_not_share(
+    bundle: Path, server: RunningServer, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A live adapter waits for its device in the middle of a pass; training's and evaluations' bits are promised."""
+    counts = count_shared(server, monkeypatch)
+    with opened(bundle, server, adapter, {"passes": "live"}) as live:
+        assert generated(live, PROMPTS[0], 4, drafts="server", draft_length=2)
+    assert not counts
+
+
+def test_it_can_be_switched_off(tiny: TinyFactory, bundle: Path, adapter: Path) -> None:
+    base = tiny("llama", blocks=3, **LONG).base
+    with serving(base, batch_rows=0) as off, opened(bundle, off, adapter, WAYS[0]) as model:
+        assert off.server.service.shared_gate is None
+        assert len(generated(model, PROMPTS[0], 4)) == 4
+
+
+def test_contexts_longer_than_attention_reaches_do_not_share(tiny: TinyFactory, parts: ModelParts) -> None:
+    """A window hides older tokens, and positions may turn otherwise past some length."""
+    config = parts.base.model.config
+    config.sliding_window = 100
+    try:
+        assert SideBySide(parts).most_tokens == min(100, parts.base.max_sequence_length)
+        config.sliding_window = 8
+        assert SideBySide(parts).most_tokens == 8
+    finally:
+        del config.sliding_window
+
+
+def likeliest_of(base: BaseModel, hidden_states: Tensor) -> list[int]:
+    found: list[int] = base.lm_head(hidden_states[0]).argmax(-1).tolist()
+    return found
+
+
+@torch.no_grad()
+def test_the_likeliest_token_is_the_heads(parts: ModelParts) -> None:
+    gate = SharedGate.of(ComputeGate(), parts, 64, time.monotonic)
+    assert gate is not None
+    pairs = zip(begun(parts, 0), (0, 2, None, 3), strict=True)
+    forwards = [Forward(part, likeliest_from=first) for part, first in pairs]
+    run_at_once(gate, [iter([forward]) for forward in forwards])
+    for forward in forwards:
+        first = forward.likeliest_from
+        wanted = [] if first is None else likeliest_of(parts.base, forward.hidden_states[:, first:])
+        assert forward.likeliest == wanted
