@@ -1,6 +1,7 @@
 """A device that answers, an answer a JSON line: what benchmarks/generate.py has several of at once.
 
-Reads {"ids": […], "tokens": n} and answers {"tokens": […], "s": …, "first_s": …}: greedy, n tokens. Options come as one
+Reads {"ids": […], "tokens": n} and answers {"tokens": […], "s": …, "first_s": …}: greedy, n tokens; with "draft_length"
+as many are guessed at a time. Options come as one
 JSON object: ``bundle``, ``url``, ``adapter`` and ``threads``.
 """
 
@@ -31,8 +32,9 @@ def main(options: str) -> None:
             request = json.loads(line)
             ids = np.array(request["ids"], np.int64)
             answer = TokenAnswer(
-                context, ids, Sampling(), max_new_tokens=request["tokens"], stop_token_ids=(), drafts="auto"
-            )
+                context, ids, Sampling(), max_new_tokens=request["tokens"], stop_token_ids=(),
+                drafts="server" if "draft_length" in request else "auto", draft_length=request.get("draft_length"),
+            )  # fmt: skip
             tokens = [choice.token for choice in answer]
             context.logits(np.array([0]))  # the next answer's prompt is not held
             found = {"tokens": tokens, "s": answer.counters.seconds, "first_s": answer.counters.first_token_s}

@@ -34,6 +34,13 @@ def new_parser(about: str | None, *, bundle: str = "build/smollm2", threads: int
 @contextmanager
 def cloud_server(model: str, threads: int, *options: str) -> Iterator[str]:
     """A ``dlora-cloud serve`` process; gives its address."""
+    with cloud_process(model, threads, *options) as (url, _):
+        yield url
+
+
+@contextmanager
+def cloud_process(model: str, threads: int, *options: str) -> Iterator[tuple[str, int]]:
+    """The same; gives its address and its process id."""
     command = [sys.executable, "-m", "dlora.cloud", "serve", model, "--port", "0", "--threads", str(threads), "--json"]
     with tempfile.TemporaryDirectory() as state:
         command += ["--state-dir", state, *options]
@@ -43,10 +50,16 @@ def cloud_server(model: str, threads: int, *options: str) -> Iterator[str]:
             line = process.stdout.readline()
             if not line:
                 raise SystemExit(f"error: the server did not start: dlora-cloud serve {model}")
-            yield json.loads(line)["url"]
+            yield json.loads(line)["url"], process.pid
         finally:
             process.terminate()
             process.wait(20)
+
+
+def cpu_seconds(process: int) -> float:
+    """Of a process and all of its threads so far."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def run_json(*command: object) -> dict[str, Any]:

@@ -1,10 +1,10 @@
 """How quickly answers come: PEFT's ``generate`` in one process, and the split, over loopback and slower networks.
 
-Three parts, of which --only chooses: ``speed`` (tokens a second, first token, bytes and round trips a token, with
+Four parts, of which --only chooses: ``speed`` (tokens a second, first token, bytes and round trips a token, with
 drafts and without, at several round-trip times), ``equal`` (answers with drafts against those without, and in passes
-against live) and ``memory`` (of the device's process in a chat of 2,000 tokens, and in training). What has to be
-reached is written into docs/log/benchmarks/generate.json. Adapters are trained on the demo's dialogue, and asked what
-was held out of it.
+against live), ``many`` (several devices at once against one after the other: the server's processor time) and
+``memory`` (of the device's process in a chat of 2,000 tokens, and in training). What has to be reached is written into
+docs/log/benchmarks/generate.json. Adapters are trained on the demo's dialogue, and asked what was held out of it.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 from bars import Entry, at_least, at_most, write_bars
-from children import cloud_server, log, need_bundle, new_parser, run_json, worker
+from children import cloud_process, cloud_server, cpu_seconds, log, need_bundle, new_parser, run_json, worker
 from delaying_proxy import delaying_proxy
 
 from dlora.edge.data.prompt import prompt_tokenizer
@@ -86,7 +87,10 @@ WAYS: Final = {
     "lent": Way(PASSES, ("auto",), {"lends": True}),
     "trunk": Way(("--device-blocks", "12"), ("off", "auto"), is_on_device=True),
 }
+Ask = Callable[[dict[str, Any]], dict[str, Any]]
+"""Asks a device."""
 DRAWN: Final = Sampling(temperature=0.7, top_p=0.95, seed=7)
+FIXED: Final = {"draft_length": 3}  # for letters: how many are guessed follows the clock, and rounding that number
 TIE: Final = 1e-4  # logits that differ by less may stand in either order: sums of several rows round otherwise
 
 
@@ -108,6 +112,11 @@ def main() -> None:
             result["equal"] = place.measure_equal()
             others = sum(row["others"] for row in result["equal"].values())
             bars["letter_for_letter"] = at_most(0, others, f"{command} equal")
+        if "many" in options.only:
+            result["many"] = many = place.measure_many()
+            bars["many_server_cpu"] = at_most(0.5, many["cpu_ratio"], f"{command} many")
+            bars["many_other_answers"] = at_most(0, many["other_answers"], f"{command} many")
+            bars["one_beside_idle_ones"] = at_most(1, many["beside_idle_ratio"], f"{command} many")
     write_bars(options.docs / FILE, bars)
     print(json.dumps(result, indent=1))
 
@@ -218,6 +227,63 @@ class Place:
                     row["other_tokens"] += len(differ)
         return row
 
+    # -- many ------------------------------------------------------------------------------------------
+
+    def measure_many(self) -> dict[str, Any]:
+        """Of devices whose adapters run in passes, on a server in bfloat16: each answers a prompt of its own."""
+        options, adapter = self._options, self._adapter(WAYS["passes"])
+        count, found = options.devices, dict[str, list[Any]]()
+        opened = {"bundle": str(options.bundle), "adapter": str(adapter), "threads": 1}
+        requests = [{"ids": ids.tolist(), "tokens": options.tokens} for ids in self._prompts[:count]]
+        with cloud_process(options.model, options.threads, "--dtype", "bfloat16") as (url, process), ExitStack() as one:
+
+            def device(stack: ExitStack) -> Ask:
+                ask = stack.enter_context(worker("answering_device.py", json.dumps({**opened, "url": url})))
+                ask({**requests[0], "tokens": 2})
+                return ask
+
+            def note(name: str, answer: Callable[[], list[dict[str, Any]]]) -> list[list[int]]:
+                began = cpu_seconds(process)
+                answers = answer()
+                tokens = sum(len(each["tokens"]) for each in answers)
+                a_token = statistics.median((each["s"] - each["first_s"]) / (options.tokens - 1) for each in answers)
+                row = {"cpu_ms": 1e3 * (cpu_seconds(process) - began) / tokens, "ms": 1e3 * a_token}
+                found.setdefault(name, []).append(row)
+                log(f"{name}: {row}")
+                return [each["tokens"] for each in answers]
+
+            first, equal = device(one), 0
+            for _ in range(options.rounds):
+                note("alone", lambda: [first(each) for each in requests[:3]])
+                with ExitStack() as others, ThreadPoolExecutor(count) as pool:
+                    asks = [first, *(device(others) for _ in range(count - 1))]
+                    note("beside idle ones", lambda: [first(each) for each in requests[:3]])
+
+                    def in_turn(extra: dict[str, Any], asks: list[Ask] = asks) -> list[dict[str, Any]]:
+                        return [ask(each | extra) for ask, each in zip(asks, requests, strict=True)]
+
+                    def at_once(
+                        extra: dict[str, Any], asks: list[Ask] = asks, pool: ThreadPoolExecutor = pool
+                    ) -> list[dict[str, Any]]:
+                        return list(pool.map(lambda ask, each: ask(each | extra), asks, requests))
+
+                    note("in turn", lambda: in_turn({}))
+                    note("at once", lambda: at_once({}))
+                    wanted = note("in turn, drafts of 3", lambda: in_turn(FIXED))
+                    equal += sum(map(list.__eq__, wanted, note("at once, drafts of 3", lambda: at_once(FIXED))))
+        of = {
+            name: {key: round(statistics.median(row[key] for row in rows), 1) for key in rows[0]}
+            for name, rows in found.items()
+        }
+        return {
+            "devices": count,
+            "of_a_token": of,
+            "cpu_ratio": round(of["at once"]["cpu_ms"] / of["in turn"]["cpu_ms"], 2),
+            "beside_idle_ratio": round(of["beside idle ones"]["ms"] / of["alone"]["ms"], 2),
+            "answers": count * options.rounds,
+            "other_answers": count * options.rounds - equal,
+        }
+
     # -- memory ------------------------------------------------------------------------------------------
 
     def measure_memory(self) -> dict[str, Any]:
@@ -321,7 +387,7 @@ def _speed_bars(speed: dict[str, Any]) -> dict[str, Entry]:
 
 
 def _options() -> argparse.Namespace:
-    parts = ["speed", "equal", "memory"]
+    parts = ["speed", "equal", "many", "memory"]
     parser = new_parser(__doc__)
     parser.add_argument("--blocks-bundle", type=Path, default=Path("build/smollm2-blocks"), help="for trunk")
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS), help="for speed and equal")
@@ -330,6 +396,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, help="where adapters are kept for the next time")
     parser.add_argument("--answers", type=int, default=200, help="that are compared, for equal")
     parser.add_argument("--answer-tokens", type=int, default=16, help="of each of these")
+    parser.add_argument("--devices", type=int, default=8, help="that are answered at once, for many")
+    parser.add_argument("--rounds", type=int, default=3, help="of these, for many")
     parser.add_argument("--wire-dtype", default="fp16")
     parser.add_argument("--prompts", type=int, default=5, help="that are answered, for speed")
     parser.add_argument("--tokens", type=int, default=48, help="of an answer")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.model.ends import find_head
-from dlora.cloud.model.part_forward import PartForward
+from dlora.cloud.model.part_forward import PartForward, few_rows_in_one_thread
 from dlora.cloud.model.side_by_side import SideBySide
 
 from .passes import PassRunner
@@ -84,7 +84,7 @@ class _SideBySideRunner:
     """Runs target modules once for the tokens of all, and adds to each session's what its adapters give."""
 
     def __init__(self, forwards: Sequence[Forward], single_rows: SingleRows) -> None:
-        self._base = forwards[0].base
+        self._parts = forwards[0].part.parts
         ends = list(accumulate(forward.tokens for forward in forwards))
         rows = [slice(end - forward.tokens, end) for forward, end in zip(forwards, ends, strict=True)]
         runners = zip((forward.runner for forward in forwards), rows, strict=True)
@@ -93,11 +93,13 @@ class _SideBySideRunner:
 
     def run_target(self, name: str, x: Tensor) -> Tensor:
         """The output of a target module."""
-        original = original_forward(self._base, name)
+        original = original_forward(self._parts.base, name)
         output = twice(original, x) if name in self._twice else original(x)
         for runner, rows in self._runners:
             if runner.runs(name):
-                runner.add_deltas(name, x[..., rows, :], output[..., rows, :])
+                # As alone: with another number of threads a product in float32 is another to the bit.
+                with few_rows_in_one_thread(self._parts, rows.stop - rows.start):
+                    runner.add_deltas(name, x[..., rows, :], output[..., rows, :])
         return output
 
     def forget(self) -> None:
