@@ -50,7 +50,8 @@ def main() -> None:
 def inputs_digest(shim: Path | None) -> str:
     """Of what goes into a binary, and of the interpreter that builds it; not of the scripts."""
     folders = [ROOT / "edge", ROOT / "protocol", *([shim] if shim else [])]
-    paths = sorted(path for folder in folders for path in folder.rglob("*") if path.suffix in (".py", ".so"))
+    found = (path for folder in folders for path in folder.rglob("*"))
+    paths = sorted(path for path in found if path.is_file() and "__pycache__" not in path.parts)
     names = ("dlora-edge.spec", "entry.py", "requirements.txt", "requirements-build.txt")
     digest = hashlib.sha256(sys.version.encode())
     for path in [ROOT / "pyproject.toml", *(PACKAGING / name for name in names), *paths]:

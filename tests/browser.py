@@ -28,7 +28,7 @@ class Page:
         requests: addresses that were asked for since ``open``; said: errors, warnings and exceptions of its scripts.
     """
 
-    def __init__(self, socket: ClientConnection) -> None:
+    def __init__(self, socket: ClientConnection, *, offline: bool = True) -> None:
         self.requests: list[str] = []
         self.said: list[str] = []
         self._socket = socket
@@ -36,19 +36,19 @@ class Page:
         self._loaded = False
         for domain in ("Page", "Network", "Runtime", "Log"):
             self.ask(f"{domain}.enable")
-        # Whatever is asked for but files ends here: as on a machine that is offline.
-        offline = {"offline": True, "latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
-        self.ask("Network.emulateNetworkConditions", **offline)
+        if offline:  # whatever is asked for but files ends here
+            conditions = {"offline": True, "latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
+            self.ask("Network.emulateNetworkConditions", **conditions)
 
-    def open(self, path: Path, *, width: int, height: int = 900, dark: bool = False) -> None:
-        """Open a file in a window of this size, and wait until its scripts are through."""
+    def open(self, page: Path | str, *, width: int, height: int = 900, dark: bool = False) -> None:
+        """Open a file or an address in a window of this size, and wait until its scripts are through."""
         self.requests, self.said, self._loaded = [], [], False
         self.ask(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
         )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.ask("Emulation.setEmulatedMedia", features=[scheme])
-        self.ask("Page.navigate", url=path.absolute().as_uri())
+        self.ask("Page.navigate", url=page if isinstance(page, str) else page.absolute().as_uri())
         until = time.monotonic() + ANSWER_TIMEOUT_S
         while not self._loaded:
             self._take(json.loads(self._socket.recv(timeout=until - time.monotonic())))
@@ -97,7 +97,7 @@ class Page:
 
 
 @contextmanager
-def browser(profile: Path) -> Iterator[Page]:
+def browser(profile: Path, *, offline: bool = True) -> Iterator[Page]:
     """A browser with one tab; ``profile`` is a directory of its own."""
     assert CHROMIUM is not None
     options = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--remote-debugging-port=0")
@@ -112,7 +112,7 @@ def browser(profile: Path) -> Iterator[Page]:
         with build_opener(ProxyHandler({})).open(tabs, timeout=ANSWER_TIMEOUT_S) as answer:
             (url,) = (each["webSocketDebuggerUrl"] for each in json.load(answer) if each["type"] == "page")
         with connect(url, max_size=None, proxy=None) as socket:
-            yield Page(socket)
+            yield Page(socket, offline=offline)
     finally:
         process.terminate()
         process.wait(120)

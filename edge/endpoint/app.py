@@ -25,12 +25,14 @@ from .bodies import Bodies
 from .errors import RequestError, as_request_error
 from .event_stream import PING_EVERY_S, EventStream
 from .formats import ChatFormat, CompletionFormat, Format
+from .page import chat_page
 from .requests import GenerationRequest, PromptLimit, read_chat, read_completion
 from .slots import ServedAdapter, Slots
 from .tools import ToolForm
 
 _LOCAL_HOSTS: Final = ("localhost", "127.0.0.1", "::1")
-_HOST: Final = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([\w.-]+))(?::[0-9]*)?", re.ASCII)
+_HOST: Final = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([\w.-]+))(?::([0-9]*))?", re.ASCII)
+_NO_KEY: Final = ("/", "/health")  # a page, which asks for the key itself, and whether there are answers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +46,7 @@ class Served:
         knows_tools, tool_form, prompt_limit: as ``read_chat`` takes them.
         api_key: who does not show it is refused; None: everybody may come in.
         hosts: names under which clients may reach the server; None: any.
-        origins: web pages whose scripts may use it.
+        origins: web pages beside its own whose scripts may use it.
         log: is told of each request in one line, never of its content.
         problem: why it cannot answer yet; None once it can.
         is_stopping: whether it ends: answers under way end with what they have.
@@ -72,6 +74,9 @@ class Served:
             return JSONResponse({"status": "loading", "reason": problem}, 503)
         slots = self.slots
         return JSONResponse({"status": "ok", "answering": slots.busy, "waiting": slots.waiting})
+
+    async def page(self, _: Request) -> Response:
+        return chat_page()
 
     async def models(self, _: Request) -> Response:
         return JSONResponse({"object": "list", "data": [_model_entry(each) for each in self._models()]})
@@ -150,6 +155,7 @@ def make_app(served: Served) -> Starlette:
         Route("/v1/models", served.models),
         Route("/v1/models/{name:path}", served.model),
         Route("/health", served.health),
+        Route("/", served.page),
     ]
     middleware = [Middleware(_Door, served=served)]
     if served.origins:
@@ -196,27 +202,54 @@ class _Door:
     def _check(self, request: Request) -> None:
         """Nothing here may look at ``request.url``: that is made of the ``Host`` that the peer names, path and all."""
         served = self._served
-        origin = request.headers.get("origin")
-        if origin is not None and origin not in served.origins and "*" not in served.origins:
-            raise RequestError(403, "pages of other sites may not use this server; allow this one with --cors")
+        # First: a page of a name that was pointed at this machine has an origin that equals its Host.
         host = _host_name(request.headers.get("host"))
         if served.hosts is not None and host not in served.hosts:
             raise RequestError(403, f"this server is not called {host!r}; use its address")
-        if served.api_key is None or request.scope["path"] == "/health":
+        origin = request.headers.get("origin")
+        if origin is not None and not (self._is_named(origin) or self._is_own(origin, request.headers.get("host"))):
+            text = "pages of other sites may not use this server; allow this one with --cors"
+            raise RequestError(403, f"{text} (behind a proxy: have it pass on the Host)")
+        if served.api_key is None or request.scope["path"] in _NO_KEY:
             return
         scheme, _, shown = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not hmac.compare_digest(shown.strip().encode(), served.api_key.encode()):
             raise RequestError(401, "give the server's key, as Authorization: Bearer KEY", code="invalid_api_key")
+
+    def _is_named(self, origin: str) -> bool:
+        return origin in self._served.origins or "*" in self._served.origins
+
+    def _is_own(self, origin: str, host: str | None) -> bool:
+        """Whether a request comes from a page of this server: its origin has the name and port of its ``Host``.
+
+        That tells nothing where any ``Host`` is let in: whoever owns a name can point it at this machine, and the pages
+        of that name are then the server's own for a browser. There the key decides, which a browser sends for no page
+        by itself; where there is none either, no page is the server's own.
+        """
+        if self._served.hosts is None and self._served.api_key is None:
+            return False
+        # Of https, too: a proxy with TLS before this server passes on its own name. "null" is no origin of ours.
+        scheme, separator, place = origin.partition("://")
+        port = {"http": "80", "https": "443"}.get(scheme)
+        if port is None or host is None or not separator or _HOST.fullmatch(place) is None:
+            return False
+        return _name_and_port(place, port) == _name_and_port(host, port)
 
 
 def _host_name(header: str | None) -> str:
     """The name or address in a ``Host`` header, without a port; "" where there is none. Raises ``RequestError``."""
     if header is None:
         return ""
-    found = _HOST.fullmatch(header)
-    if found is None:
+    if _HOST.fullmatch(header) is None:
         raise RequestError(400, "the Host header is no name or address; use the server's own")
-    return (found[1] or found[2]).lower().rstrip(".")
+    return _name_and_port(header, "")[0]
+
+
+def _name_and_port(place: str, default: str) -> tuple[str, str]:
+    """Of what ``_HOST`` matches."""
+    found = _HOST.fullmatch(place)
+    assert found is not None
+    return (found[1] or found[2]).lower().rstrip("."), found[3] or default
 
 
 def local_hosts(host: str) -> Sequence[str] | None:

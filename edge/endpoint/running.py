@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 from typing import cast
 
@@ -260,11 +261,25 @@ class _Running:
 
     def _announce(self) -> None:
         host, port = self._listener.getsockname()[:2]
-        url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+        page = page_url(host, port)
         names = [*(each.name for each in self._settings.served_adapters()), self._served.base_name]
         if self._settings.json_output:
-            print(json.dumps({"url": url, "models": names}), flush=True)
-        _log(f"listening on {url}; models: {', '.join(names)}")
+            print(json.dumps({"url": f"{page}v1", "page": page, "models": names}), flush=True)
+        text = f"open {page} to chat; clients take {page}v1"
+        if self._settings.listening.api_key is not None:
+            text += "; both ask for the key"
+        if ip_address(host).is_unspecified:
+            text += "; elsewhere with this machine's name or address"
+        _log(f"{text}; models: {', '.join(names)}")
+
+
+def page_url(host: str, port: int) -> str:
+    """The page's address, of a server that listens on ``host``, an IP address: where that is all of a machine's
+    addresses, it is the machine's own, for no browser opens ``0.0.0.0``."""
+    address = ip_address(host)
+    if address.is_unspecified:
+        address = ip_address("127.0.0.1" if address.version == 4 else "::1")
+    return f"http://{f'[{address}]' if address.version == 6 else address}:{port}/"
 
 
 async def _no_prompt() -> LongArray:

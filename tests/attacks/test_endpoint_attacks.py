@@ -91,6 +91,27 @@ def test_a_key_is_passed_by_no_spelling_of_host_or_path(listens_to: str) -> None
                 assert raw(server, "/v1/models", host) == 401, host
 
 
+def test_a_page_is_the_servers_own_only_where_names_or_a_key_are_asked_for() -> None:
+    """Whoever owns a name can point it at this machine: its pages have an origin that equals their ``Host`` then.
+
+    No command starts a server that lets any name in without a key; who builds one lets no page in.
+    """
+    own = {"127.0.0.1": "Origin: http://127.0.0.1\r\n", "evil.example": "Origin: http://evil.example\r\n"}
+    key = f"Authorization: Bearer {KEY}\r\n"
+    statuses = {}
+    for api_key in (None, KEY):
+        for hosts in (None, local_hosts("127.0.0.1")):
+            with http_server(api_key=api_key, hosts=hosts) as server:
+                found = [raw(server, host=host, more=origin) for host, origin in own.items()]
+                found += [raw(server, host=host, more=origin + key) for host, origin in own.items()]
+                found.append(raw(server, host="evil.example", more="Origin: null\r\n" + key))
+                statuses[api_key is not None, hosts is not None] = found
+    assert statuses[False, False] == [403, 403, 403, 403, 403]
+    assert statuses[False, True] == [200, 403, 200, 403, 403]
+    assert statuses[True, False] == [401, 401, 200, 200, 403]
+    assert statuses[True, True] == [401, 403, 200, 403, 403]
+
+
 # -- connections --------------------------------------------------------------------------------------------
 
 
