@@ -287,8 +287,9 @@ def test_what_ends_in_the_middle_stays_as_text_and_a_server_that_is_gone_is_told
         eventually(running.is_ready)
         tab.open(f"http://127.0.0.1:{running.port}/", width=390)
         until(tab, "model.options.length === 1")
-        stream = 'new Response(\'data: {"choices": [{"delta": {"content": "<img src=x>half"}}]}\\n\\n: ping\\n\\ndata: {"choi\')'
-        tab.run(f"own = window.fetch; window.fetch = async () => {stream}; 0")
+        chunk = 'data: {"choices": [{"delta": {"content": "<img src=x>half"}}]}\n\n'
+        stream = json.dumps(f'{chunk}: ping\n\ndata: {{"choi')
+        tab.run(f"own = window.fetch; window.fetch = async () => new Response({stream}); 0")
         write(tab, "Hello")
         press(tab, "Enter")
         until(tab, "!error.hidden")

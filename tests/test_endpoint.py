@@ -313,7 +313,7 @@ BAD_CHATS: dict[str, tuple[dict[str, Any], str]] = {
     "an endless seed": ({"seed": 10**400}, "seed must be from 0"),
     "an endless number": (said(**ASK[0], z=10**30), "a number that is too large"),
     "an impossible schema": (schema(type="nonsense"), "this JSON schema cannot be obeyed"),
-    "a schema that is missing": ({"response_format": {"type": "json_schema"}}, "needs its json_"),
+    "a schema that is missing": ({"response_format": {"type": "json_schema"}}, "needs its schema"),
     "a schema without end": (schema(enum=["x" * 2**17]), "a JSON schema may have 128 KB"),
     "many biases": ({"logit_bias": dict.fromkeys(map(str, range(1025)), 1)}, "1024 tokens"),
 }

@@ -27,6 +27,7 @@ from .event_stream import PING_EVERY_S, EventStream
 from .formats import ChatFormat, CompletionFormat, Format
 from .page import chat_page
 from .requests import GenerationRequest, PromptLimit, read_chat, read_completion
+from .responses import ResponsesFormat, read_response
 from .slots import ServedAdapter, Slots
 from .tools import ToolForm
 
@@ -91,6 +92,10 @@ class Served:
         )  # fmt: skip
         return await self._answer(request, asked, ChatFormat)
 
+    async def response(self, request: Request) -> Response:
+        asked = read_response(await self._bodies.read(request), self.defaults, self.prompt_limit)
+        return await self._answer(request, asked, ResponsesFormat)
+
     async def completion(self, request: Request) -> Response:
         asked = read_completion(await self._bodies.read(request), self.defaults, self.prompt_limit)
         return await self._answer(request, asked, CompletionFormat)
@@ -123,7 +128,7 @@ class Served:
             await events.close()
             raise
         if asked.stream:
-            return EventStream(events, format_, with_usage=asked.with_usage, log=log)
+            return EventStream(events, format_, log=log)
         try:
             async for event in events:
                 format_.take(event)
@@ -151,6 +156,7 @@ def make_app(served: Served) -> Starlette:
     """The application."""
     routes = [
         Route("/v1/chat/completions", served.chat, methods=["POST"]),
+        Route("/v1/responses", served.response, methods=["POST"]),
         Route("/v1/completions", served.completion, methods=["POST"]),
         Route("/v1/models", served.models),
         Route("/v1/models/{name:path}", served.model),

@@ -19,15 +19,14 @@ UNREAD_S: Final = 60.0  # a client that takes nothing for so long has left
 
 
 class EventStream(Response):
-    """Server-sent events: a chunk each, comments while nothing comes, and ``[DONE]``."""
+    """Server-sent events: a chunk each, comments while nothing comes, and what the format has as an end."""
 
-    def __init__(self, events: Events, format_: Format, *, with_usage: bool, log: Callable[[], None]) -> None:
+    def __init__(self, events: Events, format_: Format, *, log: Callable[[], None]) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(media_type="text/event-stream", headers=headers)
         del self.headers["content-length"]
         self._events = events
         self._format = format_
-        self._with_usage = with_usage
         self._log = log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -53,16 +52,18 @@ class EventStream(Response):
                 yield b": ping\n\n"  # proxies close what is silent
                 continue
             except RequestError as error:
-                yield _event(error.body())
+                yield _event(self._format.error_chunk(error))
                 break
             except StopAsyncIteration:
-                if self._with_usage:
-                    yield _event(self._format.usage_chunk())
+                for chunk in self._format.after_chunks():
+                    yield _event(chunk)
                 break
             for chunk in self._format.take(event):
                 yield _event(chunk)
-        yield b"data: [DONE]\n\n"
+        yield self._format.stream_end
 
 
 def _event(chunk: Json) -> bytes:
-    return b"data: " + json.dumps(chunk, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    """A chunk with a type (``/v1/responses``) is an event of that name."""
+    name = f"event: {chunk['type']}\n".encode() if "type" in chunk else b""
+    return name + b"data: " + json.dumps(chunk, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"

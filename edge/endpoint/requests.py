@@ -76,8 +76,11 @@ class _JsonSchema(msgspec.Struct):
     schema: dict[str, Any] = {}
 
 
+FormatType = Literal["text", "json_object", "json_schema"]
+
+
 class _ResponseFormat(msgspec.Struct):
-    type: Literal["text", "json_object", "json_schema"] = "text"
+    type: FormatType = "text"
     json_schema: _JsonSchema | None = None
 
 
@@ -102,7 +105,9 @@ class _Common(msgspec.Struct, kw_only=True):
     response_format: _ResponseFormat | None = None
 
 
-class _Chat(_Common, kw_only=True):
+class Chat(_Common, kw_only=True):
+    """A body of ``/v1/chat/completions``."""
+
     messages: list[dict[str, Any]]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
@@ -157,7 +162,13 @@ def read_chat(
     ``limit``: of its prompt; ``knows_tools``: whether the chat template has tools, else the messages have them in plain
     words; ``tool_form``: how answers call them, None where nobody knows.
     """
-    asked = _decode(body, _Chat)
+    return chat_request(decode(body, Chat), defaults, limit, knows_tools=knows_tools, tool_form=tool_form)
+
+
+def chat_request(
+    asked: Chat, defaults: Sampling, limit: PromptLimit, *, knows_tools: bool, tool_form: ToolForm | None
+) -> GenerationRequest:
+    """A request in the form of a chat, as ``read_chat`` takes it."""
     limit.check(asked.messages)
     limit.check(asked.tools or ())
     tools = tuple(asked.tools) if asked.tools and asked.tool_choice != "none" else None
@@ -167,7 +178,7 @@ def read_chat(
     logprobs = asked.top_logprobs or 0 if asked.logprobs else None
     if not asked.messages:
         raise RequestError(400, "messages must have at least one message", param="messages")
-    messages = tuple(_message(number, message) for number, message in enumerate(asked.messages))
+    messages = tuple(read_message(f"messages[{number}]", each) for number, each in enumerate(asked.messages))
     if not knows_tools:
         try:
             messages = in_plain_words(messages, tools or ())
@@ -185,7 +196,7 @@ def read_chat(
 
 def read_completion(body: bytes | bytearray, defaults: Sampling, limit: PromptLimit) -> GenerationRequest:
     """A request of ``/v1/completions``: its prompts are continued as they stand. Raises ``RequestError``."""
-    asked = _decode(body, _Completion)
+    asked = decode(body, _Completion)
     texts = [asked.prompt] if isinstance(asked.prompt, str) else asked.prompt
     if not 0 < len(texts) <= MAX_PROMPTS:
         raise RequestError(400, f"prompt must be one text or up to {MAX_PROMPTS}", param="prompt")
@@ -202,7 +213,8 @@ def read_completion(body: bytes | bytearray, defaults: Sampling, limit: PromptLi
     return replace(request, max_new_tokens=_max_new_tokens(asked.max_tokens), echo=bool(asked.echo))
 
 
-def _decode(body: bytes | bytearray, kind: type[Any]) -> Any:
+def decode(body: bytes | bytearray, kind: type[Any]) -> Any:
+    """A body as this structure. Raises ``RequestError``."""
     try:
         return msgspec.json.decode(body, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -258,20 +270,30 @@ def _logit_bias(asked: Mapping[str, float] | None) -> dict[int, float]:
 
 
 def _shapes(asked: _ResponseFormat | None) -> tuple[AnswerShape, ...]:
-    if asked is None or asked.type == "text":
+    if asked is None:
         return ()
-    if asked.type == "json_object":
+    return shapes_of(asked.type, None if asked.json_schema is None else asked.json_schema.schema, "response_format")
+
+
+def shapes_of(kind: FormatType, schema: dict[str, Any] | None, param: str) -> tuple[AnswerShape, ...]:
+    """What an answer has to be that ``param`` of a request asks for. Raises ``RequestError``."""
+    if kind == "text":
+        return ()
+    if kind == "json_object":
         return (AnswerShape("", {"type": "object"}, ""),)
-    if asked.json_schema is None:
-        raise RequestError(400, "response_format json_schema needs its json_schema", param="response_format")
-    if len(msgspec.json.encode(asked.json_schema.schema)) > MAX_SCHEMA_BYTES:
-        raise RequestError(400, f"a JSON schema may have {MAX_SCHEMA_BYTES >> 10} KB", param="response_format")
-    return (AnswerShape("", asked.json_schema.schema, ""),)
+    if schema is None:
+        raise RequestError(400, f"{param} json_schema needs its schema", param=param)
+    if len(msgspec.json.encode(schema)) > MAX_SCHEMA_BYTES:
+        raise RequestError(400, f"a JSON schema may have {MAX_SCHEMA_BYTES >> 10} KB", param=param)
+    return (AnswerShape("", schema, ""),)
 
 
-def _message(number: int, found: Mapping[str, Any]) -> Message:
-    """As chat templates take them: contents as text, arguments of tool calls as objects."""
-    param, role = f"messages[{number}]", found.get("role")
+def read_message(param: str, found: Mapping[str, Any]) -> Message:
+    """As chat templates take them: contents as text, arguments of tool calls as objects. Raises ``RequestError``.
+
+    ``param``: what the request calls it.
+    """
+    role = found.get("role")
     if not isinstance(role, str):
         raise RequestError(400, f"{param} has no role", param=f"{param}.role")
     content = found.get("content")
@@ -308,7 +330,7 @@ def _call(param: str, found: Any) -> Mapping[str, Any]:
     return {**found, "function": {**function, "arguments": arguments}}
 
 
-def _forced_tools(asked: _Chat) -> list[dict[str, Any]]:
+def _forced_tools(asked: Chat) -> list[dict[str, Any]]:
     """The tools of which one has to be called; none where nothing has to."""
     wanted: str | None = None
     match asked.tool_choice:
