@@ -32,7 +32,7 @@ def serve(
         Path | None, typer.Option(help="File with the key that clients show; else DLORA_API_KEY.")
     ] = None,
     cors: Annotated[
-        list[str] | None, typer.Option(help="Web page that may use it, https://HOST; may be given several times.")
+        list[str] | None, typer.Option(help="Other web page that may use it, https://HOST; may be given several times.")
     ] = None,
     parallel: Annotated[int, typer.Option(help="Answers at a time, each with its own session.", min=1, max=64)] = 2,
     queue: Annotated[int, typer.Option(help="Requests that may wait; more are told to come again.", min=0)] = 32,
@@ -43,7 +43,7 @@ def serve(
     lend_adapter: LendOption = False,
     json_output: JsonOption = False,
 ) -> None:
-    """Serve OpenAI's API on this device: http://127.0.0.1:8080/v1 in any client.
+    """Serve OpenAI's API on this device: http://127.0.0.1:8080/v1 in any client, and a page to chat on beside it.
 
     Each adapter of the directory is a model by its name, and so is the plain base model. Prompts, answers and adapters
     stay here; the server of the base model sees hidden states, and keeps keys and values of the last texts.

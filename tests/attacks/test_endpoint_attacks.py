@@ -83,7 +83,7 @@ def test_a_key_is_passed_by_no_spelling_of_host_or_path(listens_to: str) -> None
             assert raw(server, "/v1/models", host, f"Authorization: Bearer {KEY}\r\n") in (400, 403), host
         for path in PATHS:
             assert raw(server, path) in (400, 401), path
-        assert raw(server, "/health") == 200
+        assert raw(server, "/health") == raw(server, "/") == 200
         assert raw(server, more=f"Authorization: Bearer {KEY}\r\n") == 200
         if listens_to == "others":
             for host in (None, "example.org", "EXAMPLE.org.:1", "10.0.0.1", "[fe80::1]:8080", "my_board.local"):
