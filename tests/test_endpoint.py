@@ -365,6 +365,8 @@ def test_pages_of_other_sites_are_kept_out(place: Place, endpoint: Endpoint) -> 
         answer = connection.getresponse()
         assert (answer.status, answer.headers["Access-Control-Allow-Origin"]) == (200, "https://chat.example")
         assert allowing.request(CHAT, GOOD, Origin="https://evil.example")[0] == 403
+        own = f"127.0.0.1:{allowing.port}"  # its own page is among those that may, still
+        assert allowing.request(CHAT, {**GOOD, "model": ""}, Host=own, Origin=f"http://{own}")[0] == 200
 
 
 def test_a_key_lets_in_who_has_it(place: Place, tmp_path: Path) -> None:
