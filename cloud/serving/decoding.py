@@ -6,8 +6,9 @@ device checks each against what it chooses itself. What it does not choose is fo
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -60,10 +61,16 @@ class Ahead:
 
 @dataclass
 class SessionContext:
-    """What a session keeps of its context from one micro-batch to the next."""
+    """What a session keeps of its context from one micro-batch to the next.
+
+    Attributes:
+        lock: of the micro-batch that goes on in it. A device of somebody else's may send the next one while the server
+            goes on ahead.
+    """
 
     context: Context
     ahead: Ahead | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 class DecodeMicroBatch:
@@ -121,7 +128,7 @@ class DecodeMicroBatch:
 
     def run(self, device: MicroBatchDevice) -> None:
         """Raises what ``device`` does, and ``NonFiniteError``."""
-        with torch.no_grad():
+        with torch.no_grad(), self._held.lock:
             ahead, self._held.ahead = self._find_ahead(), None
             tokens = self._new_tokens() if ahead is None else ahead.tokens
             if ahead is None:
