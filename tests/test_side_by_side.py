@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from tiny import TinyFactory
 from torch import Tensor
 from waiting import StandingClock, eventually
 
+from dlora.cloud.exchange import forward as forward_module
 from dlora.cloud.exchange import shared_gate
 from dlora.cloud.exchange.forward import Forward, Forwards
 from dlora.cloud.exchange.gate import ComputeGate
@@ -35,6 +38,7 @@ from dlora.edge.engine.bundle import Bundle
 from dlora.edge.generation.sampling import Sampling
 from dlora.edge.model.context import Context
 from dlora.edge.wire.connecting import ConnectSettings, Retry
+from dlora.protocol.errors import ExportError
 
 LONG = {"max_position_embeddings": 256, "tie_word_embeddings": False}
 OTHERWISE = {"mistral", "gemma2", "gemma3_text", "bloom", "falcon"}
@@ -215,6 +219,66 @@ def test_what_fails_fails_alone(monkeypatch: pytest.MonkeyPatch, parts: ModelPar
     good = program(parts, None)
     found = run_at_once(recorded.gate, [good, of_a_wrong_width(), failing_after()])
     assert [type(error) for error in found] == [type(None), ValueError, KeyError]
+
+
+def test_who_asks_for_more_than_there_is_takes_no_token_in_twice(
+    monkeypatch: pytest.MonkeyPatch, parts: ModelParts
+) -> None:
+    """Where the head fails for all at once, each runs again alone."""
+    gate = Recorded(monkeypatch, parts).gate
+    wanted = [Forward(part, likeliest_from=0) for part in begun(parts, 0)]
+    run_at_once(gate, [iter([forward]) for forward in wanted])
+    find, calls = forward_module._find_likeliest, list[int]()
+
+    def fail_at_first(forwards: Sequence[Forward], single_rows: SingleRows) -> None:
+        calls.append(len(forwards))
+        if len(calls) == 1:
+            raise MemoryError
+        find(forwards, single_rows)
+
+    monkeypatch.setattr(forward_module, "_find_likeliest", fail_at_first)
+    found = [Forward(part, likeliest_from=0) for part in begun(parts, 0)]
+    assert run_at_once(gate, [iter([forward]) for forward in found]) == [None] * len(found)
+    assert calls == [4, 1, 1, 1, 1]
+    assert [each.likeliest for each in found] == [each.likeliest for each in wanted]
+    assert [each.part.cache.length for each in found] == [sum(each) for each in COUNTS]
+
+
+def test_a_model_that_does_not_run_so_after_all_runs_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, parts: ModelParts, caplog: pytest.LogCaptureFixture
+) -> None:
+    recorded = Recorded(monkeypatch, parts)
+
+    def refuse(*_: object) -> None:
+        raise ExportError("it needs a mask")
+
+    monkeypatch.setattr(recorded.gate._side_by_side, "run", refuse)
+    assert run_at_once(recorded.gate, [program(parts, 2, None) for _ in range(3)]) == [None] * 3
+    assert [count for count, _ in recorded.rounds] == [3] + [1] * 6
+    assert [record.message for record in caplog.records].count(
+        "answers are computed one by one from now on: it needs a mask"
+    ) == 1
+
+
+def test_an_error_holds_no_context(parts: ModelParts) -> None:
+    """Until Python looks for cycles, which a busy server does seldom."""
+    gate = SharedGate.of(ComputeGate(), parts, 64, time.monotonic)
+    assert gate is not None
+    kept: list[weakref.ref[PartForward]] = []
+
+    def failing() -> Forwards:
+        (forward,) = program(parts, None)
+        kept.append(weakref.ref(forward.part))
+        yield forward
+        raise KeyError("mine")
+
+    gc.disable()
+    try:
+        with torch.no_grad(), suppress(KeyError):
+            gate.run(failing(), lambda _: None)
+        assert kept[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_what_was_computed_for_others_is_not_charged(monkeypatch: pytest.MonkeyPatch, parts: ModelParts) -> None:

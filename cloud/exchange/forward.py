@@ -61,12 +61,18 @@ Forwards = Iterator[Forward]
 
 
 def run_side_by_side(side_by_side: SideBySide, forwards: Sequence[Forward]) -> None:
-    """Several, of the same blocks, at once."""
-    with running_targets(_SideBySideRunner(forwards, SingleRows())):
-        found = side_by_side.run([forward.part for forward in forwards])
-    for forward, hidden_states in zip(forwards, found, strict=True):
-        forward.hidden_states = hidden_states
-    _find_likeliest(forwards, SingleRows())
+    """Several, of the same blocks, at once. After an error their caches are as before."""
+    lengths = [forward.part.cache.length for forward in forwards]
+    try:
+        with running_targets(_SideBySideRunner(forwards, SingleRows())):
+            found = side_by_side.run([forward.part for forward in forwards])
+        for forward, hidden_states in zip(forwards, found, strict=True):
+            forward.hidden_states = hidden_states
+        _find_likeliest(forwards, SingleRows())
+    except BaseException:
+        for forward, length in zip(forwards, lengths, strict=True):
+            forward.part.cache.cut(length)
+        raise
 
 
 def _find_likeliest(forwards: Sequence[Forward], single_rows: SingleRows) -> None:

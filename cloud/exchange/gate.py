@@ -1,4 +1,7 @@
-"""Who may compute: one session at a time, for on a CPU the cores are shared, and on one GPU the device."""
+"""Who may compute: one session at a time, for on a CPU the cores are shared, and on one GPU the device.
+
+What those that answer do between two forward passes (``shared_gate.py``) is little, and waits for no turn.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ class Gate(Protocol):
 
 
 class ComputeGate:
-    """Lets one micro-batch compute at a time; the others wait their turn, which comes in the order in which they asked.
+    """Lets one compute at a time; the others wait their turn, which comes in the order in which they asked.
 
     Attributes:
         changes: how often a micro-batch has begun or ended to compute so far.
@@ -59,6 +62,11 @@ class ComputeGate:
     def run(self, forwards: Forwards, count_idle: Callable[[float], None]) -> None:
         for forward in forwards:
             forward.run()
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether somebody waits for a turn."""
+        return bool(self._turns)
 
     def _take(self) -> None:
         with self._lock:

@@ -12,22 +12,28 @@ comes in between two tokens of an answer.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
 
+import torch
+
 from dlora.cloud.model.parts import ModelParts
 from dlora.cloud.model.side_by_side import SideBySide
+from dlora.protocol.errors import ExportError
 
 from .forward import Forward, Forwards, run_side_by_side
 from .gate import ComputeGate
 from .single_rows import SingleRows
 
+logger = logging.getLogger("dlora.cloud")
+
 _MOST_WAIT_S: Final = 1e-3
 """How long a round waits for others who are answered just now. A pass of a small model takes thirty times that."""
 _MOST_PASSED_OVER: Final = 2
-_MOST_HELD_S: Final = 0.25
+_MOST_HELD_S: Final = 0.1
 """How long the gate is held while others wait for it, and the round that is under way."""
 
 
@@ -134,8 +140,12 @@ class SharedGate:
         if asking.next is not None and not self._is_led(asking):
             self._lead(asking)
         asking.count(0.0)
-        if asking.error is not None:
-            raise asking.error
+        error, asking.error = asking.error, None
+        if error is not None:
+            try:
+                raise error
+            finally:  # else it would hold itself, and a whole context with it, until Python looks for cycles
+                del error, asking
 
     def _is_led(self, asking: _Asking) -> bool:
         """Wait until all have run; False where nobody leads any more."""
@@ -152,7 +162,7 @@ class SharedGate:
                 with self._gate.computing():
                     until = self._clock() + _MOST_HELD_S
                     self._run_round()
-                    while own.next is not None and self._clock() < until:
+                    while own.next is not None and not (self._gate.is_wanted and self._clock() >= until):
                         self._run_round()
         finally:
             with self._ended:
@@ -163,13 +173,11 @@ class SharedGate:
         """Run what is next of some, and make what follows."""
         chosen = self._choose()
         try:
-            rows = sum(_next_of(asking).tokens for asking in chosen)
-            began = self._clock()
-            self._run_next(chosen)
-            seconds = self._clock() - began
-            for asking in chosen:
-                if asking.next is not None:
-                    asking.go_on(seconds * asking.next.tokens / rows)
+            for asking, computed_s in zip(chosen, self._run_next(chosen), strict=True):
+                if asking.next is None:
+                    asking.count(computed_s)
+                else:
+                    asking.go_on(computed_s)
         except BaseException as error:
             for asking in chosen:
                 asking.fail(error)
@@ -200,24 +208,30 @@ class SharedGate:
                 asking.passed_over += 1
         return chosen
 
-    def _run_next(self, chosen: Sequence[_Asking]) -> None:
-        forwards = [_next_of(asking) for asking in chosen]
+    def _run_next(self, chosen: Sequence[_Asking]) -> list[float]:
+        """Run what is next of these; gives the seconds that were computed for each: its part is that of its tokens,
+        however long its context is."""
+        forwards, began = [_next_of(asking) for asking in chosen], self._clock()
         try:
             self._run(forwards)
-        except Exception as error:  # whose it is shows where each runs alone
-            for asking, forward in zip(chosen, forwards, strict=True):
-                try:
-                    if len(chosen) == 1:
-                        raise error
-                    self._run([forward])
-                except Exception as own:
-                    asking.fail(own)
+        except Exception as error:
+            if len(chosen) == 1:
+                chosen[0].fail(error)
+                return [self._clock() - began]
+            if isinstance(error, ExportError):  # as it was not when it was tried
+                logger.warning("answers are computed one by one from now on: %s", error)
+                self._most_rows = 0
+            return [self._run_next([asking])[0] for asking in chosen]  # whose fault it is shows where each runs alone
+        seconds, rows = self._clock() - began, sum(forward.tokens for forward in forwards)
+        return [seconds * forward.tokens / rows for forward in forwards]
 
     def _run(self, forwards: Sequence[Forward]) -> None:
         if len(forwards) == 1:
             forwards[0].run(self._single_rows)
         else:
             run_side_by_side(self._side_by_side, forwards)
+        if forwards[0].base.device.type == "cuda":  # or the first who takes something from it would wait for all
+            torch.cuda.synchronize(forwards[0].base.device)
 
     def _count(self, change: int) -> None:
         with self._asked:

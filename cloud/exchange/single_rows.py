@@ -63,12 +63,12 @@ def _differs(module: torch.nn.Module, weight: Tensor) -> bool:
     outputs = weight.numel() // width
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(width // 2 * 2, generator=generator)
-    half = torch.randn(outputs, width // 2, generator=generator)
-    rows = torch.randn(_ROWS, width // 2, generator=generator)
-    weights, x = torch.zeros(outputs, width), torch.zeros(_ROWS, width)
-    weights[:, order], x[:, order] = torch.cat([half, -half], 1), torch.cat([rows, rows], 1)
-    weights = (weights.T.contiguous() if is_turned else weights).to(weight.device, weight.dtype)
-    x = x.to(weight.device, weight.dtype)[None]
+    half, rows = torch.randn(width // 2, generator=generator), torch.randn(_ROWS, width // 2, generator=generator)
+    output, x = torch.zeros(width), torch.zeros(_ROWS, width)
+    output[order], x[:, order] = torch.cat([half, -half]), torch.cat([rows, rows], 1)
+    output, x = output.to(weight.device, weight.dtype), x.to(weight.device, weight.dtype)[None]
+    # All outputs are the same: a large head is copied but once.
+    weights = (output[:, None].expand(width, outputs) if is_turned else output.expand(outputs, width)).contiguous()
 
     def product(x: Tensor) -> Tensor:
         found: Tensor = functional_call(module, {"weight": weights}, (x,))

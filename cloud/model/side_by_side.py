@@ -34,7 +34,13 @@ logger = logging.getLogger("dlora.cloud")
 
 _TRIED: Final = ((5, 1), (0, 4), (3, 1), (4, 3))
 """What every model is tried with: tokens that a context holds, and how many go on."""
-_WINDOWS: Final = "sliding_window", "window_size", "attention_window_size", "attention_chunk_size"
+_WINDOWS: Final = (
+    "sliding_window",
+    "sliding_window_size",
+    "window_size",
+    "attention_window_size",
+    "attention_chunk_size",
+)
 """What configs call the tokens that attention reaches back."""
 _ORIGINAL_LENGTH: Final = "original_max_position_embeddings"  # past which "longrope" turns all positions otherwise
 
@@ -130,6 +136,13 @@ class _ContextCaches(DynamicCache):
         self.keys_and_values: list[tuple[Tensor, Tensor]] = []
         self._held = [cache.decoder_cache for cache in caches]
 
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """0: for the decoder all tokens are the first ones, at the positions that it is told. A block that asks makes
+        something else of it."""
+        if self.keys_and_values:
+            raise ExportError("its blocks ask how many tokens there were")
+        return 0
+
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
         """What is given back is only what came: attention takes ``keys_and_values``."""
         each = zip(self._held, key_states.split(self.counts, -2), value_states.split(self.counts, -2), strict=True)
@@ -169,7 +182,8 @@ class _ContextAttention(TorchFunctionMode):
 
 
 def _attend(query: Tensor, keys: Tensor, values: Tensor, scale: float | None) -> Tensor:
-    """Of tokens that go on in one context: to the bit what transformers' ``sdpa_attention_forward`` gives for these."""
+    """Of tokens that go on in one context: what transformers' ``sdpa_attention_forward`` gives for these, to the bit
+    where heads have 256 numbers at most."""
     tokens, length = query.shape[-2], keys.shape[-2]
     mask = None
     if 1 < tokens < length:

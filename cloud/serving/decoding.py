@@ -81,7 +81,7 @@ class DecodeMicroBatch:
         begun: its first message; group_states: what takes part.
 
     Attributes:
-        codecs: how its tensors cross.
+        codecs: how its tensors cross; lock: of the session's context, to be held while it runs.
     """
 
     def __init__(
@@ -91,6 +91,7 @@ class DecodeMicroBatch:
         self.key: Key = (begun.step, begun.micro_batch)
         self.codecs = model.opening.codecs_of(begun.mode)
         self._model = model
+        self.lock = held.lock
         self._held = held
         self._context = held.context
         self._embeds = model.embeddings(begun)
@@ -128,7 +129,7 @@ class DecodeMicroBatch:
 
     def run(self, device: MicroBatchDevice) -> None:
         """Raises what ``device`` does, and ``NonFiniteError``."""
-        with torch.no_grad(), self._held.lock:
+        with torch.no_grad():
             ahead, self._held.ahead = self._find_ahead(), None
             tokens = self._new_tokens() if ahead is None else ahead.tokens
             if ahead is None:

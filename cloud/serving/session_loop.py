@@ -13,7 +13,7 @@ import math
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -91,14 +91,14 @@ class SessionLoop:
 
     def run(self) -> None:
         """Answer until the device closes the session."""
-        torch.set_num_threads(self._service.settings.threads)  # OpenMP keeps this per thread, and this thread is new
+        _use_threads(self._service.settings.threads)
         try:
             if self._window == 1:  # in this very thread
                 while self._answer_next(None):
                     pass
                 return
             threads = (self._service.settings.threads,)
-            with ThreadPoolExecutor(self._window, "micro-batch", torch.set_num_threads, threads) as pool:
+            with ThreadPoolExecutor(self._window, "micro-batch", _use_threads, threads) as pool:
                 while self._answer_next(pool):
                     pass
         finally:
@@ -232,6 +232,12 @@ class SessionLoop:
             tokens = counted_tokens(begun.sequence_lengths.data, packs=packs) + begun.guesses
             del begun
             charge = self._admit(tokens, run.estimate(service.live_bytes))
+        # Before it counts as computing: the server may still go on ahead in the context.
+        with nullcontext() if isinstance(run, ServerMicroBatch) else run.lock:
+            self._run_admitted(run, charge, arrived)
+
+    def _run_admitted(self, run: ServerMicroBatch | DecodeMicroBatch, charge: Charge, arrived: float) -> None:
+        service = self._service
         device = MicroBatchDevice(
             self._device, run.key, run.codecs, service.base.dtype, gate=self._gate_of(run), deadlines=self._deadlines,
             arrived=arrived,
@@ -301,6 +307,13 @@ class SessionLoop:
             taken = self._quota.live_bytes
             self._charge_ended.wait_for(lambda: self._quota.live_bytes < taken or not taken)
             return taken > 0
+
+
+def _use_threads(threads: int) -> None:
+    """OpenMP keeps this per thread; and when a new thread asks for the first time, it gets what another has set last,
+    which may be one for a moment."""
+    torch.get_num_threads()
+    torch.set_num_threads(threads)
 
 
 def is_given(purpose: m.Train | m.Use | m.Encode) -> bool:

@@ -28,6 +28,8 @@ _REFUSED: Final = {
     "store": "no answer is kept here; leave it out, or make it false",
     "background": "no answer is kept here; stream it",
     "tools": "give tools to /v1/chat/completions",
+    "top_logprobs": "ask /v1/chat/completions for them",
+    "include": "there is nothing to add to an answer",
 }
 
 
@@ -55,6 +57,8 @@ class _Response(msgspec.Struct, kw_only=True):
     store: Any = None
     background: Any = None
     tools: Any = None
+    top_logprobs: Any = None
+    include: Any = None
 
 
 def read_response(body: bytes | bytearray, defaults: Sampling, limit: PromptLimit) -> GenerationRequest:
