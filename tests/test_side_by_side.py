@@ -125,6 +125,16 @@ def test_a_forward_that_fails_leaves_all_caches_as_they_were(monkeypatch: pytest
     assert all(map(is_near, side_by_side.run(beside), wanted))
 
 
+@torch.no_grad()
+def test_numbers_that_are_not_finite_reach_nobody_else() -> None:
+    parts = ModelParts(deeper("llama"))
+    wanted, beside = [forward.run() for forward in begun(parts, 0)], begun(parts, 0)
+    beside[1].hidden_states.fill_(float("nan"))
+    found = SideBySide(parts).run(beside)
+    assert found[1].isnan().all()
+    assert all(is_near(found[index], wanted[index]) for index in (0, 2, 3))
+
+
 # -- who computes ----------------------------------------------------------------------------------------------
 
 
