@@ -20,7 +20,7 @@ def test_large_frames_both_ways_hold_nobody_back(tiny: TinyFactory) -> None:
     found = []
     with serving(model.base) as server:
         for window in (1, 4):
-            connecting = ConnectSettings(liveness=Liveness(exchange_s=20.0))
+            connecting = ConnectSettings(liveness=Liveness(exchange_s=100.0))
             with training(model.bundle, server.url, run, dataset, connecting, window=window) as trainer:
                 trainer.run_step()
                 assert trainer.side.crossed.reconnects == 0
