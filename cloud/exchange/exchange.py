@@ -61,24 +61,20 @@ class RowRunner(GroupRunner):
         super().__init__(base, groups, (*live, *given), graded=graded)
         self.sites = sites
         self.rows = rows
-        self.given = given
+        self._given = given
 
     @abstractmethod
-    def exchange(self, group: int, x: Tensor) -> tuple[list[Tensor], Sequence[Tensor] | None]:
+    def exchange(self, group: int, x: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor] | None]:
         """The frozen products of a live group, and one delta for each, (rows, out_features); None: there are none."""
 
     def run_group(self, group: int, x: Tensor) -> Sequence[Tensor]:
         """What a group's target modules give: their frozen products and the deltas."""
-        deltas: Sequence[Tensor] | None
-        if group in self.given:
-            deltas, frozen = self.given_deltas(group, x), self.run_frozen(group, x)
-        else:
-            frozen, deltas = self.exchange(group, x)
+        frozen, deltas = self._apply_given(group, x) if group in self._given else self.exchange(group, x)
         if deltas is None:
             return frozen
         targets = self._groups[group].targets
         return [
-            torch.add(output, self.unpack(delta, output), alpha=target.gain)
+            torch.add(output, self._unpack(delta, output), alpha=target.gain)
             for output, delta, target in zip(frozen, deltas, targets, strict=True)
         ]
 
@@ -89,17 +85,22 @@ class RowRunner(GroupRunner):
         packed: Tensor = _Pack.apply(padded, self)
         return packed
 
-    def unpack(self, delta: Tensor, output: Tensor) -> Tensor:
+    def _unpack(self, delta: Tensor, output: Tensor) -> Tensor:
         """Rows that crossed, where they lie in ``output``."""
         if not torch.is_grad_enabled():
             return among_all(delta.to(output.dtype), self.rows, output.shape)
         unpacked: Tensor = _Unpack.apply(delta, self, output.shape, output.dtype)
         return unpacked
 
-    def given_deltas(self, group: int, x: Tensor) -> Sequence[Tensor]:
+    def _apply_given(self, group: int, x: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """As ``exchange``, with what the device has given in its place."""
+        deltas = self._given_deltas(group, x)
+        return self.run_frozen(group, x), deltas
+
+    def _given_deltas(self, group: int, x: Tensor) -> Sequence[Tensor]:
         """One for each target module of a group that is applied here, (rows, out_features)."""
         site = self.sites[group]
-        return site.expand(site.compute_outputs(site.project(self.pack(x)), self.given[group]))
+        return site.expand(site.compute_outputs(site.project(self.pack(x)), self._given[group]))
 
 
 class GroupDevice(Protocol):
@@ -140,7 +141,7 @@ class MicroBatchExchange(RowRunner):
         self.gradients = 0
         self._trained = trained
 
-    def exchange(self, group: int, x: Tensor) -> tuple[list[Tensor], Sequence[Tensor]]:
+    def exchange(self, group: int, x: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """The frozen products, and the deltas that the device gives."""
         site = self.sites[group]
         joined, tap = _Fork.apply(x) if x.requires_grad else (x, x)

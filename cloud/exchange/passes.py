@@ -26,7 +26,6 @@ from dlora.protocol.passes import Passes, backward_waves, forward_waves
 
 from .exchange import RowRunner
 from .kinds import Site
-from .target_modules import running_targets
 
 Reads = Mapping[int, Tensor]
 """Of each group what goes to the device, (rows, input_width)."""
@@ -68,7 +67,7 @@ class PassRunner(RowRunner):
         self.reads: dict[int, Tensor] = {}
         self._written = outputs
 
-    def exchange(self, group: int, x: Tensor) -> tuple[list[Tensor], Sequence[Tensor] | None]:
+    def exchange(self, group: int, x: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor] | None]:
         """The frozen products, and the deltas; None where there are none yet."""
         deltas = self._read(group, x)
         return self.run_frozen(group, x), deltas
@@ -82,12 +81,12 @@ class PassRunner(RowRunner):
         targets = self._groups[group].targets
         if group not in self._inputs:
             self._inputs[group] = x
-            deltas = self.given_deltas(group, x) if group in self.given else self._read(group, x)
+            deltas = self._given_deltas(group, x) if group in self._given else self._read(group, x)
             if deltas is not None:
                 self._outputs.update(zip((target.name for target in targets), deltas, strict=True))
         if name in self._outputs:
             gain = next(target.gain for target in targets if target.name == name)
-            output.add_(self.unpack(self._outputs.pop(name), output), alpha=gain)
+            output.add_(self._unpack(self._outputs.pop(name), output), alpha=gain)
 
     def _read(self, group: int, x: Tensor) -> Sequence[Tensor] | None:
         """Read; and the deltas, if the device has said any."""
@@ -120,8 +119,7 @@ class PassExchange:
 
         Args:
             reads: of the base pass.
-            run: the base model, at the rows that adapters act at and after, with what is given to it running its
-                target modules.
+            run: the base model, at the rows that adapters act at and after, with this runner of its target modules.
         """
         waves = forward_waves(self._live, self._passes)
         for number, asked in enumerate(waves):
@@ -132,7 +130,7 @@ class PassExchange:
                 for leaf in (leaf for group in self._live if group >= lowest for leaf in self._outputs[group]):
                     leaf.requires_grad_()
             runner = self._make_runner(self._outputs)
-            with torch.set_grad_enabled(has_graph), running_targets(runner):
+            with torch.set_grad_enabled(has_graph):
                 hidden_states = run(runner)
             reads = dict(runner.reads)
         self._reads = reads

@@ -101,12 +101,11 @@ _running = threading.local()
 @contextmanager
 def running_targets(runner: TargetRunner | None) -> Iterator[None]:
     """Within, ``runner`` runs the target modules that are called in this thread; None: they run themselves."""
-    before = getattr(_running, "runner", None)
     _running.runner = runner
     try:
         yield
     finally:
-        _running.runner = before
+        _running.runner = None
         if runner is not None:
             runner.forget()
 

@@ -149,7 +149,12 @@ class ServerMicroBatch:
         groups_device = PassDevice(
             device, self.codecs, widths, self._crossing_rows, base.dtype, base.device, kept_reads=self._kept_reads
         )
-        hidden = exchange.forward(groups_device, base_runner.reads, lambda _: run())
+
+        def run_pass(runner: PassRunner) -> Tensor:
+            with running_targets(runner):
+                return run()
+
+        hidden = exchange.forward(groups_device, base_runner.reads, run_pass)
         labelled = hidden.reshape(-1, hidden.shape[-1]).index_select(0, labels)
         wanted = exchange.wanted
         device.send_labelled(labelled, sum(map(len, wanted)))
