@@ -19,7 +19,6 @@ from generating import PROMPTS, generated, generated_while_sessions_are_lost, tr
 from serving import RunningServer, open_model, serving
 from test_parts import deeper
 from tiny import TinyFactory
-from torch import Tensor
 from waiting import StandingClock, eventually
 
 from dlora.cloud.exchange import forward as forward_module
@@ -82,8 +81,7 @@ def test_in_half_precision_bits_are_the_same() -> None:
     base = BaseModel.from_model(model.to(torch.bfloat16), "llama")
     wrap_target_modules(base)
     parts = ModelParts(base)
-    gate = SharedGate.of(ComputeGate(), parts, 64, time.monotonic)
-    assert gate is not None
+    gate = new_gate(parts)
     alone = [Forward(part, likeliest_from=0) for part in begun(parts, 0)]
     for forward in alone:
         gate.run(iter([forward]), lambda _: None)
@@ -156,20 +154,22 @@ def run_at_once(gate: SharedGate, programs: Sequence[Forwards]) -> list[BaseExce
         return [each.result(60) for each in running]
 
 
-class Recorded:
-    """A gate that notes how many passes run at once, and of which blocks."""
+def new_gate(parts: ModelParts, most_rows: int = 64) -> SharedGate:
+    gate = SharedGate.of(ComputeGate(), parts, most_rows, time.monotonic)
+    assert gate is not None
+    return gate
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, parts: ModelParts, most_rows: int = 64) -> None:
-        gate = SharedGate.of(ComputeGate(), parts, most_rows, time.monotonic)
-        assert gate is not None
-        self.gate, self.rounds = gate, list[tuple[int, int]]()
-        run = gate._run
 
-        def record(forwards: Sequence[Forward]) -> None:
-            self.rounds.append((len(forwards), forwards[0].part.begin))
-            run(forwards)
+def record_rounds(monkeypatch: pytest.MonkeyPatch, gate: SharedGate) -> list[tuple[int, int]]:
+    """How many passes run at once from now on, and from which block on."""
+    rounds, run = list[tuple[int, int]](), gate._run
 
-        monkeypatch.setattr(gate, "_run", record)
+    def record(forwards: Sequence[Forward]) -> None:
+        rounds.append((len(forwards), forwards[0].part.begin))
+        run(forwards)
+
+    monkeypatch.setattr(gate, "_run", record)
+    return rounds
 
 
 @pytest.fixture(scope="module")
@@ -190,32 +190,35 @@ def program(parts: ModelParts, *ends: int | None, tokens: int = 1) -> Forwards:
 
 
 def test_passes_of_the_same_blocks_run_at_once(monkeypatch: pytest.MonkeyPatch, parts: ModelParts) -> None:
-    recorded = Recorded(monkeypatch, parts)
-    assert run_at_once(recorded.gate, [program(parts, 2, None) for _ in range(3)]) == [None] * 3
-    assert recorded.rounds == [(3, 0), (3, 2)]
+    gate = new_gate(parts)
+    rounds = record_rounds(monkeypatch, gate)
+    assert run_at_once(gate, [program(parts, 2, None) for _ in range(3)]) == [None] * 3
+    assert rounds == [(3, 0), (3, 2)]
 
 
 def test_who_is_behind_catches_up(monkeypatch: pytest.MonkeyPatch, parts: ModelParts) -> None:
     """One that is ahead waits for the others, but not for ever."""
-    recorded = Recorded(monkeypatch, parts)
+    gate = new_gate(parts)
+    rounds = record_rounds(monkeypatch, gate)
     ahead = program(parts, 2, None)
     next(ahead)  # the others have their first blocks before them still
-    run_at_once(recorded.gate, [ahead, program(parts, 2, None), program(parts, 2, None)])
-    assert recorded.rounds == [(2, 0), (3, 2)]
-    recorded.rounds.clear()
+    run_at_once(gate, [ahead, program(parts, 2, None), program(parts, 2, None)])
+    assert rounds == [(2, 0), (3, 2)]
+    rounds.clear()
     ahead = program(parts, 2, None)
     next(ahead)
-    run_at_once(recorded.gate, [ahead, *(program(parts, None, None, None, None) for _ in range(2))])
-    assert recorded.rounds == [(2, 0)] * 2 + [(1, 2)] + [(2, 0)] * 2
+    run_at_once(gate, [ahead, *(program(parts, None, None, None, None) for _ in range(2))])
+    assert rounds == [(2, 0)] * 2 + [(1, 2)] + [(2, 0)] * 2
 
 
 def test_no_more_rows_than_allowed_run_at_once(monkeypatch: pytest.MonkeyPatch, parts: ModelParts) -> None:
-    recorded = Recorded(monkeypatch, parts, most_rows=8)
-    run_at_once(recorded.gate, [program(parts, None, tokens=tokens) for tokens in (3, 9, 3, 3)])
-    assert sorted(recorded.rounds) == [(1, 0), (1, 0), (2, 0)]
+    gate = new_gate(parts, most_rows=8)
+    rounds = record_rounds(monkeypatch, gate)
+    run_at_once(gate, [program(parts, None, tokens=tokens) for tokens in (3, 9, 3, 3)])
+    assert sorted(rounds) == [(1, 0), (1, 0), (2, 0)]
 
 
-def test_what_fails_fails_alone(monkeypatch: pytest.MonkeyPatch, parts: ModelParts) -> None:
+def test_what_fails_fails_alone(parts: ModelParts) -> None:
     """A pass that cannot run, and what is made of one that has: the others get theirs."""
 
     def of_a_wrong_width() -> Forwards:
@@ -225,9 +228,9 @@ def test_what_fails_fails_alone(monkeypatch: pytest.MonkeyPatch, parts: ModelPar
         yield from program(parts, None)
         raise KeyError("mine")
 
-    recorded = Recorded(monkeypatch, parts)
+    gate = new_gate(parts)
     good = program(parts, None)
-    found = run_at_once(recorded.gate, [good, of_a_wrong_width(), failing_after()])
+    found = run_at_once(gate, [good, of_a_wrong_width(), failing_after()])
     assert [type(error) for error in found] == [type(None), ValueError, KeyError]
 
 
@@ -235,7 +238,7 @@ def test_who_asks_for_more_than_there_is_takes_no_token_in_twice(
     monkeypatch: pytest.MonkeyPatch, parts: ModelParts
 ) -> None:
     """Where the head fails for all at once, each runs again alone."""
-    gate = Recorded(monkeypatch, parts).gate
+    gate = new_gate(parts)
     wanted = [Forward(part, likeliest_from=0) for part in begun(parts, 0)]
     run_at_once(gate, [iter([forward]) for forward in wanted])
     find, calls = forward_module._find_likeliest, list[int]()
@@ -257,14 +260,15 @@ def test_who_asks_for_more_than_there_is_takes_no_token_in_twice(
 def test_a_model_that_does_not_run_so_after_all_runs_one_by_one(
     monkeypatch: pytest.MonkeyPatch, parts: ModelParts, caplog: pytest.LogCaptureFixture
 ) -> None:
-    recorded = Recorded(monkeypatch, parts)
+    gate = new_gate(parts)
+    rounds = record_rounds(monkeypatch, gate)
 
     def refuse(*_: object) -> None:
         raise ExportError("it needs a mask")
 
-    monkeypatch.setattr(recorded.gate._side_by_side, "run", refuse)
-    assert run_at_once(recorded.gate, [program(parts, 2, None) for _ in range(3)]) == [None] * 3
-    assert [count for count, _ in recorded.rounds] == [3] + [1] * 6
+    monkeypatch.setattr(gate._side_by_side, "run", refuse)
+    assert run_at_once(gate, [program(parts, 2, None) for _ in range(3)]) == [None] * 3
+    assert [count for count, _ in rounds] == [3] + [1] * 6
     assert [record.message for record in caplog.records].count(
         "answers are computed one by one from now on: it needs a mask"
     ) == 1
@@ -272,8 +276,7 @@ def test_a_model_that_does_not_run_so_after_all_runs_one_by_one(
 
 def test_an_error_holds_no_context(parts: ModelParts) -> None:
     """Until Python looks for cycles, which a busy server does seldom."""
-    gate = SharedGate.of(ComputeGate(), parts, 64, time.monotonic)
-    assert gate is not None
+    gate = new_gate(parts)
     kept: list[weakref.ref[PartForward]] = []
 
     def failing() -> Forwards:
@@ -341,24 +344,25 @@ def test_who_trains_comes_in_between_two_tokens_of_a_long_answer(
 ) -> None:
     """Where a round takes longer than the gate is held, after each."""
     monkeypatch.setattr(shared_gate, "_MOST_HELD_S", 0.0)
-    recorded = Recorded(monkeypatch, parts)
+    gate = new_gate(parts)
+    rounds = record_rounds(monkeypatch, gate)
     turn, was_in = threading.Event(), list[int]()
 
     def train() -> None:
-        with recorded.gate._gate.computing():
-            was_in.append(len(recorded.rounds))
+        with gate._gate.computing():
+            was_in.append(len(rounds))
 
     trainer = threading.Thread(target=train)
 
     def answer() -> Forwards:
         yield from program(parts, None)
         trainer.start()
-        eventually(lambda: len(recorded.gate._gate._turns) == 1)
+        eventually(lambda: len(gate._gate._turns) == 1)
         yield from program(parts, None)
         turn.set()
 
     with torch.no_grad():
-        recorded.gate.run(answer(), lambda _: None)
+        gate.run(answer(), lambda _: None)
     trainer.join(60)
     assert turn.is_set()
     assert was_in == [1]
@@ -394,32 +398,24 @@ def opened(bundle: Path, server: RunningServer, adapter: Path, way: dict[str, An
     return open_model(Bundle.open(bundle), server.url, settings.pop("adapter"), connecting=retry, **settings)
 
 
-def count_shared(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many passes ran at once, from now on."""
-    gate, counts = server.server.service.shared_gate, list[int]()
+def record_rounds_of(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    gate = server.server.service.shared_gate
     assert gate is not None
-    run = gate._run
-
-    def count(forwards: Sequence[Forward]) -> None:
-        counts.append(len(forwards))
-        run(forwards)
-
-    monkeypatch.setattr(gate, "_run", count)
-    return counts
+    return record_rounds(monkeypatch, gate)
 
 
 Answer = Callable[[Any, Sequence[int]], list[int]]
 
 
 def answer_at_once(
-    bundle: Path, server: RunningServer, adapter: Path, answer: Answer, counts: list[int]
+    bundle: Path, server: RunningServer, adapter: Path, answer: Answer, rounds: list[tuple[int, int]]
 ) -> list[tuple[list[int], list[int]]]:
     """Of each way an answer alone, and one while all others are answered."""
     with ExitStack() as stack, ThreadPoolExecutor(len(WAYS)) as pool:
         models = [stack.enter_context(opened(bundle, server, adapter, way)) for way in WAYS]
         prompts = [PROMPTS[index % len(PROMPTS)] for index in range(len(WAYS))]
         alone = list(map(answer, models, prompts))
-        assert set(counts) <= {1}
+        assert {count for count, _ in rounds} <= {1}
         service = server.server.service
         with service.gate.computing():
             running = [pool.submit(answer, *each) for each in zip(models, prompts, strict=True)]
@@ -433,38 +429,38 @@ def test_answers_at_once_are_those_alone(
     draft_length: int, bundle: Path, server: RunningServer, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In passes, with an adapter that was lent, and without any: they share what they ask for at the same time."""
-    counts = count_shared(server, monkeypatch)
+    rounds = record_rounds_of(server, monkeypatch)
 
     def answer(model: Any, prompt: Sequence[int]) -> list[int]:
         drafts = "server" if draft_length else "off"
         return generated(Context(model), prompt, 12, draft_length=draft_length, drafts=drafts)
 
-    for alone, together in answer_at_once(bundle, server, adapter, answer, counts):
+    for alone, together in answer_at_once(bundle, server, adapter, answer, rounds):
         assert together == alone
-    assert max(counts) == len(WAYS)
+    assert max(rounds)[0] == len(WAYS)
 
 
 def test_sessions_that_are_lost_lose_nobody_elses_answer(
     bundle: Path, server: RunningServer, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    counts = count_shared(server, monkeypatch)
+    rounds = record_rounds_of(server, monkeypatch)
 
     def answer(model: Any, prompt: Sequence[int]) -> list[int]:
         return generated_while_sessions_are_lost(model, server, prompt, 12, Sampling(), 3, "server")[0]
 
-    for alone, together in answer_at_once(bundle, server, adapter, answer, counts):
+    for alone, together in answer_at_once(bundle, server, adapter, answer, rounds):
         assert together == alone
-    assert max(counts) > 1
+    assert max(rounds)[0] > 1
 
 
 def test_live_adapters_and_texts_do_not_share(
     bundle: Path, server: RunningServer, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A live adapter waits for its device in the middle of a pass; training's and evaluations' bits are promised."""
-    counts = count_shared(server, monkeypatch)
+    rounds = record_rounds_of(server, monkeypatch)
     with opened(bundle, server, adapter, {"passes": "live"}) as live:
         assert generated(live, PROMPTS[0], 4, drafts="server", draft_length=2)
-    assert not counts
+    assert not rounds
 
 
 def test_it_can_be_switched_off(tiny: TinyFactory, bundle: Path, adapter: Path) -> None:
@@ -486,19 +482,13 @@ def test_contexts_longer_than_attention_reaches_do_not_share(tiny: TinyFactory, 
         del config.sliding_window
 
 
-def likeliest_of(base: BaseModel, hidden_states: Tensor) -> list[int]:
-    found: list[int] = base.lm_head(hidden_states[0]).argmax(-1).tolist()
-    return found
-
-
 @torch.no_grad()
 def test_the_likeliest_token_is_the_heads(parts: ModelParts) -> None:
-    gate = SharedGate.of(ComputeGate(), parts, 64, time.monotonic)
-    assert gate is not None
+    gate = new_gate(parts)
     pairs = zip(begun(parts, 0), (0, 2, None, 3), strict=True)
     forwards = [Forward(part, likeliest_from=first) for part, first in pairs]
     run_at_once(gate, [iter([forward]) for forward in forwards])
     for forward in forwards:
         first = forward.likeliest_from
-        wanted = [] if first is None else likeliest_of(parts.base, forward.hidden_states[:, first:])
+        wanted = [] if first is None else parts.base.lm_head(forward.hidden_states[0, first:]).argmax(-1).tolist()
         assert forward.likeliest == wanted
