@@ -16,6 +16,7 @@ from urllib.request import ProxyHandler, build_opener
 
 from websockets.sync.client import ClientConnection, connect
 
+AXE = os.environ.get("DLORA_AXE")  # axe-core, which is no part of the repository
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 START_TIMEOUT_S = 30.0
 ANSWER_TIMEOUT_S = 60.0
@@ -67,6 +68,14 @@ class Page:
         clip = {"x": 0, "y": 0, "width": size["width"], "height": height or size["height"], "scale": 1}
         found = self.ask("Page.captureScreenshot", format="png", clip=clip, captureBeyondViewport=True)
         path.write_bytes(base64.b64decode(found["data"]))
+
+    def find_barriers(self) -> list[tuple[str, Any]]:
+        """What axe-core finds that is serious, and where: nothing where there is no axe-core."""
+        if AXE is None:
+            return []
+        self.run(Path(AXE).read_text() + ";0")
+        found = json.loads(self.run("axe.run().then((found) => JSON.stringify(found.violations))"))
+        return [(each["id"], each["nodes"]) for each in found if each["impact"] in ("serious", "critical")]
 
     def ask(self, method: str, **parameters: Any) -> dict[str, Any]:
         """One command of the protocol; events that come before its answer are taken."""

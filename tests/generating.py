@@ -20,6 +20,7 @@ from dlora.protocol.adapter_record import TrainingRecord
 from dlora.protocol.choices import Drafts
 from dlora.protocol.manifest import load_manifest
 
+LONG = {"max_position_embeddings": 256, "tie_word_embeddings": False}  # of models with room for an answer
 PROMPTS = [[9, 10, 11, 7, 8], [5, 6, 5, 6, 5, 6, 7, 8], [7, 8, 20, 21, 22, 7, 8, 12]]  # each invokes at 7, 8
 
 

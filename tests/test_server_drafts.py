@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from families import VOCABULARY
-from generating import PROMPTS, answer_of, generated, generated_while_sessions_are_lost, train_adapter
+from generating import LONG, PROMPTS, answer_of, generated, generated_while_sessions_are_lost, train_adapter
 from processes import cloud_process
 from serving import RunningServer, open_model, serving
 from test_cli import free_port
@@ -35,7 +35,6 @@ from dlora.protocol.errors import LocalProtocolError, RemoteProtocolError
 from dlora.protocol.frames import encode
 
 TOKENS = 14
-LONG = {"max_position_embeddings": 256, "tie_word_embeddings": False}
 DRAWN = Sampling(temperature=0.8, seed=3)
 CASES = [
     ("bottleneck, answers", "2,2"), ("bottleneck, answers", "live"), ("lora", "3,1"), ("lora", "live"),

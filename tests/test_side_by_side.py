@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, tiny_model
-from generating import PROMPTS, generated, generated_while_sessions_are_lost, train_adapter
+from generating import LONG, PROMPTS, generated, generated_while_sessions_are_lost, train_adapter
 from serving import RunningServer, open_model, serving
 from test_parts import deeper
 from tiny import TinyFactory
@@ -39,7 +39,6 @@ from dlora.edge.model.context import Context
 from dlora.edge.wire.connecting import ConnectSettings, Retry
 from dlora.protocol.errors import ExportError
 
-LONG = {"max_position_embeddings": 256, "tie_word_embeddings": False}
 OTHERWISE = {"mistral", "gemma2", "gemma3_text", "bloom", "falcon"}
 """Families whose attention is not torch's, or has more than causal order: the tiny Mistral's looks back four tokens."""
 COUNTS = [(7, 1), (0, 5), (3, 1), (9, 4)]
