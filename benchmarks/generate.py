@@ -110,8 +110,9 @@ def main() -> None:
             bars["memory"] = at_most(1.1, result["memory"]["ratio"], f"{command} memory")
         if "equal" in options.only:
             result["equal"] = place.measure_equal()
-            others = sum(row["others"] for row in result["equal"].values())
-            bars["letter_for_letter"] = at_most(0, others, f"{command} equal")
+            for name in options.ways:
+                others = sum(row["others"] for key, row in result["equal"].items() if key.startswith(f"{name},"))
+                bars[f"letter_for_letter_{name}"] = at_most(0, others, f"{command} equal")
         if "many" in options.only:
             result["many"] = many = place.measure_many()
             bars["many_server_cpu"] = at_most(0.5, many["cpu_ratio"], f"{command} many")
@@ -132,7 +133,7 @@ class Place:
             asked = [json.loads(line)["messages"][:1] for line in write_dialogue(work, 200, seed=0)[1].open()]
             self._prompts = [tokenizer.encode_chat(messages) for messages in asked]
             self._stop = tokenizer.stop_token_ids
-        self._adapters: dict[tuple[str, ...], Path] = {}
+        self._made: dict[str, list[list[int]]] = {}
 
     # -- speed -------------------------------------------------------------------------------------------
 
@@ -208,12 +209,11 @@ class Place:
 
     def _compare(self, way: Way, other: Way, drafts: Drafts, sampling: Sampling) -> dict[str, Any]:
         """Answers one way with ``drafts`` against those another way without."""
-        options = self._options
         row = {"answers": 0, "tokens": 0, "equal_answers": 0, "ties": 0, "others": 0, "other_tokens": 0}
-        with self._open(way, self._url, drafts) as context, self._open(other, self._url, "off") as plain:
-            for ids in self._prompts[: options.answers]:
-                wanted, _ = self._answer(plain, ids, options.answer_tokens, "off", sampling)
-                answer, _ = self._answer(context, ids, options.answer_tokens, drafts, sampling)
+        answers = self._answers(way, drafts, sampling)
+        every_wanted = self._answers(other, "off", sampling)
+        with self._open(other, self._url, "off") as plain:
+            for ids, answer, wanted in zip(self._prompts, answers, every_wanted, strict=False):
                 row["answers"] += 1
                 row["tokens"] += len(wanted)
                 row["equal_answers"] += wanted == answer
@@ -226,6 +226,17 @@ class Place:
                     row["ties" if gap <= TIE else "others"] += 1
                     row["other_tokens"] += len(differ)
         return row
+
+    def _answers(self, way: Way, drafts: Drafts, sampling: Sampling) -> list[list[int]]:
+        """To every prompt. Those of one way, drafts and sampling are made once."""
+        options, key = self._options, f"{way.recipe, way.opening, drafts, sampling}"
+        if key not in self._made:
+            with self._open(way, self._url, drafts) as context:
+                prompts = self._prompts[: options.answers]
+                self._made[key] = [
+                    self._answer(context, ids, options.answer_tokens, drafts, sampling)[0] for ids in prompts
+                ]
+        return self._made[key]
 
     # -- many ------------------------------------------------------------------------------------------
 
