@@ -14,9 +14,11 @@ from .cache import PartCache
 from .parts import ModelParts
 
 _FEW_ROWS: Final = 8
-_SMALL_PRODUCT: Final = 2 << 20
-"""Weights of a product that one thread is through with, at a few rows, before another has woken up: half of a
-millisecond and less. SmolLM2's 0.9 million give a quarter more tokens a second with one thread than with two."""
+_SMALL_PRODUCT: Final = 5 << 19
+_FEW_MULTIPLICATIONS: Final = 12 << 20
+"""Weights of a product that one thread is through with, at a few rows, before another has woken up, and these times the
+rows: half of a millisecond and less. SmolLM2's 0.9 million give a quarter more tokens a second with one thread than
+with two; other widths: benchmarks/few_rows.py."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,9 @@ class PartForward:
 def few_rows_in_one_thread(parts: ModelParts, rows: int) -> Iterator[None]:
     """Within, a few rows of a small model run in one thread."""
     threads = torch.get_num_threads()
-    is_one = rows <= _FEW_ROWS and threads > 1 and parts.largest_product <= _SMALL_PRODUCT
+    weights = parts.largest_product
+    is_small = weights <= _SMALL_PRODUCT and rows * weights < _FEW_MULTIPLICATIONS
+    is_one = rows <= _FEW_ROWS and threads > 1 and is_small
     if is_one:
         torch.set_num_threads(1)
     try:
