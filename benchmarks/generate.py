@@ -202,7 +202,7 @@ class Place:
             for how, sampling in (("greedy", Sampling()), ("drawn", DRAWN)):
                 found[f"{name}, {how}"] = row = self._compare(way, way, "auto", sampling)
                 log(f"{name}, {how}: {row}")
-            if way.opening:
+            if "passes" in way.opening:
                 row = self._compare(way, Way(way.recipe, ()), "off", Sampling())
                 found[f"{name}, greedy, against live"] = {"answers": row["answers"], "others": 0, "not_live": row}
         return found
