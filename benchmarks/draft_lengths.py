@@ -62,7 +62,7 @@ def main() -> None:
             },
         }
         log(json.dumps({f"{name}, {text}": found[f"{name}, {text}"]}))
-        bars[f"{name}_{text}"] = at_least(0.9, min(of_test.values()), "python benchmarks/draft_lengths.py")
+        bars[f"{name}_{text}"] = at_least(0.9, min(of_test.values()), "python benchmarks/draft_lengths.py --data DATA")
     write_bars(options.docs / FILE, bars)
     print(json.dumps(found, indent=1))
 
@@ -74,8 +74,8 @@ def _answers(options: argparse.Namespace, name: str, model: str, bundle: Path, t
     """Of validation and test rows."""
     work = options.work / f"{name} {text}"
     work.mkdir(parents=True, exist_ok=True)
-    for part, rows in zip(PARTS, SETS[text].rows(options.data), strict=True):
-        (work / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    parts = dict(zip(PARTS, SETS[text].rows(options.data), strict=True))
+    (work / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in parts["train"]), encoding="utf-8")
     if not (work / "adapter" / "dlora_adapter.json").exists():
         with cloud_server(model, options.threads) as url:
             run_json(
@@ -88,12 +88,9 @@ def _answers(options: argparse.Namespace, name: str, model: str, bundle: Path, t
         with worker("peft_generate.py", model, options.threads, stop) as peft, torch.no_grad():
             for part in PARTS[1:]:
                 found[part] = []
-                for line in (work / f"{part}.jsonl").read_text().splitlines()[: options.answers]:
-                    row = json.loads(line)
-                    is_chat = "messages" in row
-                    ids = (
-                        tokenizer.encode_chat(row["messages"][:1]) if is_chat else tokenizer.encode_text(row["prompt"])
-                    )
+                for row in parts[part][: options.answers]:
+                    asked = row.get("messages", [])[:1]
+                    ids = tokenizer.encode_chat(asked) if asked else tokenizer.encode_text(row["prompt"])
                     request = {"adapter": str(work / "adapter"), "ids": ids.tolist(), "tokens": options.tokens}
                     answer = peft(request)["tokens"]
                     logits = base(input_ids=torch.tensor([[*ids.tolist(), *answer]])).logits[0]
