@@ -11,7 +11,7 @@ IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 def source_of(address: str) -> str:
     """Whom an IP address belongs to, as far as limits are concerned: of IPv6 a /64, which is what one customer has, and
     an IPv4 address in IPv6's clothes is that address. What is no address is a source of its own."""
-    found = _parse(address.partition("%")[0])
+    found = parse_address(address)
     if isinstance(found, ipaddress.IPv6Address):
         return str(ipaddress.ip_network((int(found) >> 64 << 64, 64)))
     return address if found is None else str(found)
@@ -23,7 +23,7 @@ def is_loopback(host: str) -> bool:
 
     Other names are not, wherever they resolve to: what they resolve to can change.
     """
-    found = _parse(host.removeprefix("[").removesuffix("]"))
+    found = parse_address(host.removeprefix("[").removesuffix("]"))
     return host.lower() == "localhost" or (found is not None and found.is_loopback)
 
 
@@ -35,9 +35,10 @@ def raise_file_limit() -> int:
     return hard
 
 
-def _parse(text: str) -> IPAddress | None:
+def parse_address(text: str) -> IPAddress | None:
+    """The IP address that ``text`` is, an IPv4 address in IPv6's clothes as that; None where it is none."""
     try:
-        found = ipaddress.ip_address(text)
+        found = ipaddress.ip_address(text.partition("%")[0])
     except ValueError:
         return None
     mapped = found.ipv4_mapped if isinstance(found, ipaddress.IPv6Address) else None

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import http
 import logging
-import re
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import msgspec
 
@@ -22,6 +21,7 @@ from dlora.protocol.errors import RefusedError, StorageError
 from dlora.protocol.messages import Error, ErrorCode
 
 from .tokens import BearerTokenStore
+from .trusted_proxies import Origin
 
 logger = logging.getLogger("dlora.cloud")
 
@@ -54,7 +54,7 @@ class AccessDeniedError(RefusedError):
     """A stranger, or one whose token was revoked or has expired.
 
     Attributes:
-        status: of the HTTP answer: 401, 429, or 503 where the tokens cannot be read.
+        status: of the HTTP answer: 401, 429, or 503 where the tokens cannot be read, or the server stops.
         should_log: whether it deserves a line of its own; False for a stranger who fails again and again.
     """
 
@@ -105,8 +105,7 @@ class Access:
     def admit(
         self,
         authorization: str | None,
-        address: str,
-        peer_certificate: Mapping[str, Any] | None,
+        origin: Origin,
         *,
         has_query: bool = False,
     ) -> Caller:
@@ -114,7 +113,6 @@ class Access:
 
         Args:
             authorization: the header's value, where there is one.
-            peer_certificate: what ``ssl.SSLObject.getpeercert`` says of a certificate that it has verified.
             has_query: whether the URL has one: that is refused, for it can only be a token.
 
         A token is checked wherever there is one; otherwise a certificate counts. Raises ``AccessDeniedError``.
@@ -122,11 +120,11 @@ class Access:
         try:
             if has_query:
                 raise RefusedError(_TOKEN_IN_QUERY, ErrorCode.TOKEN_WRONG)
-            return self._identify(authorization, address, peer_certificate)
+            return self._identify(authorization, origin)
         except AccessDeniedError:
             raise
         except RefusedError as error:
-            failures, retry_after_s = self._failures.count(address)
+            failures, retry_after_s = self._failures.count(origin.address)
             if failures <= FAILURES_PER_WINDOW:
                 raise AccessDeniedError(str(error), error.code, status=401) from None
             text = f"too many failures from this address, the last one: {error}"
@@ -156,7 +154,7 @@ class Access:
             if caller.token_id in ended
         }
 
-    def _identify(self, authorization: str | None, address: str, certificate: Mapping[str, Any] | None) -> Caller:
+    def _identify(self, authorization: str | None, origin: Origin) -> Caller:
         if authorization is not None and self._tokens is not None:
             scheme, _, token = authorization.partition(" ")
             try:
@@ -164,15 +162,14 @@ class Access:
             except StorageError as error:
                 raise _tokens_unreadable(error) from None
             return Caller(record.device, "token", record.id)
-        name = _common_name(certificate)
-        if name:
-            return Caller(name, "certificate")
+        if origin.certificate_name:
+            return Caller(origin.certificate_name, "certificate")
         if self._required:
             text = (
                 "no token and no client certificate; ask the server's operator, then use --token-file or --client-cert"
             )
             raise RefusedError(text, ErrorCode.TOKEN_MISSING)
-        return Caller(address, "address")
+        return Caller(source_of(origin.address), "address")
 
 
 class _Failures:
@@ -200,12 +197,3 @@ def _tokens_unreadable(error: StorageError) -> AccessDeniedError:
     logger.error("%s", error)
     text = "the server cannot read its tokens; its log has more"
     return AccessDeniedError(text, ErrorCode.INTERNAL, status=503, retry_after_s=STORAGE_RETRY_S)
-
-
-def _common_name(certificate: Mapping[str, Any] | None) -> str | None:
-    """The subject's common name, fit for a log."""
-    for attributes in (certificate or {}).get("subject", ()):
-        for key, value in attributes:
-            if key == "commonName":
-                return re.sub(r"[^\w.@ -]", "?", str(value), flags=re.ASCII)[:64]
-    return None

@@ -191,14 +191,16 @@ class GuardedConnection(ServerConnection):
 
     Attributes:
         guard: of all connections of the server.
-        source: the peer's address; of IPv6 the /64, which is what one customer has.
+        address: the peer's.
+        source: whom it counts for: the peer's address or, once its headers are read, the one that a proxy in front of
+            us has seen; of IPv6 the /64, which is what one customer has.
         received_bytes: before a session was opened.
     """
 
     def __init__(self, guard: Guard, protocol: Any, server: Any, **settings: Any) -> None:
         super().__init__(protocol, server, **settings)
         self.guard = guard
-        self.source = "?"
+        self.address = self.source = "?"
         self.received_bytes = 0
         self._tcp: asyncio.Transport | None = None
         self._made = False
@@ -254,7 +256,9 @@ class GuardedConnection(ServerConnection):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._tcp = cast(asyncio.Transport, transport)
         peer = transport.get_extra_info("peername")
-        self.source = source_of(str(peer[0])) if peer else "?"
+        if peer:
+            self.address = str(peer[0])
+            self.source = source_of(self.address)
         self.guard.admit(self)
         if self.guard.tls is None:
             self._begin(transport)

@@ -17,6 +17,7 @@ import typer
 
 from dlora.cloud.admission.tls import check_exposure, server_context
 from dlora.cloud.admission.tokens import FILE_NAME, BearerTokenStore
+from dlora.cloud.admission.trusted_proxies import TrustedProxies
 from dlora.cloud.model.memory import freeze_gc, limit_arenas
 from dlora.cloud.model.source import find_source
 from dlora.cloud.serving.listening import check_address
@@ -62,6 +63,14 @@ def serve(
     tls_key: Annotated[Path | None, door(help="Its key, where that is another file.")] = None,
     tls_client_ca: Annotated[
         Path | None, door(help="Let devices in whose certificate this authority signed (PEM).")
+    ] = None,
+    trusted_proxy: Annotated[
+        list[str] | None,
+        door(
+            help="Address of a proxy, or a network of proxies, whose X-Forwarded-For and X-SSL-Client-CN say who "
+            "comes; may be given several times.",
+            metavar="ADDRESS",
+        ),
     ] = None,
     insecure: Annotated[bool, door("--insecure", help="Listen on a network without TLS, or let everybody in.")] = False,
     quota_sessions: Annotated[int | None, quota(help="Sessions of one device at a time.", metavar="N", min=1)] = None,
@@ -124,6 +133,7 @@ def serve(
     authenticated = tls_client_ca is not None or tokens.any()
     check_exposure(host, tls=tls_cert is not None, authenticated=authenticated, insecure=insecure)
     tls = _tls(tls_cert, tls_key, tls_client_ca)
+    proxies = TrustedProxies(trusted_proxy or ())
     check_address(host, port)
     most_under_way = _parse_window(window)
     find_source(model)
@@ -152,7 +162,8 @@ def serve(
         window=most_under_way,
         batch_rows=batch_rows,
     )
-    server = CloudServer(base, settings, ticket_key=key, access=Access(tokens, required=authenticated), tls=tls)
+    access = Access(tokens, required=authenticated)
+    server = CloudServer(base, settings, ticket_key=key, access=access, proxies=proxies, tls=tls)
     _log_limits(server, live_limit, max_sessions)
     freeze_gc()
 

@@ -23,6 +23,7 @@ from websockets.http11 import Request, Response
 from dlora.cloud.admission.access import Access, AccessDeniedError, Caller
 from dlora.cloud.admission.guard import ConnectionLimits, Guard, GuardedConnection
 from dlora.cloud.admission.quotas import Quotas
+from dlora.cloud.admission.trusted_proxies import TrustedProxies
 from dlora.cloud.exchange.gate import ComputeGate
 from dlora.cloud.exchange.shared_gate import SharedGate
 from dlora.cloud.exchange.target_modules import wrap_target_modules
@@ -33,6 +34,7 @@ from dlora.cloud.model.memory import collect_garbage
 from dlora.cloud.model.parts import ModelParts
 from dlora.cloud.model.row_blocks import RowBlocks
 from dlora.protocol import interrupts
+from dlora.protocol.connections import source_of
 from dlora.protocol.device_memory import USUAL_TOKENS
 from dlora.protocol.limits import USUAL_WINDOW
 from dlora.protocol.version import PROTOCOL_VERSIONS, SOFTWARE_VERSION
@@ -53,6 +55,7 @@ RECHECK_EVERY_S = 10.0
 RELEASE_EVERY_S = 5.0
 END_PARKED_EVERY_S = 1.0
 DRAIN_CHECK_S = 0.05
+DRAINING_RETRY_S = 1.0  # soon, as there may be others behind the same address
 LEAST_TOKENS, MOST_TOKENS = 256, 8192
 
 
@@ -62,6 +65,7 @@ class CloudServer:
     Args:
         ticket_key: signs tickets, 32 bytes.
         access: who may come in; by default everybody.
+        proxies: those in front of it that are believed; by default none.
         tls: speak TLS.
 
     Attributes:
@@ -76,6 +80,7 @@ class CloudServer:
         *,
         ticket_key: bytes,
         access: Access | None = None,
+        proxies: TrustedProxies | None = None,
         tls: ssl.SSLContext | None = None,
     ) -> None:
         wrap_target_modules(base)
@@ -83,6 +88,7 @@ class CloudServer:
         self.scheme = "ws" if tls is None else "wss"
         self.guard = Guard(settings.limits or ConnectionLimits(sessions=settings.max_sessions), tls=tls)
         self._access = access or Access(None, required=False)
+        self._proxies = proxies or TrustedProxies()
         self._admitting = asyncio.Lock()
         # Weak: a request that names no websocket is let in here, and refused by websockets after.
         self._callers: WeakKeyDictionary[ServerConnection, Caller] = WeakKeyDictionary()
@@ -231,24 +237,33 @@ class CloudServer:
         await handle_connection(cast(GuardedConnection, connection), self._callers[connection], self.service)
 
     async def _answer_http(self, connection: ServerConnection, request: Request) -> Response | None:
+        stopping = None
+        if self.service.draining.is_set():
+            told = shutting_down()
+            stopping = AccessDeniedError(str(told), told.code, status=503, retry_after_s=DRAINING_RETRY_S)
         if request.path == "/healthz":
-            return _json_response(http.HTTPStatus.OK, json.dumps(self.health(), indent=1).encode() + b"\n")
+            health = json.dumps(self.health(), indent=1).encode() + b"\n"
+            return _json_response(http.HTTPStatus.OK, health) if stopping is None else _refusal(stopping, health)
+        if stopping is not None:  # before the websocket opens, so that a proxy can still take it to another server
+            return _refusal(stopping)
         authorization = request.headers.get_all("Authorization")
-        source = cast(GuardedConnection, connection).source
+        guarded = cast(GuardedConnection, connection)
+        certificate = connection.transport.get_extra_info("peercert")
+        origin = self._proxies.origin(guarded.address, certificate, request.headers)
+        guarded.source = source = source_of(origin.address)
         try:
             async with self._admitting:
                 # In a thread: a token file that somebody locks must not hold up the sessions that are open.
                 self._callers[connection] = await asyncio.to_thread(
                     self._access.admit,
                     authorization[0] if len(authorization) == 1 else None,
-                    source,
-                    connection.transport.get_extra_info("peercert"),
+                    origin,
                     has_query="?" in request.path,
                 )
         except AccessDeniedError as denied:
             if denied.should_log:
                 logger.warning("%s refused: %s: %s", source, denied.code, denied)
-            return _json_response(denied.status, denied.body(), denied.headers())
+            return _refusal(denied)
         except Exception as error:
             # Of ours. websockets answers 500, and refers the device to a log in which it is silent.
             self.guard.log_bug(error, source)
@@ -306,6 +321,10 @@ def default_window(live_bytes: LiveBytes, longest: int, limit: int | None) -> in
     if limit is None:
         return USUAL_WINDOW
     return max(1, min(USUAL_WINDOW, limit // live_bytes.largest(min(USUAL_TOKENS, longest), longest)))
+
+
+def _refusal(denied: AccessDeniedError, body: bytes | None = None) -> Response:
+    return _json_response(denied.status, denied.body() if body is None else body, denied.headers())
 
 
 def _json_response(status: http.HTTPStatus, body: bytes, more: Mapping[str, str] = MappingProxyType({})) -> Response:

@@ -31,6 +31,7 @@ from dlora.protocol.errors import (
     UsageError,
 )
 
+from .cookies import Cookies
 from .credentials import Credentials, refusal_in, split_url, tls_failure
 from .recorder import Recorder
 from .spans import Spans
@@ -122,12 +123,15 @@ class ConnectionLostError(Exception):
     Attributes:
         final: what to raise where nothing more is tried.
         retry_after_s: seconds that the server asks to wait; None where it did not say.
+        is_between_servers: whether a proxy, or a server that stops, says that there is none just now: even a first
+            connection is then tried again.
     """
 
     def __init__(self, final: DloraError, retry_after_s: float | None = None) -> None:
         super().__init__(str(final))
         self.final = final
         self.retry_after_s = retry_after_s
+        self.is_between_servers = False
 
 
 class AnswerTimeoutError(ConnectionLostError):
@@ -146,6 +150,9 @@ def least_ping_s(websocket: ClientConnection, timeout_s: float, times: int = 5) 
     return min(found, default=0.0)
 
 
+# Bad gateway, service unavailable, gateway timeout: of a proxy whose servers start, stop or are gone, and of a server
+# that stops.
+_NO_SERVER_NOW: Final = (502, 503, 504)
 _SCHEMES: Final = {"ws": "ws", "wss": "wss", "http": "ws", "https": "wss"}
 
 
@@ -188,9 +195,11 @@ class _NoRedirects(ClientConnection):
 
 
 def open_websocket(
-    url: str, settings: ConnectSettings, closing: contextlib.ExitStack, frame_bytes: int
+    url: str, settings: ConnectSettings, closing: contextlib.ExitStack, frame_bytes: int, cookies: Cookies
 ) -> ClientConnection:
     """Open a websocket, which ``closing`` will close; it takes frames of ``frame_bytes`` at most.
+
+    ``cookies`` are shown, and those that it sets are kept there.
 
     Raises ``ConnectionLostError`` for what may pass; ``UsageError``, and what a server that refuses means, for what
     may not.
@@ -200,7 +209,7 @@ def open_websocket(
         websocket = closing.enter_context(
             connect(
                 url,
-                additional_headers=credentials.headers(url),
+                additional_headers=credentials.headers(url) | cookies.headers(),
                 ssl=credentials.ssl_context(url),
                 compression=None,
                 max_size=frame_bytes,
@@ -232,6 +241,8 @@ def open_websocket(
         nobody = "check the address" if isinstance(error, socket.gaierror) else "start it: dlora-cloud serve MODEL"
         text = f"cannot reach {url}: {reason}; {nobody}"
         raise ConnectionLostError(ConnectionFailedError(text)) from None
+    assert websocket.response is not None  # it was 101
+    cookies.keep(websocket.response.headers)
     if sys.platform == "linux":
         # Writing has no deadline of its own: a server that stands still would hold up a large frame, and the pings that
         # wait behind it, for ever.
@@ -243,11 +254,25 @@ def open_websocket(
 
 def _http_refusal(response: Response, url: str) -> Exception:
     """What to raise for an HTTP answer other than 101: a server that lets nobody in says why as the wire does."""
-    found = refusal_in(response.body)
-    if found is None:
-        text = f"{url} answers, but is no dlora server (HTTP {response.status_code})"
-        return ConnectionLostError(ConnectionFailedError(text))
-    return refusal_of(found, url)
+    found, status = refusal_in(response.body), response.status_code
+    error: Exception
+    if found is not None:
+        error = refusal_of(found, url)
+    elif status in _NO_SERVER_NOW:
+        text = f"{url} has no server to hand us on to just now (HTTP {status})"
+        error = ConnectionLostError(ConnectionFailedError(text), _retry_after_s(response))
+    else:
+        error = ConnectionLostError(ConnectionFailedError(f"{url} answers, but is no dlora server (HTTP {status})"))
+    if isinstance(error, ConnectionLostError):
+        error.is_between_servers = status in _NO_SERVER_NOW
+    return error
+
+
+def _retry_after_s(response: Response) -> float | None:
+    """What a proxy asks for, in seconds; None where it names none, or a date."""
+    found = response.headers.get_all("Retry-After")
+    is_number = len(found) == 1 and found[0].isascii() and found[0].isdecimal()
+    return float(min(int(found[0][:10]), m.MAX_RETRY_AFTER_S)) if is_number else None
 
 
 def refusal_of(error: m.Error, url: str) -> Exception:

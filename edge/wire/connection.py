@@ -46,6 +46,7 @@ from .connecting import (
     refusal_of,
     websocket_url,
 )
+from .cookies import Cookies
 from .usage import WireCounters, WireUsage
 from .write_watch import WriteWatch
 
@@ -80,6 +81,7 @@ class Connection:
         self._closing = contextlib.ExitStack()
         self._watch = WriteWatch(self._settings.should_stop, STOP_CHECK_S, grace_s=self._settings.liveness.open_s)
         self._socket: ClientConnection | None = None
+        self._cookies = Cookies()
         self._opened: m.SessionOpened | None = None
         self._resume_token = b""
         self._frame_bytes = CONTROL_BYTES  # the largest frame that the server can have reason to send
@@ -91,7 +93,7 @@ class Connection:
         try:
             self.session = self._connect()
         except ConnectionLostError as lost:
-            if not self._settings.retry.at_start:
+            if not (self._settings.retry.at_start or lost.is_between_servers):
                 raise lost.final from None
             self.session = self._connect_again(lost)
 
@@ -305,7 +307,7 @@ class Connection:
         self._disconnect()
         session = Session(Side.EDGE)
         self._closing = contextlib.ExitStack()
-        self._socket = open_websocket(self.url, self._settings, self._closing, self._frame_bytes)
+        self._socket = open_websocket(self.url, self._settings, self._closing, self._frame_bytes, self._cookies)
         self._connected_at = self._settings.clock()
         versions, software = list(PROTOCOL_VERSIONS), f"dlora-edge {SOFTWARE_VERSION}"
         hello = m.Hello(protocol_versions=versions, software=software, device=self._settings.device_id)
@@ -390,10 +392,8 @@ class Connection:
         return self._lost_error()
 
     def _lost_error(self) -> ConnectionLostError:
-        if self.session.welcome is None:
-            text = f"{self.url} hung up before it greeted; is it a dlora server?"
-        else:
-            text = f"lost the server {self.url} {self._where_in_run()}"
+        no_server = f"{self.url} hung up before it greeted; is it a dlora server?"
+        text = no_server if self.session.welcome is None else f"lost the server {self.url} {self._where_in_run()}"
         return ConnectionLostError(ConnectionFailedError(text))
 
     def _where_in_run(self) -> str:

@@ -20,6 +20,7 @@ from waiting import eventually
 from dlora.cloud.admission.access import FAILURES_PER_WINDOW, Access, AccessDeniedError
 from dlora.cloud.admission.quotas import QuotaLimits, Quotas
 from dlora.cloud.admission.tokens import BearerTokenStore
+from dlora.cloud.admission.trusted_proxies import Origin
 from dlora.cloud.serving import server as cloud_server
 from dlora.edge.training.trainer import Trainer
 from dlora.edge.wire.connecting import ConnectSettings, Retry
@@ -262,7 +263,7 @@ def test_a_wall_clock_that_is_set_frees_nothing(monkeypatch: pytest.MonkeyPatch,
 
 def _denied(access: Access) -> int:
     with pytest.raises(AccessDeniedError) as denied:
-        access.admit(None, "192.0.2.1", None)
+        access.admit(None, Origin("192.0.2.1"))
     assert 0 <= (denied.value.retry_after_s or 0) <= 60
     return denied.value.status
 
