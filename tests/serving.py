@@ -49,7 +49,9 @@ class RunningServer:
 @contextmanager
 def serving(base: BaseModel, **settings: Any) -> Iterator[RunningServer]:
     """Serve a base model until the context ends."""
-    door = {name: settings.pop(name) for name in ("ticket_key", "access", "proxies", "tls") if name in settings}
+    door = {
+        name: settings.pop(name) for name in ("ticket_key", "access", "proxies", "ledger", "tls") if name in settings
+    }
     common = {"max_sessions": 8, "max_tokens": 4096, "threads": 1, "drain_s": 0.2}
     server = CloudServer(base, ServerSettings(**{**common, **settings}), **{"ticket_key": KEY, **door})
     with loop_in_thread() as run:

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from waiting import StandingClock
 
-from dlora.cloud.admission.access import FAILURES_PER_WINDOW, MAX_ADDRESSES, WINDOW_S, Access, AccessDeniedError, Caller
+from dlora.cloud.admission.access import FAILURES_PER_WINDOW, Access, AccessDeniedError, Caller
+from dlora.cloud.admission.ledger import MAX_ADDRESSES, WINDOW_S, MemoryLedger
 from dlora.cloud.admission.tokens import BearerTokenStore
 from dlora.cloud.admission.trusted_proxies import Origin
 from dlora.edge.wire.credentials import Credentials, refusal_in, split_url
@@ -35,7 +36,7 @@ def tokens(tmp_path: Path, clock: StandingClock) -> BearerTokenStore:
 
 @pytest.fixture
 def access(tokens: BearerTokenStore, clock: StandingClock) -> Access:
-    return Access(tokens, required=True, clock=clock)
+    return Access(tokens, required=True, ledger=MemoryLedger(clock))
 
 
 def denied(access: Access, authorization: str | None = None, address: str = ADDRESS) -> AccessDeniedError:
@@ -185,7 +186,7 @@ class TestFailures:
     def test_many_addresses_take_bounded_memory(self, access: Access) -> None:
         for number in range(MAX_ADDRESSES + 500):
             denied(access, address=f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}")
-        assert len(access._failures._windows) == MAX_ADDRESSES
+        assert len(access._ledger._failures) == MAX_ADDRESSES  # type: ignore[attr-defined]
 
 
 class TestAnswer:

@@ -23,7 +23,8 @@ from torch import Tensor
 from training_runs import BLOCKS, FROM_LOST, Change, Leaves, Runs, assert_gradients_are_torchs, bits, lose_sessions
 from waiting import eventually
 
-from dlora.cloud.admission.quotas import QuotaLimits, SessionQuota
+from dlora.cloud.admission.ledger import QuotaLimits
+from dlora.cloud.admission.quotas import SessionQuota
 from dlora.cloud.exchange.kinds import SITE_KINDS
 from dlora.cloud.model.base_model import BaseModel
 from dlora.edge.adapters.kind import GroupAdapters, LoadGraph, Parameter, SavedModule

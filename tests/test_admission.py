@@ -20,7 +20,7 @@ from serving import config, final_weights, random_dataset, served_training, serv
 from tiny import TinyFactory
 from waiting import PassingClock
 
-from dlora.cloud.admission.quotas import QuotaLimits
+from dlora.cloud.admission.ledger import QuotaLimits
 from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.serving.timeouts import MAX_WAIT_S, SessionTimeouts
 from dlora.edge.training.trainer import Trainer

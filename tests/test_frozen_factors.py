@@ -36,7 +36,7 @@ from training_runs import (
 )
 from waiting import eventually
 
-from dlora.cloud.admission.quotas import QuotaLimits
+from dlora.cloud.admission.ledger import QuotaLimits
 from dlora.cloud.exchange.basis import BasisPass
 from dlora.cloud.exchange.sketch import GroupSketch, sketch_bytes, weight_basis
 from dlora.cloud.exchange.target_modules import running_targets, wrap_target_modules

@@ -22,7 +22,7 @@ from test_parts import WITHOUT_CACHE
 from tiny import TinyFactory
 from waiting import PassingClock, eventually
 
-from dlora.cloud.admission.quotas import QuotaLimits
+from dlora.cloud.admission.ledger import QuotaLimits
 from dlora.cloud.serving.sessions import IDLE_S
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.generation.sampling import Sampling

@@ -23,7 +23,8 @@ from tiny import TinyFactory
 from waiting import eventually
 from websockets.sync.client import ClientConnection
 
-from dlora.cloud.admission.quotas import Charge, QuotaLimits, Quotas, SessionQuota
+from dlora.cloud.admission.ledger import QuotaLimits
+from dlora.cloud.admission.quotas import Charge, Quotas, SessionQuota
 from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.serving.server import MOST_TOKENS
 from dlora.cloud.serving.timeouts import SessionTimeouts

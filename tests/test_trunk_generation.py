@@ -22,7 +22,7 @@ from serving import RunningServer, open_model, serving
 from test_generation import SAMPLING, generated_by_peft
 from tiny import Tiny, TinyFactory
 
-from dlora.cloud.admission.quotas import QuotaLimits
+from dlora.cloud.admission.ledger import QuotaLimits
 from dlora.edge.adapters.peft import load_adapter
 from dlora.edge.engine.bundle import Bundle
 from dlora.edge.model import decode_blocks

@@ -6,11 +6,10 @@ call it on an event loop. ``Access.admit`` is for one thread at a time.
 
 from __future__ import annotations
 
+import contextlib
 import http
 import logging
-import time
-from collections import OrderedDict
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -20,14 +19,13 @@ from dlora.protocol.connections import source_of
 from dlora.protocol.errors import RefusedError, StorageError
 from dlora.protocol.messages import Error, ErrorCode
 
+from .ledger import Ledger, MemoryLedger
 from .tokens import BearerTokenStore
 from .trusted_proxies import Origin
 
 logger = logging.getLogger("dlora.cloud")
 
 FAILURES_PER_WINDOW: Final = 10
-WINDOW_S: Final = 60.0
-MAX_ADDRESSES: Final = 4096
 STORAGE_RETRY_S: Final = 30.0
 _TOKEN_IN_QUERY: Final = (
     "the URL has a query, and what stands in a URL gets into logs; a token belongs into the Authorization header, and "
@@ -92,15 +90,13 @@ class Access:
     Args:
         tokens: None where there are none to check.
         required: whether a device must bring a token or a client certificate.
-        clock: seconds that never go back.
+        ledger: counts failures and knows what was revoked for several servers; by default one of its own.
     """
 
-    def __init__(
-        self, tokens: BearerTokenStore | None, *, required: bool, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, tokens: BearerTokenStore | None, *, required: bool, ledger: Ledger | None = None) -> None:
         self._tokens = tokens
         self._required = required
-        self._failures = _Failures(clock)
+        self._ledger = ledger or MemoryLedger()
 
     def admit(
         self,
@@ -124,7 +120,7 @@ class Access:
         except AccessDeniedError:
             raise
         except RefusedError as error:
-            failures, retry_after_s = self._failures.count(origin.address)
+            failures, retry_after_s = self._ledger.count_failure(origin.address)
             if failures <= FAILURES_PER_WINDOW:
                 raise AccessDeniedError(str(error), error.code, status=401) from None
             text = f"too many failures from this address, the last one: {error}"
@@ -132,7 +128,7 @@ class Access:
                 text,
                 ErrorCode.TOO_MANY_FAILURES,
                 status=429,
-                retry_after_s=retry_after_s,
+                retry_after_s=max(1.0, retry_after_s),  # never 0: "at once" is no answer to who fails too often
                 should_log=failures == FAILURES_PER_WINDOW + 1,
             ) from None
 
@@ -140,6 +136,7 @@ class Access:
         """The callers whose token has expired or was revoked, and what they are told. From any thread.
 
         One look at the tokens for all of them. Raises ``AccessDeniedError`` (503) where they cannot be read just now.
+        Where the ledger cannot be asked, what it would have said is found out the next time.
         """
         token_ids = {caller.token_id for caller in callers if caller.token_id is not None}
         if not token_ids or self._tokens is None:
@@ -147,7 +144,9 @@ class Access:
         try:
             ended = self._tokens.check(token_ids)
         except StorageError as error:
-            raise _tokens_unreadable(error) from None
+            raise _unreadable(error) from None
+        with contextlib.suppress(StorageError):
+            ended = {token_id: _revoked(token_id) for token_id in self._ledger.revoked(token_ids)} | ended
         return {
             caller: AccessDeniedError(str(ended[caller.token_id]), ended[caller.token_id].code, status=401)
             for caller in callers
@@ -159,8 +158,11 @@ class Access:
             scheme, _, token = authorization.partition(" ")
             try:
                 record = self._tokens.verify(token.strip() if scheme.lower() == "bearer" else "")
+                is_revoked = bool(self._ledger.revoked([record.id]))
             except StorageError as error:
-                raise _tokens_unreadable(error) from None
+                raise _unreadable(error) from None
+            if is_revoked:
+                raise _revoked(record.id)
             return Caller(record.device, "token", record.id)
         if origin.certificate_name:
             return Caller(origin.certificate_name, "certificate")
@@ -172,27 +174,12 @@ class Access:
         return Caller(source_of(origin.address), "address")
 
 
-class _Failures:
-    """How often each address failed within the last minute; the addresses that failed last are remembered."""
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._windows: OrderedDict[str, tuple[float, int]] = OrderedDict()  # network: (start, failures)
-
-    def count(self, address: str) -> tuple[int, float]:
-        """Count one more: how many there are now, and in how many seconds they are forgotten."""
-        now, network = self._clock(), source_of(address)
-        start, failures = self._windows.pop(network, (now, 0))
-        if now - start >= WINDOW_S:
-            start, failures = now, 0
-        self._windows[network] = start, failures + 1
-        if len(self._windows) > MAX_ADDRESSES:
-            self._windows.popitem(last=False)
-        # Never 0: "at once" is no answer to who fails too often.
-        return failures + 1, max(1.0, start + WINDOW_S - now)
+def _revoked(token_id: str) -> RefusedError:
+    text = f"the token {token_id} is revoked; ask the server's operator for a new one"
+    return RefusedError(text, ErrorCode.TOKEN_REVOKED)
 
 
-def _tokens_unreadable(error: StorageError) -> AccessDeniedError:
+def _unreadable(error: StorageError) -> AccessDeniedError:
     """No tokens, no way in. The device only learns that it may come again; the log has the path."""
     logger.error("%s", error)
     text = "the server cannot read its tokens; its log has more"

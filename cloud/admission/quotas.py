@@ -1,8 +1,8 @@
 """How much of the server each caller may use: sessions, tokens, memory and compute.
 
-A refused micro-batch is charged nothing, and its refusal says when the same one will fit. Tokens and compute are
-metered by leaky buckets: what was used drains evenly, so a caller that used nothing for a while may do all at once.
-Compute is known only afterwards. It may run over by the micro-batches under way, and is then waited for.
+A refused micro-batch is charged nothing, and its refusal says when the same one will fit. Sessions, tokens and compute
+are counted in a ``Ledger``, which several servers may share; memory is this one's. Compute is known only afterwards. It
+may run over by the micro-batches under way, and is then waited for.
 
 A caller's own sessions compete: who comes first takes what is free. So do all callers for the memory of the machine: a
 micro-batch waits until there is room for it, in the order in which they came, as it waits for its turn to compute.
@@ -10,112 +10,63 @@ micro-batch waits until there is room for it, in the order in which they came, a
 
 from __future__ import annotations
 
+import secrets
 import threading
-import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Final, Self
 
-from dlora.protocol.errors import RefusedError, UsageError
+from dlora.protocol.errors import RefusedError
 from dlora.protocol.messages import ErrorCode
+
+from .ledger import Ledger, MemoryLedger, QuotaLimits, UsedUp
 
 # Of what depends on another session of the caller, nobody knows when it ends.
 _RETRY_AFTER_S: Final = 5.0
 # More than the rounding of clocks and buckets, so that who comes back at the time that we named is not refused again.
 _ROUNDING_S: Final = 0.001
-_SWEEP_AT: Final = 64
 # Reports and the like: what a session always has room for while nobody reads.
 _SMALL_BYTES: Final = 64 << 10
 
 
-@dataclass(frozen=True)
-class QuotaLimits:
-    """What one caller may use; None is no limit. Raises ``UsageError`` where a limit is not above 0.
-
-    Attributes:
-        sessions: sessions open at a time, parked ones among them.
-        tokens_per_minute: tokens of micro-batches, training or evaluating; at once, and then a minute.
-        live_bytes: memory of its micro-batches under way and of its frames that nobody has read, over all its sessions.
-        compute_s_per_hour: seconds that its sessions computed; at once, and then an hour.
-    """
-
-    sessions: int | None = None
-    tokens_per_minute: int | None = None
-    live_bytes: int | None = None
-    compute_s_per_hour: float | None = None
-
-    def __post_init__(self) -> None:
-        for limit in fields(self):
-            value = getattr(self, limit.name)
-            if value is not None and not value > 0:
-                text = f"the quota {limit.name} must be above 0, not {value}; leave it out for no limit"
-                raise UsageError(text)
-
-
-class _Bucket:
-    """A leaky bucket as a meter: ``capacity`` drains in ``window_s``; None holds everything."""
-
-    def __init__(self, capacity: float | None, window_s: float, now: float) -> None:
-        self._capacity = capacity
-        self._window_s = window_s
-        self._used = 0.0
-        self._at = now
-
-    def wait_s(self, amount: float, now: float) -> float:
-        """Seconds until ``amount`` fits; 0 where it does."""
-        if self._capacity is None:
-            return 0.0
-        return max(0.0, self.used(now) + amount - self._capacity) * self._window_s / self._capacity
-
-    def add(self, amount: float, now: float) -> None:
-        self._used, self._at = self.used(now) + amount, now
-
-    def used(self, now: float) -> float:
-        if self._capacity is None:
-            return 0.0
-        return max(0.0, self._used - (now - self._at) * self._capacity / self._window_s)
-
-
 @dataclass
 class _Caller:
-    """What a caller has open, and what it used of late."""
+    """What a caller has open with this server."""
 
-    tokens: _Bucket
-    compute: _Bucket
     sessions: int = 0
     live_bytes: int = 0
-
-    def is_idle(self, now: float) -> bool:
-        return not (self.sessions or self.live_bytes or self.tokens.used(now) or self.compute.used(now))
 
 
 class Quotas:
     """The quotas of all callers of a server. Threads and the event loop may use it at the same time.
 
-    A caller that has nothing open and whose buckets have drained is forgotten.
-
     Args:
         total_live_bytes: memory of the micro-batches of all callers together; None is no limit.
-        clock: seconds that never go back.
+        ledger: by default one of its own. One that is shared is waited for where a session is opened or a micro-batch
+            charged: not on the event loop.
 
     Attributes:
         live_bytes: memory of all callers' micro-batches and unread frames at the moment.
     """
 
     def __init__(
-        self, limits: QuotaLimits, clock: Callable[[], float] = time.monotonic, *, total_live_bytes: int | None = None
+        self, limits: QuotaLimits, ledger: Ledger | None = None, *, total_live_bytes: int | None = None
     ) -> None:
         self.limits = limits
+        self.ledger = ledger or MemoryLedger()
         self.total_live_bytes = total_live_bytes
         self.live_bytes = 0
         self._running_bytes = 0  # of the micro-batches alone
-        self._clock = clock
         self._callers: dict[str, _Caller] = {}
-        self._sweep_at = _SWEEP_AT
+        self._sessions: dict[str, str] = {}  # that the ledger counts, each with its caller
         self._freed = threading.Condition(threading.Lock())  # held while any of these numbers is changed
         self._line: deque[object] = deque()  # the micro-batches that wait for memory
         self._stopped = False
+
+    @property
+    def has_meters(self) -> bool:
+        """Whether anything is metered: where nothing is, no ledger is asked when a micro-batch runs."""
+        return self.limits.tokens_per_minute is not None or self.limits.compute_s_per_hour is not None
 
     @property
     def has_waiting(self) -> bool:
@@ -133,29 +84,25 @@ class Quotas:
 
         Raises ``RefusedError`` (``quota_sessions``, retryable) where it has as many open as it may.
         """
-        with self._freed:
-            caller, most = self._caller(name), self.limits.sessions
-            if most is not None and caller.sessions >= most:
+        most, session = self.limits.sessions, secrets.token_hex(8)
+        if most is not None:
+            if not self.ledger.open_session(name, session, most):
                 text = f"the quota is {most} open at a time; close another session, or come again later"
                 raise _refused_for_now(text, ErrorCode.QUOTA_SESSIONS)
-            caller.sessions += 1
-        return SessionQuota(self, name)
+            self._sessions[session] = name
+        with self._freed:
+            self._caller(name).sessions += 1
+        return SessionQuota(self, name, session)
+
+    def keep_sessions(self) -> None:
+        """Let the ledger know, every few seconds, that the sessions are still there."""
+        self.ledger.keep_sessions(dict(self._sessions))
 
     def _fits(self, live_bytes: int) -> bool:
         return self.total_live_bytes is None or self.live_bytes + live_bytes <= self.total_live_bytes
 
     def _caller(self, name: str) -> _Caller:
-        found = self._callers.get(name)
-        if found is None:
-            now = self._clock()
-            # Only once they may have doubled, so that it costs each new caller little.
-            if len(self._callers) >= self._sweep_at:
-                self._callers = {name: caller for name, caller in self._callers.items() if not caller.is_idle(now)}
-                self._sweep_at = max(_SWEEP_AT, 2 * len(self._callers))
-            tokens = _Bucket(self.limits.tokens_per_minute, 60.0, now)
-            compute = _Bucket(self.limits.compute_s_per_hour, 3600.0, now)
-            found = self._callers[name] = _Caller(tokens, compute)
-        return found
+        return self._callers.setdefault(name, _Caller())
 
 
 class SessionQuota:
@@ -170,8 +117,9 @@ class SessionQuota:
         sent_ahead: how many frames its device may send before any is read.
     """
 
-    def __init__(self, quotas: Quotas, name: str) -> None:
+    def __init__(self, quotas: Quotas, name: str, session: str) -> None:
         self.name = name
+        self._session = session
         self.live_bytes = 0
         self.held_bytes = 0
         self.queued_bytes = 0
@@ -200,15 +148,20 @@ class SessionQuota:
         if total is not None and live_bytes > total:
             text = f"a micro-batch takes {_mb(live_bytes)} of the server, which has {_mb(total)} for all of them"
             raise _refused_for_good(text, ErrorCode.LIMIT)
-        with self._freed:
-            self._check(tokens, live_bytes)
-            if live_bytes:
-                self._wait_for_memory(live_bytes)
-                self._check(tokens, live_bytes)  # again: the caller's other sessions did not wait
-            quotas._caller(self.name).tokens.add(tokens, quotas._clock())
-            self._take(live_bytes)
-            self.live_bytes += live_bytes
-            quotas._running_bytes += live_bytes
+        used_up = quotas.ledger.charge(self.name, tokens, limits) if quotas.has_meters else None
+        try:
+            with self._freed:
+                self._check(live_bytes, used_up)
+                if live_bytes:
+                    self._wait_for_memory(live_bytes)
+                    self._check(live_bytes)  # again: the caller's other sessions did not wait
+                self._take(live_bytes)
+                self.live_bytes += live_bytes
+                quotas._running_bytes += live_bytes
+        except RefusedError:
+            if used_up is None and quotas.has_meters:
+                quotas.ledger.correct(self.name, limits, tokens=-tokens)
+            raise
         return Charge(self, live_bytes)
 
     def hold(
@@ -279,11 +232,14 @@ class SessionQuota:
     def close(self) -> None:
         """The session is gone; a micro-batch that is still under way counts until it ends. Again does nothing."""
         with self._freed:
-            if self.is_open:
-                self.is_open = False
-                self._quotas._caller(self.name).sessions -= 1
-                self._free(self.held_bytes + self.kept_bytes)
-                self.held_bytes = self.kept_bytes = 0
+            if not self.is_open:
+                return
+            self.is_open = False
+            self._quotas._caller(self.name).sessions -= 1
+            self._free(self.held_bytes + self.kept_bytes)
+            self.held_bytes = self.kept_bytes = 0
+        if self._quotas._sessions.pop(self._session, None):
+            self._quotas.ledger.close_session(self.name, self._session)
 
     def __enter__(self) -> Self:
         return self
@@ -293,17 +249,13 @@ class SessionQuota:
 
     # -- with the lock -----------------------------------------------------------------------------------
 
-    def _check(self, tokens: int, live_bytes: int) -> None:
-        """Raise ``RefusedError`` where its caller is over a quota now."""
-        caller, now = self._quotas._caller(self.name), self._quotas._clock()
-        waits_s = {
-            ErrorCode.QUOTA_TOKENS: caller.tokens.wait_s(tokens, now),
-            ErrorCode.QUOTA_COMPUTE: caller.compute.wait_s(0.0, now),
-            ErrorCode.QUOTA_LIVE_BYTES: 0.0 if not live_bytes or self._has_room(live_bytes) else _RETRY_AFTER_S,
-        }
-        code = max(waits_s, key=waits_s.__getitem__)
-        if waits_s[code] > 0.0:
-            raise _refused_for_now(_USED_UP[code], code, waits_s[code] + _ROUNDING_S)
+    def _check(self, live_bytes: int, used_up: UsedUp | None = None) -> None:
+        """Raise ``RefusedError`` where its caller is over a quota now: of memory, or as the ledger found."""
+        has_room = not live_bytes or self._has_room(live_bytes)
+        memory = UsedUp(ErrorCode.QUOTA_LIVE_BYTES, 0.0 if has_room else _RETRY_AFTER_S)
+        longest = max(memory, used_up or memory, key=lambda each: each.wait_s)
+        if longest.wait_s > 0.0:
+            raise _refused_for_now(_USED_UP[longest.code], longest.code, longest.wait_s + _ROUNDING_S)
 
     def _wait_for_memory(self, live_bytes: int) -> None:
         """Wait, in line, until so much is free. Who waits here runs nothing, so that all that runs comes to its end.
@@ -327,11 +279,15 @@ class SessionQuota:
 
     def _has_room(self, nbytes: int) -> bool:
         most = self._quotas.limits.live_bytes
-        return most is None or self._quotas._caller(self.name).live_bytes + nbytes <= most
+        caller = self._quotas._callers.get(self.name, _Caller())
+        return most is None or caller.live_bytes + nbytes <= most
 
     def _take(self, nbytes: int) -> None:
-        self._quotas._caller(self.name).live_bytes += nbytes
+        caller = self._quotas._caller(self.name)
+        caller.live_bytes += nbytes
         self._quotas.live_bytes += nbytes
+        if not (caller.sessions or caller.live_bytes):
+            del self._quotas._callers[self.name]
 
     def _free(self, nbytes: int) -> None:
         self._take(-nbytes)
@@ -348,8 +304,9 @@ class Charge:
     def end(self, compute_s: float) -> None:
         """It has ended, however it did: its memory is free, and it computed for ``compute_s`` seconds."""
         session, quotas = self.session, self.session._quotas
+        if quotas.has_meters:
+            quotas.ledger.correct(session.name, quotas.limits, compute_s=compute_s)
         with session._freed:
-            quotas._caller(session.name).compute.add(compute_s, quotas._clock())
             quotas._running_bytes -= self.live_bytes
             session.live_bytes -= self.live_bytes
             session._free(self.live_bytes)

@@ -156,6 +156,10 @@ class BearerTokenStore:
             (pruned,) = database.execute("PRAGMA user_version").fetchone()
             return kept is not None or pruned == _PRUNED
 
+    def ids_of(self, device_or_id: str) -> list[str]:
+        """The ids of all tokens of a device, revoked ones as well, or the one."""
+        return [record.id for record in self.all() if device_or_id in (record.id, record.device)]
+
     def revoke(self, device_or_id: str) -> int:
         """Revoke a token by its id, or all tokens of a device; how many were not revoked before."""
         with self._open() as database:

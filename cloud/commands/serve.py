@@ -27,6 +27,7 @@ from dlora.protocol.connections import raise_file_limit
 from dlora.protocol.errors import UsageError
 from dlora.protocol.limits import MAX_WINDOW
 
+from .shared_ledger import LedgerOption, open_ledger
 from .torch_start import start_torch
 
 if TYPE_CHECKING:  # torch is loaded when a server starts
@@ -72,6 +73,7 @@ def serve(
             metavar="ADDRESS",
         ),
     ] = None,
+    ledger: LedgerOption = None,
     insecure: Annotated[bool, door("--insecure", help="Listen on a network without TLS, or let everybody in.")] = False,
     quota_sessions: Annotated[int | None, quota(help="Sessions of one device at a time.", metavar="N", min=1)] = None,
     quota_tokens_per_minute: Annotated[
@@ -134,6 +136,7 @@ def serve(
     check_exposure(host, tls=tls_cert is not None, authenticated=authenticated, insecure=insecure)
     tls = _tls(tls_cert, tls_key, tls_client_ca)
     proxies = TrustedProxies(trusted_proxy or ())
+    shared = open_ledger(ledger) if ledger is not None else None
     check_address(host, port)
     most_under_way = _parse_window(window)
     find_source(model)
@@ -143,7 +146,7 @@ def serve(
     threads = start_torch(device, threads)
 
     from dlora.cloud.admission.access import Access
-    from dlora.cloud.admission.quotas import QuotaLimits
+    from dlora.cloud.admission.ledger import QuotaLimits
     from dlora.cloud.model.live_bytes import default_live_limit
     from dlora.cloud.serving.server import CloudServer
     from dlora.cloud.serving.service import ServerSettings
@@ -162,8 +165,8 @@ def serve(
         window=most_under_way,
         batch_rows=batch_rows,
     )
-    access = Access(tokens, required=authenticated)
-    server = CloudServer(base, settings, ticket_key=key, access=access, proxies=proxies, tls=tls)
+    access = Access(tokens, required=authenticated, ledger=shared)
+    server = CloudServer(base, settings, ticket_key=key, access=access, proxies=proxies, ledger=shared, tls=tls)
     _log_limits(server, live_limit, max_sessions)
     freeze_gc()
 

@@ -21,6 +21,8 @@ from dlora.cloud.admission.tokens import FILE_NAME, BearerTokenRecord, BearerTok
 from dlora.protocol import interrupts
 from dlora.protocol.errors import StorageError, UsageError
 
+from .shared_ledger import LedgerOption, open_ledger
+
 app = typer.Typer(help="Create, list, revoke and prune the tokens of devices.", no_args_is_help=True)
 
 _UNITS_S = {"m": 60, "h": 3600, "d": 86_400}
@@ -86,10 +88,20 @@ def list_tokens(state_dir: StateDirOption = None, json_output: JsonOption = Fals
 def revoke(
     device_or_id: Annotated[str, typer.Argument(metavar="DEVICE|ID", help="A device's name, or one token's id.")],
     state_dir: StateDirOption = None,
+    ledger: LedgerOption = None,
     json_output: JsonOption = False,
 ) -> None:
-    """Revoke one token, or all of a device, at once; the server ends their sessions too."""
-    revoked = _store(state_dir).revoke(device_or_id)
+    """Revoke one token, or all of a device, at once; the server ends their sessions too.
+
+    With --ledger, for all servers that share it: say it once, on any of them.
+    """
+    store = _store(state_dir)
+    revoked = store.revoke(device_or_id)
+    if ledger is not None and (ids := store.ids_of(device_or_id)):
+        shared = open_ledger(ledger)
+        shared.revoke(ids)  # the revoked ones again: it may not have been told of them
+        shared.close()
+        revoked = revoked or len(ids)
     if not revoked:
         raise UsageError(f"no token to revoke for {device_or_id!r}; see: dlora-cloud token list")
     if json_output:

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import secrets
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -14,6 +15,7 @@ from websockets.exceptions import ConnectionClosed
 
 from dlora.cloud.admission.access import Caller
 from dlora.cloud.admission.guard import LOGGED_CHARACTERS, GuardedConnection
+from dlora.cloud.admission.quotas import SessionQuota
 from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.model.memory import is_out_of_memory
 from dlora.protocol import messages as m
@@ -93,7 +95,7 @@ class _Handshake:
             match await self._receive():
                 case m.OpenSession() as opening:
                     controller = await self._run_in_thread(check_opening, opening, self.session, self.service)
-                    return self._open(controller, hello.device)
+                    return await self._open(controller, hello.device)
                 case m.ResumeSession() as request:
                     live = self._resume(request)
                     if live is not None:
@@ -145,14 +147,14 @@ class _Handshake:
         logger.info("session %s: resumed at step %d by %s", live.name, live.session.step, self.caller.name)
         return live
 
-    def _open(self, controller: Controller | None, device_id: str) -> ServerSession:
+    async def _open(self, controller: Controller | None, device_id: str) -> ServerSession:
         service, session, caller = self.service, self.session, self.caller
-        if service.draining.is_set():
-            raise shutting_down()
         service.sessions.end_parked_of_device(caller, device_id)
         with contextlib.ExitStack() as undo:
             # Before somebody else's session makes room: who may not open another displaces nobody.
-            quota = undo.enter_context(service.quotas.open_session(caller.name))
+            quota = undo.enter_context(await self._open_quota())
+            if service.draining.is_set():
+                raise shutting_down()
             service.sessions.make_room()
             name = secrets.token_hex(4)
             opening = session.opened_with
@@ -184,6 +186,20 @@ class _Handshake:
         transport.send(opened)
         service.running.keep(asyncio.ensure_future(_run(live, loop, service)))
         return live
+
+    async def _open_quota(self) -> SessionQuota:
+        """In a thread, as a ledger may be far away."""
+        opening = self.service.openings.submit(self.service.quotas.open_session, self.caller.name)
+        try:
+            return await asyncio.wrap_future(opening)
+        except asyncio.CancelledError:  # too late: what is opened all the same counts for nobody
+            opening.add_done_callback(_close_quota)
+            raise
+
+
+def _close_quota(opening: Future[SessionQuota]) -> None:
+    if not opening.cancelled() and opening.exception() is None:
+        opening.result().close()
 
 
 async def _run(live: ServerSession, loop: SessionLoop, service: Service) -> None:

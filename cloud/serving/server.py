@@ -22,6 +22,7 @@ from websockets.http11 import Request, Response
 
 from dlora.cloud.admission.access import Access, AccessDeniedError, Caller
 from dlora.cloud.admission.guard import ConnectionLimits, Guard, GuardedConnection
+from dlora.cloud.admission.ledger import Ledger, MemoryLedger
 from dlora.cloud.admission.quotas import Quotas
 from dlora.cloud.admission.trusted_proxies import TrustedProxies
 from dlora.cloud.exchange.gate import ComputeGate
@@ -52,6 +53,7 @@ PING_EVERY_S = 20.0
 # A device computes between messages and may sleep; the pong comes from its reading thread, not its compute.
 PING_TIMEOUT_S = 60.0
 RECHECK_EVERY_S = 10.0
+KEEP_SESSIONS_EVERY_S = 10.0
 RELEASE_EVERY_S = 5.0
 END_PARKED_EVERY_S = 1.0
 DRAIN_CHECK_S = 0.05
@@ -66,6 +68,7 @@ class CloudServer:
         ticket_key: signs tickets, 32 bytes.
         access: who may come in; by default everybody.
         proxies: those in front of it that are believed; by default none.
+        ledger: where callers are counted; by default one of its own, in memory.
         tls: speak TLS.
 
     Attributes:
@@ -81,6 +84,7 @@ class CloudServer:
         ticket_key: bytes,
         access: Access | None = None,
         proxies: TrustedProxies | None = None,
+        ledger: Ledger | None = None,
         tls: ssl.SSLContext | None = None,
     ) -> None:
         wrap_target_modules(base)
@@ -123,7 +127,7 @@ class CloudServer:
             opening_bytes=max(opening_limit(base), self.guard.limits.first_frame_bytes),
             ticket_key=ticket_key,
             sessions=Sessions(settings.max_sessions, settings.clock),
-            quotas=Quotas(quotas, total_live_bytes=live_limit, clock=settings.clock),
+            quotas=Quotas(quotas, ledger or MemoryLedger(settings.clock), total_live_bytes=live_limit),
             gate=gate,
             shared_gate=SharedGate.of(gate, parts, settings.batch_rows, settings.clock),
             deadlines=DeviceDeadlines(settings.timeouts),
@@ -148,6 +152,7 @@ class CloudServer:
         self.port = next(iter(self._server.sockets)).getsockname()[1]
         regularly = (
             (RECHECK_EVERY_S, self._recheck_access),
+            (KEEP_SESSIONS_EVERY_S, self._keep_sessions),
             (RELEASE_EVERY_S, self._release_memory),
             (END_PARKED_EVERY_S, self._end_parked),
         )
@@ -194,6 +199,7 @@ class CloudServer:
             await self._server.wait_closed()
         for threads in (self.service.pool, self.service.openings):
             await asyncio.to_thread(threads.shutdown, wait=True, cancel_futures=True)
+        await asyncio.to_thread(self.service.quotas.ledger.close)
 
     async def _drain(self) -> None:
         sessions = self.service.sessions
@@ -219,6 +225,9 @@ class CloudServer:
         for live in sessions:
             if live.caller in denied:
                 live.transport.end(denied[live.caller])
+
+    async def _keep_sessions(self) -> None:
+        self.service.quotas.keep_sessions()
 
     async def _release_memory(self) -> None:
         """Give freed memory back once nothing computes: sessions that stay would keep what they used."""

@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from dlora.cloud.admission.guard import ConnectionLimits
-from dlora.cloud.admission.quotas import QuotaLimits, Quotas
+from dlora.cloud.admission.ledger import QuotaLimits
+from dlora.cloud.admission.quotas import Quotas
 from dlora.cloud.exchange.gate import ComputeGate
 from dlora.cloud.exchange.shared_gate import SharedGate
 from dlora.cloud.model.base_model import BaseModel

@@ -25,7 +25,7 @@ from waiting import eventually
 
 from dlora.cloud.admission import guard
 from dlora.cloud.admission.guard import ConnectionLimits
-from dlora.cloud.admission.quotas import QuotaLimits
+from dlora.cloud.admission.ledger import QuotaLimits
 from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.serving import handler
 from dlora.cloud.serving.handler import opening_limit

@@ -18,7 +18,8 @@ from tiny import Tiny, TinyFactory
 from waiting import eventually
 
 from dlora.cloud.admission.access import FAILURES_PER_WINDOW, Access, AccessDeniedError
-from dlora.cloud.admission.quotas import QuotaLimits, Quotas
+from dlora.cloud.admission.ledger import QuotaLimits
+from dlora.cloud.admission.quotas import Quotas
 from dlora.cloud.admission.tokens import BearerTokenStore
 from dlora.cloud.admission.trusted_proxies import Origin
 from dlora.cloud.serving import server as cloud_server
