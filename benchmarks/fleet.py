@@ -1,6 +1,7 @@
 """A fleet: what replicas, tenants and many sessions do and cost. One part a name in --only, all by default.
 
     replicas   eight devices, two replicas behind HAProxy, which are cut off, killed and drained
+    accounts   two servers that share a ledger: tokens that are revoked, a Valkey that is killed
 
 What has to be reached is written into docs/log/benchmarks/fleet.json. Prints one JSON object.
 """
@@ -10,16 +11,18 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
+import fleet_accounts
 import fleet_replicas
 from bars import Entry, write_bars
 from children import log, need_bundle, new_parser
 
 COMMAND: Final = "python benchmarks/fleet.py"
 FILE: Final = Path("benchmarks") / "fleet.json"
-PARTS: Final = ("replicas",)
+PARTS: Final = ("replicas", "accounts")
 
 
 def main() -> None:
@@ -27,18 +30,26 @@ def main() -> None:
     options = _options()
     result: dict[str, Any] = {}
     for part in options.only:
-        result[part] = {}
         with tempfile.TemporaryDirectory() as directory:
-            for case in fleet_replicas.cases(Path(directory), options.cases, need_bundle(options.bundle)):
-                found = fleet_replicas.measure(case, Path(directory) / case.name)
-                result[part][case.name] = found
-                log(f"{case.name}: {json.dumps(found)}")
-                _write(options, fleet_replicas.bars(case.name, found, f"{COMMAND} --only {part}"))
+            for name, found, bars in _measured(part, Path(directory), options):
+                result.setdefault(part, {})[name] = found
+                log(f"{part}, {name}: {json.dumps(found)}")
+                write_bars(options.docs / FILE, bars)
     print(json.dumps(result, indent=1))
 
 
-def _write(options: argparse.Namespace, bars: dict[str, Entry]) -> None:
-    write_bars(options.docs / FILE, bars)
+def _measured(
+    part: str, directory: Path, options: argparse.Namespace
+) -> Iterator[tuple[str, dict[str, Any], dict[str, Entry]]]:
+    """Of each case of a part: its name, what was found, and its bars."""
+    command = f"{COMMAND} --only {part}"
+    if part == "replicas":
+        for case in fleet_replicas.cases(directory, options.cases, need_bundle(options.bundle)):
+            found = fleet_replicas.measure(case, directory / case.name)
+            yield case.name, found, fleet_replicas.bars(case.name, found, command)
+    if part == "accounts":
+        found = fleet_accounts.measure(directory)
+        yield "two servers", found, fleet_accounts.bars(found, command)
 
 
 def _options() -> argparse.Namespace:

@@ -53,6 +53,7 @@ OTHER_PROGRAMS = {
     "--logdir",  # of tensorboard
     "--branch", "--recurse-submodules", "--build", "--target", "--whole-archive",  # of git, cmake and ld
     "--no-deps", "--wheel-dir",  # of pip
+    "--appendonly", "--appendfsync",  # of valkey-server
 }  # fmt: skip
 PROGRAMS = {
     "dlora-edge": typer.main.get_command(dlora.edge.commands.app.app),

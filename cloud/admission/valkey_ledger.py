@@ -1,7 +1,7 @@
 """A ledger that several servers share: in Valkey or Redis, over the network.
 
 Where it cannot be asked, quotas hold nobody up (what is used meanwhile is not counted) and failed logins are counted by
-this server alone, but no token is let in: who was revoked must stay out. It is asked again a second later.
+this server alone, but no token is let in: who was revoked must stay out. It is asked again half a second later.
 
 What is charged is checked and counted by one script, which Valkey runs as a whole. Times are Valkey's own: servers need
 not agree on theirs. Keys begin with ``dlora:`` and end by themselves, but for those of revoked tokens.
@@ -32,7 +32,7 @@ T = TypeVar("T")
 logger = logging.getLogger("dlora.cloud")
 
 TIMEOUT_S: Final = 0.5
-ASK_AGAIN_S: Final = 1.0
+ASK_AGAIN_S: Final = 0.5
 LEASE_S: Final = 30.0  # of a session whose server no longer says that it is there; it does every 10 s
 LOG_EVERY_S: Final = 10.0
 
@@ -180,7 +180,7 @@ class ValkeyLedger(Ledger):
         return "" if self._now is None else self._now()
 
     def _ask(self, command: Callable[[], T], otherwise: T) -> T:
-        """What a command answers, or ``otherwise`` where the ledger does not, or did not within the last second."""
+        """What a command answers, or ``otherwise`` where the ledger does not, or did not just now."""
         now = self._monotonic()
         if now < self._ask_again_at:
             self.errors += 1

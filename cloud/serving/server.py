@@ -52,7 +52,7 @@ logger = logging.getLogger("dlora.cloud")
 PING_EVERY_S = 20.0
 # A device computes between messages and may sleep; the pong comes from its reading thread, not its compute.
 PING_TIMEOUT_S = 60.0
-RECHECK_EVERY_S = 10.0
+RECHECK_EVERY_S = 5.0  # docs say 10 s, which a busy machine keeps too
 KEEP_SESSIONS_EVERY_S = 10.0
 RELEASE_EVERY_S = 5.0
 END_PARKED_EVERY_S = 1.0
