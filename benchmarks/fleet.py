@@ -2,6 +2,7 @@
 
     replicas   eight devices, two replicas behind HAProxy, which are cut off, killed and drained
     accounts   two servers that share a ledger: tokens that are revoked, a Valkey that is killed
+    sessions   a thousand sessions that do nothing, and five thousand that come and go
 
 What has to be reached is written into docs/log/benchmarks/fleet.json. Prints one JSON object.
 """
@@ -17,12 +18,13 @@ from typing import Any, Final
 
 import fleet_accounts
 import fleet_replicas
+import fleet_sessions
 from bars import Entry, write_bars
 from children import log, need_bundle, new_parser
 
 COMMAND: Final = "python benchmarks/fleet.py"
 FILE: Final = Path("benchmarks") / "fleet.json"
-PARTS: Final = ("replicas", "accounts")
+PARTS: Final = ("replicas", "accounts", "sessions")
 
 
 def main() -> None:
@@ -50,6 +52,9 @@ def _measured(
     if part == "accounts":
         found = fleet_accounts.measure(directory)
         yield "two servers", found, fleet_accounts.bars(found, command)
+    if part == "sessions":
+        found = fleet_sessions.measure(directory)
+        yield "one server", found, fleet_sessions.bars(found, command)
 
 
 def _options() -> argparse.Namespace:
