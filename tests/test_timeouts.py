@@ -24,6 +24,7 @@ from dlora.cloud.admission.access import Caller
 from dlora.cloud.admission.ledger import MemoryLedger, QuotaLimits
 from dlora.cloud.exchange.gate import ComputeGate
 from dlora.cloud.model.base_model import BaseModel
+from dlora.cloud.serving.counts import Counts
 from dlora.cloud.serving.session_device import SessionDevice
 from dlora.cloud.serving.tasks import Tasks
 from dlora.cloud.serving.timeouts import MAX_DEVICES, MAX_WAIT_S, DeviceDeadlines, SessionTimeouts
@@ -149,7 +150,7 @@ def parked_transport(clock: PassingClock, park_s: float, kind: type[SessionTrans
     """Of a session that runs in the present loop."""
     connection = cast(ServerConnection, Answering())
     loop = asyncio.get_running_loop()
-    return kind(loop, connection, name="one", park_s=park_s, closing_tasks=Tasks(), clock=clock)
+    return kind(loop, connection, name="one", device="phone", park_s=park_s, closing_tasks=Tasks(), clock=clock)
 
 
 def test_answer_deadline_stops_while_the_device_is_away() -> None:
@@ -204,7 +205,7 @@ def test_who_leaves_reading_to_another_waits_anew_once_the_device_is_back() -> N
         def _read(self, seconds: float, give_up_at: float) -> m.AnyMessage:
             return came.get(timeout=20)
 
-    device = Watched(cast(Session, None), cast(SessionTransport, away), time.monotonic)
+    device = Watched(cast(Session, None), cast(SessionTransport, away), time.monotonic, Counts())
     with ThreadPoolExecutor(2) as pool:
         reads = pool.submit(device.receive, (0, 1), 20.0)
         eventually(lambda: device._is_reading)
@@ -244,7 +245,7 @@ def test_a_reader_that_gave_up_has_left_before_the_next_one_reads() -> None:
     async def read_twice() -> bytes:
         loop = asyncio.get_running_loop()
         connection = cast(ServerConnection, ReadByOne())
-        transport = SessionTransport(loop, connection, name="one", park_s=60.0, closing_tasks=Tasks())
+        transport = SessionTransport(loop, connection, name="one", device="phone", park_s=60.0, closing_tasks=Tasks())
 
         def read() -> bytes:
             with pytest.raises(TimeoutError):

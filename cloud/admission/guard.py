@@ -16,6 +16,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import StrEnum
 from functools import partial
 from typing import Any, cast
 
@@ -36,6 +37,20 @@ LOG_EVERY_S = 10.0
 LOGGED_CHARACTERS = 300  # of what a peer had a hand in
 SMALLEST_UNREAD_BYTES = 1 << 20
 PIECE_BYTES = 4 << 10  # parsed before its frames are looked at: at most 700 pings
+
+
+class Reason(StrEnum):
+    """What ends a connection beneath messages, as the log has it."""
+
+    MANY_CONNECTIONS = "too many connections without a session"
+    MANY_BYTES = "too many bytes without a session"
+    NO_TLS = "no TLS handshake"
+    PINGS = "a flood of pings"
+    TEXT = "a text frame"
+    FRAGMENTS = "a message in fragments"
+    NO_MEMORY = "more messages than there is memory for"
+    MESSAGES = "a flood of messages"
+    UNREAD = "answers that nobody reads"
 
 
 @dataclass(frozen=True)
@@ -73,6 +88,9 @@ class Guard:
     Args:
         tls: speak TLS. Give it here, not to ``serve``: so a connection counts before its TLS handshake costs anything.
         clock: seconds, for tests.
+
+    Attributes:
+        refused: how often so far, by ``Reason`` or code.
     """
 
     def __init__(
@@ -89,8 +107,8 @@ class Guard:
         self._opened: set[GuardedConnection] = set()
         self._unfinished_bytes = 0
         self._closed = False
-        self._refused: Counter[str] = Counter()
-        self._logged_at: dict[str, float] = {}
+        self.refused: Counter[str] = Counter()
+        self._logged: dict[str, tuple[float, int]] = {}  # when last, and how many there had been
 
     @property
     def unfinished(self) -> int:
@@ -125,7 +143,7 @@ class Guard:
     def log_refusal(self, reason: str, peer: str, detail: str = "") -> None:
         """Log why a peer was refused, each reason at most once in ``LOG_EVERY_S``, with how many there were.
 
-        ``reason`` is one of few; ``peer`` and ``detail`` are of the last of them.
+        ``reason``: a ``Reason`` or an ``ErrorCode``; ``peer`` and ``detail`` are of the last of them.
 
         A line each would let a flood of connections fill the disk.
         """
@@ -135,7 +153,7 @@ class Guard:
 
     def log_bug(self, error: Exception, peer: str) -> None:
         """Log a bug of ours with its traceback, as seldom as refusals: a stranger may know how to trigger it."""
-        if count := self._count("internal error"):
+        if count := self._count(ErrorCode.INTERNAL):
             logger.error("internal error × %d, before a session; the last with %s", count, peer, exc_info=error)
 
     # -- for GuardedConnection ---------------------------------------------------------------------------
@@ -152,7 +170,7 @@ class Guard:
             sources = Counter(waiting.source for waiting in self._unfinished)
             greediest = max(sources, key=sources.__getitem__)
             oldest = next(waiting for waiting in self._unfinished if waiting.source == greediest)
-            oldest.abort_for("too many connections without a session")
+            oldest.abort_for(Reason.MANY_CONNECTIONS)
 
     def count_received(self, connection: GuardedConnection, nbytes: int) -> None:
         if connection in self._unfinished:
@@ -160,7 +178,7 @@ class Guard:
             self._unfinished_bytes += nbytes
             if self._unfinished_bytes > self.limits.unfinished_bytes:
                 greediest = max(self._unfinished, key=lambda waiting: waiting.received_bytes)
-                greediest.abort_for("too many bytes without a session")
+                greediest.abort_for(Reason.MANY_BYTES)
 
     def move_to_opened(self, connection: GuardedConnection) -> None:
         if connection in self._unfinished:
@@ -175,12 +193,12 @@ class Guard:
 
     def _count(self, reason: str) -> int:
         """Count one more: how many are to be logged now, or 0 for not now."""
-        self._refused[reason] += 1
-        now = self.clock()
-        if now - self._logged_at.get(reason, -LOG_EVERY_S) < LOG_EVERY_S:
+        self.refused[reason] += 1
+        now, (logged_at, logged) = self.clock(), self._logged.get(reason, (-LOG_EVERY_S, 0))
+        if now - logged_at < LOG_EVERY_S:
             return 0
-        self._logged_at[reason] = now
-        return self._refused.pop(reason)
+        self._logged[reason] = now, self.refused[reason]
+        return self.refused[reason] - logged
 
 
 class GuardedConnection(ServerConnection):
@@ -235,7 +253,7 @@ class GuardedConnection(ServerConnection):
         if self._tcp is not None:
             self._tcp.abort()
 
-    def abort_for(self, reason: str) -> None:
+    def abort_for(self, reason: Reason) -> None:
         """Likewise, and log why."""
         self.guard.log_refusal(reason, self.source)
         self.abort()
@@ -318,7 +336,7 @@ class GuardedConnection(ServerConnection):
             )
         except OSError as error:  # of which TLS's, timeouts and lost connections are
             logger.debug("TLS handshake: %s", error)
-            self.abort_for("no TLS handshake")
+            self.abort_for(Reason.NO_TLS)
             return
         if secure is None or secure.is_closing():
             self.abort()
@@ -336,18 +354,18 @@ class GuardedConnection(ServerConnection):
                     self._window_began, self._controls = now, 0
                 self._controls += 1
                 if self._controls > self.guard.limits.control_frames:
-                    return self._refuse(ErrorCode.FLOOD, "a flood of pings")
+                    return self._refuse(ErrorCode.FLOOD, Reason.PINGS)
             case Opcode.TEXT:
-                return self._refuse(ErrorCode.PROTOCOL, "a text frame")
+                return self._refuse(ErrorCode.PROTOCOL, Reason.TEXT)
             case Opcode.BINARY | Opcode.CONT:
                 if not frame.fin or frame.opcode is Opcode.CONT:
-                    return self._refuse(ErrorCode.PROTOCOL, "a message in fragments")
+                    return self._refuse(ErrorCode.PROTOCOL, Reason.FRAGMENTS)
                 counted = len(frame.data) if self._unread is not None else 0
                 if self._unread is not None and not self._unread.add(counted):
-                    return self._refuse(ErrorCode.FLOOD, "more messages than there is memory for")
+                    return self._refuse(ErrorCode.FLOOD, Reason.NO_MEMORY)
                 self._waiting.append(counted)
                 if len(self._waiting) > self.guard.limits.waiting_frames:
-                    return self._refuse(ErrorCode.FLOOD, "a flood of messages")
+                    return self._refuse(ErrorCode.FLOOD, Reason.MESSAGES)
             case _:
                 pass
         return True
@@ -356,7 +374,7 @@ class GuardedConnection(ServerConnection):
         if self._unread is not None and nbytes:
             self._unread.remove(nbytes)
 
-    def _refuse(self, code: ErrorCode, reason: str) -> bool:
+    def _refuse(self, code: ErrorCode, reason: Reason) -> bool:
         self.guard.log_refusal(reason, self.source)
         self.protocol.fail(1008, code)
         return False
@@ -364,4 +382,4 @@ class GuardedConnection(ServerConnection):
     def _check_unread(self) -> None:
         most = max(self.guard.limits.unread_frames * self._frame_limit, SMALLEST_UNREAD_BYTES)
         if not self.transport.is_closing() and self.transport.get_write_buffer_size() > most:
-            self.abort_for("answers that nobody reads")
+            self.abort_for(Reason.UNREAD)

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import secrets
 import threading
+import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Self
 
@@ -44,19 +46,28 @@ class Quotas:
         total_live_bytes: memory of the micro-batches of all callers together; None is no limit.
         ledger: by default one of its own. One that is shared is waited for where a session is opened or a micro-batch
             charged: not on the event loop.
+        clock: seconds that never go back.
 
     Attributes:
         live_bytes: memory of all callers' micro-batches and unread frames at the moment.
+        computed_s: seconds that were computed for all; memory_waited_s: that micro-batches waited for memory.
     """
 
     def __init__(
-        self, limits: QuotaLimits, ledger: Ledger | None = None, *, total_live_bytes: int | None = None
+        self,
+        limits: QuotaLimits,
+        ledger: Ledger | None = None,
+        *,
+        total_live_bytes: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.limits = limits
         self.ledger = ledger or MemoryLedger()
         self.total_live_bytes = total_live_bytes
         self.live_bytes = 0
+        self.computed_s = self.memory_waited_s = 0.0
         self._running_bytes = 0  # of the micro-batches alone
+        self._clock = clock
         self._callers: dict[str, _Caller] = {}
         self._sessions: dict[str, str] = {}  # that the ledger counts, each with its caller
         self._freed = threading.Condition(threading.Lock())  # held while any of these numbers is changed
@@ -263,6 +274,7 @@ class SessionQuota:
         Raises ``RefusedError`` (``busy``, retryable) where the session, or the server, ends meanwhile.
         """
         quotas, place = self._quotas, object()
+        began = quotas._clock()
 
         def may_begin() -> bool:
             # Frames that wait do not stop the line: who stands in it reads none.
@@ -273,6 +285,7 @@ class SessionQuota:
             self._freed.wait_for(lambda: may_begin() or quotas._stopped or not self.is_open)
         finally:
             quotas._line.remove(place)
+            quotas.memory_waited_s += quotas._clock() - began
             self._freed.notify_all()
         if quotas._stopped or not self.is_open:
             raise _refused_for_now("the session ended while it waited for memory", ErrorCode.BUSY)
@@ -307,6 +320,7 @@ class Charge:
         if quotas.has_meters:
             quotas.ledger.correct(session.name, quotas.limits, compute_s=compute_s)
         with session._freed:
+            quotas.computed_s += max(0.0, compute_s)
             quotas._running_bytes -= self.live_bytes
             session.live_bytes -= self.live_bytes
             session._free(self.live_bytes)

@@ -6,7 +6,6 @@ import asyncio
 import json
 import logging
 import ssl
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -27,6 +26,7 @@ from dlora.protocol.connections import raise_file_limit
 from dlora.protocol.errors import UsageError
 from dlora.protocol.limits import MAX_WINDOW
 
+from .log_lines import LogFormat, log_to_stderr
 from .shared_ledger import LedgerOption, open_ledger
 from .torch_start import start_torch
 
@@ -41,6 +41,7 @@ door = partial(typer.Option, rich_help_panel="Who may come in")
 quota = partial(typer.Option, rich_help_panel="Quotas of a device")
 limit = partial(typer.Option, rich_help_panel="Limits of the whole server")
 timeout = partial(typer.Option, rich_help_panel="Timeouts")
+watching = partial(typer.Option, rich_help_panel="Watching")
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -117,6 +118,14 @@ def serve(
     step_timeout_s: Annotated[float, timeout(help="Least seconds for all answers of a micro-batch.", min=0.1)] = 900.0,
     idle_timeout_s: Annotated[float, timeout(help="Seconds that a session may do nothing.", min=0.1)] = 3600.0,
     drain_s: Annotated[float, timeout(help="Seconds that running steps may take when the server stops.", min=0)] = 30.0,
+    metrics: Annotated[
+        str | None,
+        watching(
+            help="Answer GET /metrics there, for Prometheus: of 127.0.0.1 where no host is given; 0 takes a free port.",
+            metavar="[HOST:]PORT",
+        ),
+    ] = None,
+    log_format: Annotated[LogFormat, watching(help="The log's lines: text, or a JSON object each.")] = "text",
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object once it listens.")] = False,
 ) -> None:
     """Serve one base model over a websocket until SIGINT, SIGTERM or SIGHUP.
@@ -129,7 +138,7 @@ def serve(
 
     Example:  dlora-cloud serve smollm2-135m --port 8765
     """
-    _log_to_stderr()
+    log_to_stderr(log_format)
     state = state_dir or platformdirs.user_state_path("dlora-cloud")
     tokens = BearerTokenStore(state / FILE_NAME)
     authenticated = tls_client_ca is not None or tokens.any()
@@ -138,6 +147,9 @@ def serve(
     proxies = TrustedProxies(trusted_proxy or ())
     shared = open_ledger(ledger) if ledger is not None else None
     check_address(host, port)
+    metrics_address = None if metrics is None else _parse_metrics(metrics)
+    if metrics_address is not None:
+        check_address(*metrics_address, "--metrics")
     most_under_way = _parse_window(window)
     find_source(model)
     raise_file_limit()
@@ -168,11 +180,13 @@ def serve(
     access = Access(tokens, required=authenticated, ledger=shared)
     server = CloudServer(base, settings, ticket_key=key, access=access, proxies=proxies, ledger=shared, tls=tls)
     _log_limits(server, live_limit, max_sessions)
+    metrics_url = None if metrics_address is None else _show_metrics(server, *metrics_address)
     freeze_gc()
 
     def say() -> None:
         if json_output:
-            print(json.dumps({"url": f"{server.scheme}://{host}:{server.port}", **server.health()}), flush=True)
+            urls = {"url": f"{server.scheme}://{host}:{server.port}", "metrics_url": metrics_url}
+            print(json.dumps({**urls, **server.health()}), flush=True)
 
     asyncio.run(server.serve_until_stopped(host, port, say))
 
@@ -185,11 +199,11 @@ def _parse_window(text: str) -> int | None:
     return int(text)
 
 
-def _log_to_stderr() -> None:
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S", stream=sys.stderr
-    )
-    logging.getLogger("websockets").setLevel(logging.CRITICAL)  # every end of a connection has a line of ours
+def _parse_metrics(text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    if not (port.isascii() and port.isdecimal() and int(port) < 1 << 16):
+        raise UsageError(f"--metrics {text}: give a port, as 9464, or an address and a port, as 127.0.0.1:9464")
+    return host.removeprefix("[").removesuffix("]") or "127.0.0.1", int(port)
 
 
 def _tls(certificate: Path | None, key: Path | None, client_ca: Path | None) -> ssl.SSLContext | None:
@@ -229,3 +243,12 @@ def _log_limits(server: CloudServer, live_limit: int, max_sessions: int) -> None
     )  # fmt: skip
     if server.largest_micro_batch > live_limit:
         logger.warning("memory: the largest micro-batches do not fit; raise --live-mb, or lower --max-tokens")
+
+
+def _show_metrics(server: CloudServer, host: str, port: int) -> str:
+    from dlora.cloud.serving.metrics import start_metrics
+
+    port = start_metrics(server, host, port)
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}/metrics"
+    logger.info("metrics at %s", url)
+    return url

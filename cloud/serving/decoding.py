@@ -66,10 +66,12 @@ class SessionContext:
     Attributes:
         lock: of the micro-batch that goes on in it. A device of somebody else's may send the next one while the server
             goes on ahead.
+        guessed: where tokens lie in it that the server has guessed, until the device has said from where it goes on.
     """
 
     context: Context
     ahead: Ahead | None = None
+    guessed: range = range(0)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -131,6 +133,7 @@ class DecodeMicroBatch:
         """Raises what ``device`` does, and ``NonFiniteError``."""
         with torch.no_grad():
             ahead, self._held.ahead = self._find_ahead(), None
+            self._count_right(device, ahead)
             tokens = self._new_tokens() if ahead is None else ahead.tokens
             if ahead is None:
                 device.run(self._take_in(device, tokens))
@@ -142,6 +145,12 @@ class DecodeMicroBatch:
                 device.run(self._answer(device, tokens, self._run_live(device, tokens)))
             else:
                 device.run(self._run_base(device, tokens))
+
+    def _count_right(self, device: MicroBatchDevice, ahead: Ahead | None) -> None:
+        """Of the tokens that were guessed, those before the position that the device goes on from are right."""
+        held, position = self._held, self._decoding.position
+        device.count_right(len(range(held.guessed.start, min(held.guessed.stop, position))))
+        held.guessed = range(0) if ahead is None else range(position + 1, position + 1 + len(ahead.tokens.ids))
 
     def _find_ahead(self) -> Ahead | None:
         """What the server has gone on with, where the device goes on with the same."""
@@ -162,6 +171,8 @@ class DecodeMicroBatch:
         if drafts:
             began = device.clock()
             yield from tokens.guess(drafts)
+            first = self._decoding.position + len(self._embeds)
+            self._held.guessed = range(first, first + len(tokens.ids))
             device.send_drafts(tokens.ids, device.clock() - began)
 
     def _run_base(self, device: MicroBatchDevice, tokens: BaseTokens) -> Forwards:

@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from websockets.exceptions import ConnectionClosed
 
@@ -33,10 +33,11 @@ from dlora.protocol.text import one_line
 from dlora.protocol.version import PROTOCOL_VERSIONS, SOFTWARE_VERSION
 from dlora.protocol.wire_codecs import Codecs
 
+from .counts import KINDS, OTHER
 from .service import Service
 from .session_device import DeviceGaveUpError
 from .session_loop import SessionLoop, is_given, shutting_down
-from .sessions import ServerSession
+from .sessions import EvictedError, ServerSession
 from .ticket import load_ticket, ticket_bytes
 from .transport import DeviceGoneError, SessionTransport, as_refusal, close_with_error
 
@@ -45,6 +46,8 @@ logger = logging.getLogger("dlora.cloud")
 HANDSHAKE_TIMEOUT_S = 30.0
 OPENING_SPARE_BYTES = 4 << 10  # longer numbers and names than opening_limit reckons with
 MEMORY_RETRY_S = 30.0
+
+_LOST: Final = {EvictedError: "evicted", DeviceGoneError: "away", DeviceGaveUpError: "gave_up"}
 
 T = TypeVar("T")
 
@@ -109,13 +112,16 @@ class _Handshake:
         while message is None:
             frame = await self.connection.recv(decode=False)
             message = await self._run_in_thread(self.session.receive, frame)
+            self.service.counts.received.add(len(frame), OTHER if message is None else KINDS[type(message)])
         return message
 
     async def _run_in_thread(self, function: Callable[..., T], *given: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self.service.openings, function, *given)
 
     async def _send(self, message: m.AnyMessage) -> None:
-        await self.connection.send(self.session.send(message))
+        frame = self.session.send(message)
+        self.service.counts.sent.add(len(frame), KINDS[type(message)])
+        await self.connection.send(frame)
 
     def _welcome(self, hello: m.Hello) -> m.Welcome:
         version = choose_version(hello.protocol_versions)
@@ -144,7 +150,8 @@ class _Handshake:
             return None
         self.connection.session_opened(live.quota)
         self.connection.limit_frames(frame_limit(service, live.session))
-        logger.info("session %s: resumed at step %d by %s", live.name, live.session.step, self.caller.name)
+        service.counts.resumed.add()
+        live.log.info("session %s: resumed at step %d by %s", live.name, live.session.step, self.caller.name)
         return live
 
     async def _open(self, controller: Controller | None, device_id: str) -> ServerSession:
@@ -162,7 +169,8 @@ class _Handshake:
             transport = SessionTransport(
                 asyncio.get_running_loop(),
                 self.connection,
-                name=f"{name} of {caller.name}",
+                name=name,
+                device=caller.name,
                 frames_ahead=0 if opening.window == 1 else frame_count(opening.window, len(opening.groups)),
                 park_s=service.settings.timeouts.park_s,
                 closing_tasks=service.closing_tasks,
@@ -179,10 +187,12 @@ class _Handshake:
         service.sessions.add(live)
         self.connection.session_opened(quota)
         self.connection.limit_frames(limit)
-        logger.info(
+        live.log.info(
             "session %s: opened at step %d by %s with %d groups", live.name, session.step, caller.name,
             len(session.groups),
         )  # fmt: skip
+        service.counts.opened.add()
+        service.counts.sent.add(len(opened), KINDS[m.SessionOpened])
         transport.send(opened)
         service.running.keep(asyncio.ensure_future(_run(live, loop, service)))
         return live
@@ -204,27 +214,34 @@ def _close_quota(opening: Future[SessionQuota]) -> None:
 
 async def _run(live: ServerSession, loop: SessionLoop, service: Service) -> None:
     """Run a session's thread to its end, whatever connections it has on the way."""
-    session, name = live.session, live.name
-    refusal: Exception | None = None
+    session, name, why = live.session, live.name, "internal"
+    refusal: RefusedError | None = None
     try:
         await asyncio.get_running_loop().run_in_executor(service.pool, loop.run)
-        logger.info(
+        live.log.info(
             "session %s: closed at step %d, %.1f MB in, %.1f MB out", name, session.step,
             session.bytes_received / 1e6, session.bytes_sent / 1e6,
         )  # fmt: skip
+        why = "closed"
     except (DeviceGoneError, DeviceGaveUpError) as error:
-        logger.info("session %s: ended at step %d: %s", name, session.step, _log_text(error))
+        live.log.info("session %s: ended at step %d: %s", name, session.step, _log_text(error))
+        why = _LOST[type(error)]
     except (RefusedError, RemoteProtocolError, NonFiniteError) as error:
         refusal = as_refusal(error)
         level = logging.INFO if refusal.retryable else logging.WARNING
-        logger.log(level, "session %s: ended at step %d: %s: %s", name, session.step, refusal.code, _log_text(refusal))
+        text = "session %s: ended at step %d: %s: %s"
+        live.log.log(level, text, name, session.step, refusal.code, _log_text(refusal))
+        why = "refused"
     except Exception as error:
         refusal = as_internal_error(error)
         if refusal.retryable:
-            logger.error("session %s: ended at step %d: out of memory: %s", name, session.step, _log_text(error))
+            live.log.error("session %s: ended at step %d: out of memory: %s", name, session.step, _log_text(error))
         else:
-            logger.exception("session %s: internal error", name)
+            live.log.exception("session %s: internal error", name)
     finally:
+        service.counts.ended.add(label=why)
+        if refusal is not None:
+            service.counts.refusals.add(label=refusal.code)
         service.sessions.remove(live)
         # Without the frames that it came through: they hold tensors, and the transport keeps the error.
         ended = refusal or DeviceGoneError("the session is closed")

@@ -71,15 +71,32 @@ class MicroBatchDevice:
         with self._gate.computing():
             now = self.clock()
             self.idle_s += now - began
+            self._count_gate_wait(now - began)
             self._times += (began, began, now)
             yield
 
     def run(self, forwards: Forwards) -> None:
         """Run forward passes of the micro-batch's context, one after the other."""
+        before = self.idle_s
         self._gate.run(forwards, self._count_idle)
+        if self.idle_s > before:  # where others share the turn
+            self._count_gate_wait(self.idle_s - before)
 
     def _count_idle(self, seconds: float) -> None:
         self.idle_s += seconds
+
+    def _count_gate_wait(self, seconds: float) -> None:
+        self._device.counts.gate_waits.add(seconds)
+
+    def count_waits(self) -> None:
+        """Count all of its waiting, once it has ended."""
+        waited_s = self._device.counts.waited_s
+        waited_s.add(self.waited_s, "device")
+        waited_s.add(self.idle_s - self.waited_s, "gate")
+
+    def count_right(self, tokens: int) -> None:
+        """The device has gone on from so many of the tokens that were guessed for it."""
+        self._device.counts.right.add(tokens)
 
     # -- tensors -------------------------------------------------------------------------------------------
 
@@ -135,6 +152,7 @@ class MicroBatchDevice:
 
     def send_drafts(self, token_ids: Sequence[int], seconds: float) -> None:
         """Tokens that were guessed, and how long that took, with what was computed for others meanwhile."""
+        self._device.counts.guessed.add(len(token_ids))
         step, micro_batch = self._key
         ids = WireTensor.from_ints(token_ids)
         self._send(
@@ -207,6 +225,7 @@ class MicroBatchDevice:
         finally:
             now = self.clock()
             self.idle_s += now - began
+            self._count_gate_wait(now - received)
             self._times += (began, received, now)
         if transport.times_lost == times_lost:  # else it tells of the network, not of the device
             self._deadlines.one_answer.observe(waited_s)
@@ -223,6 +242,6 @@ class MicroBatchDevice:
             if message is not None:
                 return message
             self._deadlines.one_answer.missed()
-            self._device.transport.disconnect(late)
+            self._device.disconnect(late)
         self._deadlines.all_answers.missed()
         raise late

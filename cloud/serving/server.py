@@ -127,7 +127,9 @@ class CloudServer:
             opening_bytes=max(opening_limit(base), self.guard.limits.first_frame_bytes),
             ticket_key=ticket_key,
             sessions=Sessions(settings.max_sessions, settings.clock),
-            quotas=Quotas(quotas, ledger or MemoryLedger(settings.clock), total_live_bytes=live_limit),
+            quotas=Quotas(
+                quotas, ledger or MemoryLedger(settings.clock), total_live_bytes=live_limit, clock=settings.clock
+            ),
             gate=gate,
             shared_gate=SharedGate.of(gate, parts, settings.batch_rows, settings.clock),
             deadlines=DeviceDeadlines(settings.timeouts),
@@ -270,6 +272,7 @@ class CloudServer:
                     has_query="?" in request.path,
                 )
         except AccessDeniedError as denied:
+            self.service.counts.refusals.add(label=denied.code)
             if denied.should_log:
                 logger.warning("%s refused: %s: %s", source, denied.code, denied)
             return _refusal(denied)

@@ -18,6 +18,7 @@ from dlora.cloud.model.live_bytes import LiveBytes
 from dlora.cloud.model.parts import ModelParts
 from dlora.cloud.model.row_blocks import RowBlocks
 
+from .counts import Counts
 from .sessions import Sessions
 from .tasks import Tasks
 from .timeouts import DeviceDeadlines, SessionTimeouts
@@ -67,6 +68,7 @@ class Service:
         openings: one thread that decodes and checks what may be large, off the event loop and one after the other.
         draining: set once the server stops: running steps are finished, nothing new is begun.
         gate: of all sessions; shared_gate: where those that answer compute together; None: they do not.
+        counts: what was done so far.
         running: the sessions' threads; closing_tasks: to devices that are told to go, until they have heard it.
     """
 
@@ -89,5 +91,6 @@ class Service:
     gate: ComputeGate
     shared_gate: SharedGate | None
     draining: threading.Event = field(default_factory=threading.Event)
+    counts: Counts = field(default_factory=Counts)
     running: Tasks = field(default_factory=Tasks)
     closing_tasks: Tasks = field(default_factory=Tasks)

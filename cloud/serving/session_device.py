@@ -13,10 +13,11 @@ from collections.abc import Callable
 from typing import Final
 
 from dlora.protocol import messages as m
-from dlora.protocol.errors import DamagedFrameError
+from dlora.protocol.errors import DamagedFrameError, RefusedError, RemoteProtocolError
 from dlora.protocol.micro_batch import Key
 from dlora.protocol.session import Session
 
+from .counts import KINDS, OTHER, Counts
 from .transport import SessionTransport
 
 
@@ -27,9 +28,12 @@ class DeviceGaveUpError(Exception):
 class SessionDevice:
     """Sends a session's messages over its transport, and gives each that comes to the micro-batch that it is of."""
 
-    def __init__(self, session: Session, transport: SessionTransport, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, session: Session, transport: SessionTransport, clock: Callable[[], float], counts: Counts
+    ) -> None:
         self.session = session
         self.transport = transport
+        self.counts = counts
         self.clock = clock
         self.began = clock()
         self._send_lock = threading.RLock()  # frames leave in the order of their numbers
@@ -41,7 +45,14 @@ class SessionDevice:
     def send(self, message: m.AnyMessage) -> None:
         """Send a message; returns at once."""
         with self._send_lock:
-            self.transport.send(self.session.send(message))
+            frame = self.session.send(message)
+            self.transport.send(frame)
+        self.counts.sent.add(len(frame), KINDS[type(message)])
+
+    def disconnect(self, refusal: RefusedError | RemoteProtocolError) -> None:
+        """Tell the device to come again, and close its connection; the session is parked."""
+        self.counts.refusals.add(label=refusal.code)
+        self.transport.disconnect(refusal)
 
     def fail(self, error: BaseException) -> None:
         """Make everyone who waits for a message, now or later, raise ``error``."""
@@ -134,10 +145,12 @@ class SessionDevice:
         frame = self.transport.receive(seconds, give_up_at)
         try:
             with self._send_lock:
-                return self.session.receive(frame)
+                message = self.session.receive(frame)
         except DamagedFrameError as damage:
-            self.transport.disconnect(damage)
+            self.disconnect(damage)
             return None
+        self.counts.received.add(len(frame), OTHER if message is None else KINDS[type(message)])
+        return message
 
 
 _MAX_LOCK_WAIT_S: Final = threading.TIMEOUT_MAX

@@ -65,7 +65,8 @@ class SessionLoop:
         self._controller = controller
         self._clock = service.settings.clock
         self._deadlines = deadlines
-        self._device = SessionDevice(live.session, live.transport, service.settings.clock)
+        self._counts = service.counts
+        self._device = SessionDevice(live.session, live.transport, service.settings.clock, service.counts)
         seed = opening.purpose.seed if isinstance(opening.purpose, m.Train) else 0
         self._model = SessionModel(service.base, opening, seed, parts=service.parts, row_blocks=service.row_blocks)
         self._window = opening.window
@@ -197,6 +198,7 @@ class SessionLoop:
         assert self._controller is not None
         with self._charged():
             units = self._controller.report(report.step, decode_floats(report.scores))
+            self._counts.steps.add()
             ticket = self._ticket(self._controller)
             self._device.send(m.Signal(step=report.step, units=WireTensor.from_bytes(units), ticket=ticket))
             for group in self._model.parameters.keys() - self._session.units.handed_over:
@@ -230,8 +232,10 @@ class SessionLoop:
             else:
                 run = ServerMicroBatch(self._model, begun, group_states, max_tokens=service.max_tokens, packs=packs)
             tokens = counted_tokens(begun.sequence_lengths.data, packs=packs) + begun.guesses
+            mode = begun.mode
             del begun
             charge = self._admit(tokens, run.estimate(service.live_bytes))
+            self._counts.tokens.add(tokens, mode)
         # Before it counts as computing: the server may still go on ahead in the context.
         with nullcontext() if isinstance(run, ServerMicroBatch) else run.lock:
             self._run_admitted(run, charge, arrived)
@@ -249,6 +253,7 @@ class SessionLoop:
                 run.run(device)
         finally:
             charge.end(self._clock() - started - device.idle_s)
+            device.count_waits()
             self._quota.count_kept(self._session.link.kept_bytes)
             with self._charge_ended:
                 self._charge_ended.notify_all()
@@ -290,9 +295,10 @@ class SessionLoop:
                     continue
                 wait_s = min(refusal.retry_after_s or 0.0, m.MAX_RETRY_AFTER_S)
                 give_up_at = min(give_up_at, now + wait_s + self._service.settings.timeouts.idle_s)
-                self._transport.disconnect(refusal)
+                self._device.disconnect(refusal)
                 self._live.idle_since = now  # it computes nothing: else two of a device could wait for each other
                 self._transport.wait_for_device()
+                self._counts.waited_s.add(self._clock() - now, "quota")
                 self._live.idle_since = None
 
     def _end_idle_context(self, refusal: RefusedError) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 import secrets
 import time
 from collections.abc import Callable, Iterator
@@ -24,8 +25,14 @@ from dlora.protocol.session import Session
 
 from .transport import DeviceGoneError, SessionTransport
 
+logger = logging.getLogger("dlora.cloud")
+
 BUSY_RETRY_S = 5.0
 IDLE_S = 5.0  # a context that says nothing for so long gives way: between two tokens it never does
+
+
+class EvictedError(DeviceGoneError):
+    """Others needed what the session had."""
 
 
 @dataclass(eq=False)
@@ -49,6 +56,12 @@ class ServerSession:
     cache_bytes: int = 0
     idle_since: float | None = None
     resume_token_digest: bytes = field(default=b"", repr=False)
+
+    @property
+    def log(self) -> logging.LoggerAdapter[logging.Logger]:
+        """For lines about it as it is now, of which device, session and step are fields."""
+        about = {"device": self.caller.name, "session": self.name, "step": self.session.step}
+        return logging.LoggerAdapter(logger, about)
 
     def new_resume_token(self) -> bytes:
         """A token that resumes this session once; only its digest is kept."""
@@ -155,4 +168,4 @@ class Sessions:
 
     def _evict(self, live: ServerSession, reason: str) -> None:
         self.remove(live)
-        live.transport.end(DeviceGoneError(f"evicted: {reason}"))
+        live.transport.end(EvictedError(f"evicted: {reason}"))

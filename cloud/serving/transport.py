@@ -47,7 +47,7 @@ class SessionTransport:
     the next message is read, so that no more than one answer's frames pile up.
 
     Args:
-        name: of session and device, for the log.
+        name: of the session; device: of its device; both for the log.
         frames_ahead: how many frames may still wait to leave when the next message is read. Where several micro-batches
             are under way, the device may be sending for one while another's frames leave: it reads those only once we
             have read what it sends.
@@ -66,6 +66,7 @@ class SessionTransport:
         connection: ServerConnection,
         *,
         name: str,
+        device: str,
         frames_ahead: int = 0,
         park_s: float,
         closing_tasks: Tasks,
@@ -75,6 +76,7 @@ class SessionTransport:
         self.parked_at: float | None = None
         self._loop = loop
         self._name = name
+        self._device = device
         self._frames_ahead = frames_ahead
         self._park_s = park_s
         self._closing_tasks = closing_tasks
@@ -160,7 +162,10 @@ class SessionTransport:
             connection = self._connection
             self._sent_away_s = _within_limits(getattr(refusal, "retry_after_s", None)) or 0.0
         if connection is not None:
-            logger.info("session %s: disconnected, to connect again later: %s: %s", self._name, refusal.code, refusal)
+            logger.info(
+                "session %s of %s: disconnected, to connect again later: %s: %s", self._name, self._device,
+                refusal.code, refusal, extra={"device": self._device, "session": self._name},
+            )  # fmt: skip
             self._lose(connection)
             asyncio.run_coroutine_threadsafe(close_with_error(connection, as_refusal(refusal)), self._loop)
 
