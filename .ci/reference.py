@@ -14,6 +14,7 @@ from typing import Final
 
 import msgspec
 
+from dlora.cloud.serving.metrics import METRICS
 from dlora.edge.settings import VARIABLE, Field, Settings, fields_of, wanted
 from dlora.edge.training.metrics import StepMetrics
 from dlora.protocol import errors
@@ -93,7 +94,20 @@ def metrics_page() -> str:
     return "\n".join(lines) + "\n"
 
 
-PAGES: Final = {"settings.md": settings_page, "exit-codes.md": exit_codes_page, "metrics.md": metrics_page}
+def server_metrics_page() -> str:
+    """Every metric of a server."""
+    lines = ["# Metrics of a server", "", _NOTE, "", "[`--metrics`](../how-to/run-a-server.md#watching) shows them."]
+    lines += ["", "| metric | label | what it is |", "|---|---|---|"]
+    lines += [f"| `{each.name}` | {each.label} | {each.help} |" for each in METRICS]
+    return "\n".join(lines) + "\n"
+
+
+PAGES: Final = {
+    "settings.md": settings_page,
+    "exit-codes.md": exit_codes_page,
+    "metrics.md": metrics_page,
+    "server-metrics.md": server_metrics_page,
+}
 
 if __name__ == "__main__":
     for name in sys.argv[1:]:

@@ -84,7 +84,7 @@ def test_the_protocol_has_no_sockets_and_no_clock() -> None:
         ("import dlora.edge.data.tokenizer, dlora.edge.data.examples, dlora.edge.run.run",
          {"rich", "psutil", "jinja2", "typer"}),
         ("import dlora.export.cli, dlora.export.settings, dlora.cloud.commands.serve, dlora.cloud.model.source",
-         {"torch", "transformers", "onnx", "onnxruntime", "executorch"}),
+         {"torch", "transformers", "onnx", "onnxruntime", "executorch", "prometheus_client"}),
     ],
     ids=["version", "command line", "training on plain text", "checks of serve and export"],
 )  # fmt: skip

@@ -141,17 +141,21 @@ def test_what_a_device_does_not_acknowledge_counts_in_its_quota() -> None:
 
 
 def test_frames_of_waiting_sessions_do_not_block_others() -> None:
-    quotas = Quotas(QuotaLimits(), total_live_bytes=100)
+    """And the time for which they wait is counted."""
+    clock = StandingClock()
+    quotas = Quotas(QuotaLimits(), total_live_bytes=100, clock=clock)
     first, second = quotas.open_session("a"), quotas.open_session("b")
     charge = first.charge(1, 60)
     waiting = threading.Thread(target=second.charge, args=(1, 50))
     waiting.start()
     eventually(lambda: quotas.has_waiting)
     assert second.add(60)
-    charge.end(0.0)
+    clock.now += 7.0
+    charge.end(3.0)
     waiting.join(120)
     assert not waiting.is_alive()
     assert quotas.live_bytes == 110
+    assert (quotas.memory_waited_s, quotas.computed_s) == (7.0, 3.0)
 
 
 @pytest.mark.parametrize("ending", ["its session", "the server"])

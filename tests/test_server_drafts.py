@@ -106,6 +106,32 @@ def test_the_base_model_guesses_what_it_says_itself(bundle: Path, server: Runnin
         assert tokens == generated(opened, PROMPTS[0], 18)
 
 
+@pytest.mark.parametrize(("name", "passes"), CASES[:2])
+def test_a_server_knows_how_many_guesses_were_right(
+    name: str, passes: str, bundle: Path, server: RunningServer, adapters: Adapters
+) -> None:
+    """As many as the device says, once it has gone on from all of them; from another text it tells nothing."""
+    counts = server.server.service.counts
+
+    def counted() -> np.ndarray:
+        return np.array([counts.guessed.values[""], counts.right.values[""]])
+
+    before = counted()
+    with opening(bundle, server, adapters(name), passes=passes) as opened:
+        context, text, answers = Context(opened), list(PROMPTS[1]), []
+        for _ in range(2):  # the second goes on from the first
+            answers.append(answer_of(context, text, TOKENS, drafts="server", draft_length=3))
+            text += [choice.token for choice in answers[-1]] + [5]
+        generated(context, text, 1)
+        told = [[answer.counters.drafted, answer.counters.accepted] for answer in answers]
+        assert (counted() - before).tolist() == np.sum(told, 0).tolist()
+        assert counted()[1] > before[1]
+        generated(context, PROMPTS[2], TOKENS, drafts="server", draft_length=3)
+        before = counted()
+        generated(context, PROMPTS[0], 1)
+        assert (counted() == before).all()
+
+
 @pytest.mark.parametrize(("name", "passes"), CASES[:3])
 def test_guesses_go_on_after_lost_sessions(
     name: str, passes: str, bundle: Path, server: RunningServer, adapters: Adapters

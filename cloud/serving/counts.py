@@ -84,7 +84,8 @@ class Counts:
         received, sent: bytes of frames, by kind of message; ``OTHER`` is what came twice.
         waited_s: seconds of micro-batches in which nothing was computed for them, by what they waited for.
         gate_waits: each time that a micro-batch waited for its turn to compute.
-        guessed, right: tokens that the server guessed, and of these the ones that a device went on from.
+        guessed, right: tokens that the server guessed, once the device has gone on from them or from others; and of
+            these the right ones.
         opened, resumed: sessions; ended: by why.
         refusals: by ``ErrorCode``, beside those that ``Guard`` counts.
     """

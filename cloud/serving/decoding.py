@@ -132,8 +132,9 @@ class DecodeMicroBatch:
     def run(self, device: MicroBatchDevice) -> None:
         """Raises what ``device`` does, and ``NonFiniteError``."""
         with torch.no_grad():
-            ahead, self._held.ahead = self._find_ahead(), None
-            self._count_right(device, ahead)
+            ahead = self._find_ahead()
+            self._count_guesses(device, ahead)
+            self._held.ahead = None
             tokens = self._new_tokens() if ahead is None else ahead.tokens
             if ahead is None:
                 device.run(self._take_in(device, tokens))
@@ -146,11 +147,17 @@ class DecodeMicroBatch:
             else:
                 device.run(self._run_base(device, tokens))
 
-    def _count_right(self, device: MicroBatchDevice, ahead: Ahead | None) -> None:
-        """Of the tokens that were guessed, those before the position that the device goes on from are right."""
-        held, position = self._held, self._decoding.position
-        device.count_right(len(range(held.guessed.start, min(held.guessed.stop, position))))
-        held.guessed = range(0) if ahead is None else range(position + 1, position + 1 + len(ahead.tokens.ids))
+    def _count_guesses(self, device: MicroBatchDevice, ahead: Ahead | None) -> None:
+        """Of the tokens that were guessed, those before the position that the device goes on from are right. Where it
+        goes on from an earlier text, nobody knows."""
+        held, guessed, position = self._held, self._held.guessed, self._decoding.position
+        if position >= guessed.start:
+            device.count_guesses(len(guessed), len(range(guessed.start, min(guessed.stop, position))))
+        held.guessed = range(0)
+        if ahead is not None:
+            held.guessed = range(position + 1, position + 1 + len(ahead.tokens.ids))
+        elif held.ahead is not None and position >= held.ahead.position:  # it has chosen another token before these
+            device.count_guesses(len(held.ahead.tokens.ids), 0)
 
     def _find_ahead(self) -> Ahead | None:
         """What the server has gone on with, where the device goes on with the same."""

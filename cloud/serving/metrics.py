@@ -75,13 +75,13 @@ METRICS: Final = (
     _Shown("dlora_tokens_total", "Tokens of micro-batches begun.", lambda it: it.service.counts.tokens, "mode"),
     _Shown("dlora_received_bytes_total", "Bytes from devices.", lambda it: it.service.counts.received, "message"),
     _Shown("dlora_sent_bytes_total", "Bytes to devices.", lambda it: it.service.counts.sent, "message"),
-    _Shown("dlora_phase_seconds_total", "Seconds that were computed, or waited for something.", _seconds, "phase"),
+    _Shown("dlora_phase_seconds_total", "Seconds of computing, and of waiting for each thing.", _seconds, "phase"),
     _Shown("dlora_gate_wait_seconds", "Each wait for a turn to compute.", lambda it: it.service.counts.gate_waits),
     _Shown("dlora_live_bytes", "Memory of running micro-batches.", lambda it: it.service.quotas.live_bytes),
-    _Shown("dlora_live_limit_bytes", "Most of that memory.", _live_limit),
+    _Shown("dlora_live_limit_bytes", "Most memory of running micro-batches.", _live_limit),
     _Shown("dlora_refusals_total", "Refusals, by code or the log's words.", _refusals, "code"),
     _Shown("dlora_draft_tokens_total", "Tokens guessed for devices.", lambda it: it.service.counts.guessed),
-    _Shown("dlora_draft_tokens_right_total", "Of these, right ones.", lambda it: it.service.counts.right),
+    _Shown("dlora_draft_tokens_right_total", "Guessed tokens that were right.", lambda it: it.service.counts.right),
 )
 
 

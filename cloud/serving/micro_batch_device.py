@@ -94,9 +94,11 @@ class MicroBatchDevice:
         waited_s.add(self.waited_s, "device")
         waited_s.add(self.idle_s - self.waited_s, "gate")
 
-    def count_right(self, tokens: int) -> None:
-        """The device has gone on from so many of the tokens that were guessed for it."""
-        self._device.counts.right.add(tokens)
+    def count_guesses(self, guessed: int, right: int) -> None:
+        """Of so many tokens that were guessed for the device, it has gone on from ``right``."""
+        if guessed:
+            self._device.counts.guessed.add(guessed)
+            self._device.counts.right.add(right)
 
     # -- tensors -------------------------------------------------------------------------------------------
 
@@ -152,7 +154,6 @@ class MicroBatchDevice:
 
     def send_drafts(self, token_ids: Sequence[int], seconds: float) -> None:
         """Tokens that were guessed, and how long that took, with what was computed for others meanwhile."""
-        self._device.counts.guessed.add(len(token_ids))
         step, micro_batch = self._key
         ids = WireTensor.from_ints(token_ids)
         self._send(
