@@ -82,8 +82,8 @@ class Counts:
     Attributes:
         steps: that devices have reported; tokens: of micro-batches that began, by mode.
         received, sent: bytes of frames, by kind of message; ``OTHER`` is what came twice.
-        waited_s: seconds of micro-batches in which nothing was computed for them, by what they waited for.
-        gate_waits: each time that a micro-batch waited for its turn to compute.
+        waited_s: seconds that micro-batches waited for their device, or until its quota let them begin.
+        gate_waits: each time that one waited for its turn to compute.
         guessed, right: tokens that the server guessed, once the device has gone on from them or from others; and of
             these the right ones.
         opened, resumed: sessions; ended: by why.
@@ -94,7 +94,7 @@ class Counts:
     tokens: Count = field(default_factory=lambda: Count(*get_args(m.Mode)))
     received: Count = field(default_factory=_bytes)
     sent: Count = field(default_factory=_bytes)
-    waited_s: Count = field(default_factory=lambda: Count("device", "gate", "quota"))
+    waited_s: Count = field(default_factory=lambda: Count("device", "quota"))
     gate_waits: Waits = field(default_factory=Waits)
     guessed: Count = field(default_factory=Count)
     right: Count = field(default_factory=Count)

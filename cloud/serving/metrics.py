@@ -45,9 +45,9 @@ def _sessions(server: CloudServer) -> dict[str, float]:
 
 
 def _seconds(server: CloudServer) -> dict[str, float]:
-    service = server.service
-    memory = service.quotas.memory_waited_s
-    return {"compute": service.quotas.computed_s, **service.counts.waited_s.values, "memory": memory}
+    quotas, counts = server.service.quotas, server.service.counts
+    read = {"compute": quotas.computed_s, "gate": counts.gate_waits.seconds, "memory": quotas.memory_waited_s}
+    return {**read, **counts.waited_s.values}
 
 
 def _live_limit(server: CloudServer) -> float:

@@ -88,12 +88,6 @@ class MicroBatchDevice:
     def _count_gate_wait(self, seconds: float) -> None:
         self._device.counts.gate_waits.add(seconds)
 
-    def count_waits(self) -> None:
-        """Count all of its waiting, once it has ended."""
-        waited_s = self._device.counts.waited_s
-        waited_s.add(self.waited_s, "device")
-        waited_s.add(self.idle_s - self.waited_s, "gate")
-
     def count_guesses(self, guessed: int, right: int) -> None:
         """Of so many tokens that were guessed for the device, it has gone on from ``right``."""
         if guessed:

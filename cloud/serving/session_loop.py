@@ -253,7 +253,7 @@ class SessionLoop:
                 run.run(device)
         finally:
             charge.end(self._clock() - started - device.idle_s)
-            device.count_waits()
+            self._counts.waited_s.add(device.waited_s, "device")
             self._quota.count_kept(self._session.link.kept_bytes)
             with self._charge_ended:
                 self._charge_ended.notify_all()
