@@ -3,6 +3,7 @@
     replicas   eight devices, two replicas behind HAProxy, which are cut off, killed and drained
     accounts   two servers that share a ledger: tokens that are revoked, a Valkey that is killed
     sessions   a thousand sessions that do nothing, and five thousand that come and go
+    metrics    what counting costs a step
 
 What has to be reached is written into docs/log/benchmarks/fleet.json. Prints one JSON object.
 """
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import fleet_accounts
+import fleet_metrics
 import fleet_replicas
 import fleet_sessions
 from bars import Entry, write_bars
@@ -24,7 +26,7 @@ from children import log, need_bundle, new_parser
 
 COMMAND: Final = "python benchmarks/fleet.py"
 FILE: Final = Path("benchmarks") / "fleet.json"
-PARTS: Final = ("replicas", "accounts", "sessions")
+PARTS: Final = ("replicas", "accounts", "sessions", "metrics")
 
 
 def main() -> None:
@@ -52,6 +54,9 @@ def _measured(
     if part == "accounts":
         found = fleet_accounts.measure(directory)
         yield "two servers", found, fleet_accounts.bars(found, command)
+    if part == "metrics":
+        found = fleet_metrics.measure(directory)
+        yield "a tiny model", found, fleet_metrics.bars(found, command)
     if part == "sessions":
         found = fleet_sessions.measure(directory)
         yield "one server", found, fleet_sessions.bars(found, command)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
 import time
+import urllib.request
 from contextlib import AsyncExitStack
 from pathlib import Path
 from statistics import median
@@ -15,10 +17,11 @@ from bars import Entry, at_most
 from children import cloud_process, cpu_seconds, log
 
 _TESTS = Path(__file__).resolve().parents[1] / "tests"
-sys.path[:0] = [str(_TESTS)]
+sys.path[:0] = [str(_TESTS / "faults"), str(_TESTS)]
 
 import conversations  # noqa: E402
 from families import save_tiny  # noqa: E402
+from forked import free_port  # noqa: E402
 from websockets.asyncio.client import ClientConnection, connect  # noqa: E402
 
 from dlora.cloud.model.base_model import BaseModel, load_base_model  # noqa: E402
@@ -40,9 +43,10 @@ def measure(directory: Path) -> dict[str, Any]:
     raise_file_limit()
     save_tiny(directory / "model")
     base = load_base_model(str(directory / "model"))
-    options = ("--max-sessions", str(2 * SESSIONS), "--idle-timeout-s", "36000")
+    metrics = free_port()
+    options = ("--max-sessions", str(2 * SESSIONS), "--idle-timeout-s", "36000", "--metrics", str(metrics))
     with cloud_process(str(directory / "model"), 1, *options) as (url, process):
-        return asyncio.run(_measure(base, url, process))
+        return asyncio.run(_measure(base, url, f"http://127.0.0.1:{metrics}/metrics", process))
 
 
 def bars(found: dict[str, Any], command: str) -> dict[str, Entry]:
@@ -54,11 +58,12 @@ def bars(found: dict[str, Any], command: str) -> dict[str, Entry]:
             1.3, found["last_to_first"], command
         ),
         "sessions: threads, 1,000 idle": at_most(50, found["threads_idle"], command),
+        "metrics: series with 1,000 sessions": at_most(2000, found["series"], command),
         "sessions: left of 5,000 that came and went": at_most(0, found["left"], command),
     }
 
 
-async def _measure(base: BaseModel, url: str, process: int) -> dict[str, Any]:
+async def _measure(base: BaseModel, url: str, metrics_url: str, process: int) -> dict[str, Any]:
     server = psutil.Process(process)
     async with AsyncExitStack() as warm_up:
         for _ in range(GROUP):
@@ -77,6 +82,8 @@ async def _measure(base: BaseModel, url: str, process: int) -> dict[str, Any]:
         await asyncio.sleep(IDLE_S)
         idle = (cpu_seconds(process) - began) / (time.monotonic() - started)
         kb_each, threads = (_pss_kb(server) - before_kb) / SESSIONS, server.num_threads()
+        page = (await asyncio.to_thread(_read, metrics_url)).decode()
+        series = sum(not line.startswith("#") for line in page.splitlines())
         log(f"idle: {100 * idle:.2f} % of a core, {kb_each:.0f} kB each, {threads} threads")
     await asyncio.sleep(12)
     gone_kb = _pss_kb(server)
@@ -84,12 +91,13 @@ async def _measure(base: BaseModel, url: str, process: int) -> dict[str, Any]:
         async with AsyncExitStack() as stack:
             await asyncio.gather(*(_open(stack, base, url) for _ in range(AT_ONCE)))
     await asyncio.sleep(12)
-    reader = await asyncio.to_thread(_health, url)
+    health = json.loads(await asyncio.to_thread(_read, url.replace("ws://", "http://") + "/healthz"))
     return {
         "sessions": SESSIONS, "kb_each": kb_each, "idle_percent_of_a_core": 100 * idle, "threads_idle": threads,
         "opening_ms": [round(each / GROUP * 1e3, 2) for each in openings_s],
         "last_to_first": median(openings_s[-3:]) / median(openings_s[:3]), "came_and_went": COMING_AND_GOING,
-        "left": reader["sessions"], "before_kb": before_kb, "gone_kb": gone_kb, "end_kb": _pss_kb(server),
+        "left": health["sessions"], "series": series,
+        "before_kb": before_kb, "gone_kb": gone_kb, "end_kb": _pss_kb(server),
     }  # fmt: skip
 
 
@@ -109,12 +117,9 @@ async def _say(socket: ClientConnection, session: Session, message: m.AnyMessage
     assert isinstance(session.receive(await socket.recv(decode=False)), answer)
 
 
-def _health(url: str) -> dict[str, Any]:
-    import json
-    import urllib.request
-
-    with urllib.request.urlopen(url.replace("ws://", "http://") + "/healthz", timeout=60) as answer:
-        return dict(json.load(answer))
+def _read(url: str) -> bytes:
+    with urllib.request.urlopen(url, timeout=60) as answer:
+        return bytes(answer.read())
 
 
 def _pss_kb(process: psutil.Process) -> float:

@@ -320,7 +320,7 @@ def test_what_holds_while_the_ledger_is_killed_and_started_again(
             access.admit(bearer, HERE)
         assert (denied.value.status, denied.value.retryable) == (503, True)
         assert access.recheck([caller]) == {}
-        assert ledger.errors == 3
+        assert (ledger.errors, ledger.is_up) == (3, False)
         assert len([each for each in caplog.messages if "the ledger does not answer" in each]) == 1
         valkey.start()
         session.charge(100, 0)  # it is not asked again at once
@@ -328,6 +328,7 @@ def test_what_holds_while_the_ledger_is_killed_and_started_again(
         eventually(lambda: ledger.revoked(["11111111", token_id]) == {"11111111"})
         refused(lambda: session.charge(50, 0))
         assert access.admit(bearer, HERE) == caller
+        assert ledger.is_up
         ledger.close()
 
 

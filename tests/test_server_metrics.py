@@ -258,7 +258,7 @@ def test_dashboard_and_alerts_name_metrics_that_there_are(cloud: CloudProcess) -
     shown = {metric.name for metric in METRICS} - {"dlora_gate_wait_seconds"} | {"dlora_gate_wait_seconds_bucket"}
     named = set(re.findall(r"dlora_\w+", DASHBOARD.read_text())) | set(re.findall(r"dlora_\w+", ALERTS.read_text()))
     assert named <= known
-    few = {"dlora_steps_total", "dlora_connections_without_session"}
+    few = {"dlora_steps_total", "dlora_connections_without_session", "dlora_ledger_errors_total"}
     assert {name for name in shown - named if "sessions_" not in name} <= few
 
 
@@ -274,7 +274,7 @@ def test_dashboard_can_be_imported() -> None:
 
 
 def test_promtool_reads_the_rules_and_each_panel(tmp_path: Path) -> None:
-    assert "7 rules found" in promtool("check", "rules", ALERTS)
+    assert "8 rules found" in promtool("check", "rules", ALERTS)
     found = [each.replace("$__rate_interval", "5m") for each in expressions()]
     rules = [{"record": f"panel:{number}", "expr": each} for number, each in enumerate(found)]
     file = tmp_path / "panels.yaml"

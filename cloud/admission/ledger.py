@@ -63,10 +63,11 @@ class Ledger(ABC):
     """Counts callers, by name, for one server or several. Threads may use it at the same time.
 
     Attributes:
-        errors: how often it could not be asked.
+        errors: how often it could not be asked; is_up: whether it could the last time.
     """
 
     errors: int = 0
+    is_up: bool = True
 
     @abstractmethod
     def open_session(self, caller: str, session: str, most: int) -> bool:

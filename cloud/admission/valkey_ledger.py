@@ -181,20 +181,20 @@ class ValkeyLedger(Ledger):
 
     def _ask(self, command: Callable[[], T], otherwise: T) -> T:
         """What a command answers, or ``otherwise`` where the ledger does not, or did not just now."""
-        now = self._monotonic()
-        if now < self._ask_again_at:
+        if self._monotonic() < self._ask_again_at:
             self.errors += 1
             return otherwise
         try:
-            return command()
+            answer = command()
         except ValkeyError as error:
-            self.errors += 1
-            now = self._monotonic()
+            self.errors, self.is_up, now = self.errors + 1, False, self._monotonic()
             self._ask_again_at = now + ASK_AGAIN_S
             if now - self._logged_at >= LOG_EVERY_S:
                 self._logged_at = now
                 logger.warning("the ledger does not answer, so quotas do not count and no token is let in: %s", error)
             return otherwise
+        self.is_up = True
+        return answer
 
 
 _CODES: Final = (ErrorCode.QUOTA_TOKENS, ErrorCode.QUOTA_COMPUTE)

@@ -80,6 +80,12 @@ METRICS: Final = (
     _Shown("dlora_live_bytes", "Memory of running micro-batches.", lambda it: it.service.quotas.live_bytes),
     _Shown("dlora_live_limit_bytes", "Most memory of running micro-batches.", _live_limit),
     _Shown("dlora_refusals_total", "Refusals, by code or the log's words.", _refusals, "code"),
+    _Shown("dlora_ledger_up", "0 while the ledger does not answer.", lambda it: it.service.quotas.ledger.is_up),
+    _Shown(
+        "dlora_ledger_errors_total",
+        "Questions to the ledger without an answer.",
+        lambda it: it.service.quotas.ledger.errors,
+    ),
     _Shown("dlora_draft_tokens_total", "Tokens guessed for devices.", lambda it: it.service.counts.guessed),
     _Shown("dlora_draft_tokens_right_total", "Guessed tokens that were right.", lambda it: it.service.counts.right),
 )

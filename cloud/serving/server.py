@@ -256,6 +256,7 @@ class CloudServer:
             health = json.dumps(self.health(), indent=1).encode() + b"\n"
             return _json_response(http.HTTPStatus.OK, health) if stopping is None else _refusal(stopping, health)
         if stopping is not None:  # before the websocket opens, so that a proxy can still take it to another server
+            self.service.counts.refusals.add(label=stopping.code)
             return _refusal(stopping)
         authorization = request.headers.get_all("Authorization")
         guarded = cast(GuardedConnection, connection)
