@@ -30,6 +30,7 @@ from haproxies import Haproxy, haproxy  # noqa: E402
 from dlora.edge.adapters.peft import WEIGHTS_NAME  # noqa: E402
 from dlora.edge.run.file_names import METRICS, SUMMARY  # noqa: E402
 
+WAYS: Final = {"live": "live", "passes": "2,2"}
 DEVICES: Final = 8
 CUTS: Final = 4
 LONG_S: Final = 3600.0
@@ -56,9 +57,9 @@ def cases(directory: Path, names: Sequence[str], bundle: Path) -> list[Case]:
         (directory / name).mkdir()
         data, _ = write_dialogue(directory / name, 64, 0)
         train = ("--batch-size", 4, "--threads", 1)
-        place = Place(directory / name, (*train, "--passes", name), "smollm2-135m", bundle, spawn_command)
+        place = Place(directory / name, train, "smollm2-135m", bundle, spawn_command)
         place.data.write_text("".join(data.read_text().splitlines(keepends=True)[:96]))
-        found.append(Case(name, place, ("--passes", name), 12))
+        found.append(Case(name, place, ("--passes", WAYS[name]), 12))
     return found
 
 
