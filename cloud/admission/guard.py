@@ -16,7 +16,6 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import StrEnum
 from functools import partial
 from typing import Any, cast
 
@@ -30,27 +29,17 @@ from dlora.protocol.passes import MOST_PIECES
 from dlora.protocol.text import one_line
 
 from .quotas import SessionQuota
+from .reasons import Reason
 
 logger = logging.getLogger("dlora.cloud")
 
+PING_EVERY_S = 20.0
+# A device computes between messages and may sleep; the pong comes from its reading thread, not its compute.
+PING_TIMEOUT_S = 60.0
 LOG_EVERY_S = 10.0
 LOGGED_CHARACTERS = 300  # of what a peer had a hand in
 SMALLEST_UNREAD_BYTES = 1 << 20
 PIECE_BYTES = 4 << 10  # parsed before its frames are looked at: at most 700 pings
-
-
-class Reason(StrEnum):
-    """What ends a connection beneath messages, as the log has it."""
-
-    MANY_CONNECTIONS = "too many connections without a session"
-    MANY_BYTES = "too many bytes without a session"
-    NO_TLS = "no TLS handshake"
-    PINGS = "a flood of pings"
-    TEXT = "a text frame"
-    FRAGMENTS = "a message in fragments"
-    NO_MEMORY = "more messages than there is memory for"
-    MESSAGES = "a flood of messages"
-    UNREAD = "answers that nobody reads"
 
 
 @dataclass(frozen=True)
@@ -134,6 +123,19 @@ class Guard:
             "server_header": None,
         }
 
+    def ping_silent(self) -> None:
+        """Ping those with a session that have said nothing for ``PING_EVERY_S``, and drop those that do not answer.
+
+        Devices ping us as often, so that of a thousand that are there none needs a ping of ours, nor a task for it.
+        """
+        now = self.clock()
+        for connection in list(self._opened):
+            silent_s = now - connection.heard_at
+            if silent_s >= PING_EVERY_S + PING_TIMEOUT_S:
+                connection.abort()
+            elif silent_s >= PING_EVERY_S:
+                connection.ping_once()
+
     def abort_unfinished(self) -> None:
         """Abort all without a session, and all that come: a slow peer must not delay a server that stops."""
         self._closed = True
@@ -213,6 +215,7 @@ class GuardedConnection(ServerConnection):
         source: whom it counts for: the peer's address or, once its headers are read, the one that a proxy in front of
             us has seen; of IPv6 the /64, which is what one customer has.
         received_bytes: before a session was opened.
+        heard_at: when something came last, on the guard's clock.
     """
 
     def __init__(self, guard: Guard, protocol: Any, server: Any, **settings: Any) -> None:
@@ -220,6 +223,7 @@ class GuardedConnection(ServerConnection):
         self.guard = guard
         self.address = self.source = "?"
         self.received_bytes = 0
+        self.heard_at = guard.clock()
         self._tcp: asyncio.Transport | None = None
         self._made = False
         self._early_bytes = bytearray()
@@ -246,6 +250,12 @@ class GuardedConnection(ServerConnection):
         """Take frames of so many bytes from now on. Call it before the message that lets the peer send them."""
         self._frame_limit = nbytes
         self.protocol.max_message_size = nbytes  # what ``serve`` got as ``max_size``
+
+    def ping_once(self) -> None:
+        """Send a ping; any answer will do."""
+        if self.protocol.state is State.OPEN:
+            self.protocol.send_ping(b"")
+            self.send_data()
 
     def abort(self) -> None:
         """Drop the connection without a word, whatever it is doing."""
@@ -287,6 +297,7 @@ class GuardedConnection(ServerConnection):
         if not self._made:
             self._early_bytes += data
             return
+        self.heard_at = self.guard.clock()
         self.guard.count_received(self, len(data))
         # A read may hold 40,000 pings, and websockets tells of frames only when all that it got was parsed.
         for start in range(0, len(data), PIECE_BYTES):

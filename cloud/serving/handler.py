@@ -1,4 +1,4 @@
-"""One device's connection: the handshake on the event loop, then a session in a thread of its own, or back to it."""
+"""One device's connection: the handshake on the event loop, then a session, or back to the one that it has."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import secrets
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Final, TypeVar
 
 from websockets.exceptions import ConnectionClosed
@@ -213,11 +214,11 @@ def _close_quota(opening: Future[SessionQuota]) -> None:
 
 
 async def _run(live: ServerSession, loop: SessionLoop, service: Service) -> None:
-    """Run a session's thread to its end, whatever connections it has on the way."""
+    """Run a session to its end, whatever connections it has on the way."""
     session, name, why = live.session, live.name, "internal"
     refusal: RefusedError | None = None
     try:
-        await asyncio.get_running_loop().run_in_executor(service.pool, loop.run)
+        await _answer_all(loop, service)
         live.log.info(
             "session %s: closed at step %d, %.1f MB in, %.1f MB out", name, session.step,
             session.bytes_received / 1e6, session.bytes_sent / 1e6,
@@ -247,6 +248,16 @@ async def _run(live: ServerSession, loop: SessionLoop, service: Service) -> None
         ended = refusal or DeviceGoneError("the session is closed")
         ended.__traceback__ = ended.__context__ = ended.__cause__ = None
         live.transport.end(ended)
+
+
+async def _answer_all(loop: SessionLoop, service: Service) -> None:
+    in_thread = partial(asyncio.get_running_loop().run_in_executor, service.threads)
+    try:
+        await loop.wait()
+        while await in_thread(loop.answer):
+            await loop.wait()
+    finally:
+        await in_thread(loop.close)
 
 
 def _log_text(error: Exception) -> str:

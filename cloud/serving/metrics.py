@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from prometheus_client import CollectorRegistry, GCCollector, ProcessCollector, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
-from dlora.cloud.admission.guard import Reason
+from dlora.cloud.admission.reasons import Reason
 from dlora.protocol.messages import ErrorCode
 
 from .counts import OTHER, Count, Waits

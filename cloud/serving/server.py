@@ -12,6 +12,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from types import MappingProxyType
 from typing import cast
 from weakref import WeakKeyDictionary
@@ -43,15 +44,14 @@ from dlora.protocol.version import PROTOCOL_VERSIONS, SOFTWARE_VERSION
 from .handler import handle_connection, opening_limit
 from .listening import cannot_listen
 from .service import ServerSettings, Service
-from .session_loop import shutting_down
+from .session_loop import shutting_down, use_threads
 from .sessions import Sessions
+from .threads import Threads
 from .timeouts import DeviceDeadlines
 
 logger = logging.getLogger("dlora.cloud")
 
-PING_EVERY_S = 20.0
-# A device computes between messages and may sleep; the pong comes from its reading thread, not its compute.
-PING_TIMEOUT_S = 60.0
+PING_CHECK_S = 10.0
 RECHECK_EVERY_S = 5.0  # docs say 10 s, which a busy machine keeps too
 KEEP_SESSIONS_EVERY_S = 10.0
 RELEASE_EVERY_S = 5.0
@@ -133,7 +133,7 @@ class CloudServer:
             gate=gate,
             shared_gate=SharedGate.of(gate, parts, settings.batch_rows, settings.clock),
             deadlines=DeviceDeadlines(settings.timeouts),
-            pool=ThreadPoolExecutor(settings.max_sessions, thread_name_prefix="session"),
+            threads=Threads("session", partial(use_threads, settings.threads)),
             openings=ThreadPoolExecutor(1, thread_name_prefix="opening"),
         )
 
@@ -145,8 +145,7 @@ class CloudServer:
                 host,
                 port,
                 process_request=self._answer_http,
-                ping_interval=PING_EVERY_S,
-                ping_timeout=PING_TIMEOUT_S,
+                ping_interval=None,  # Guard.ping_silent does it
                 **self.guard.settings(),
             )
         except OSError as error:
@@ -155,6 +154,7 @@ class CloudServer:
         regularly = (
             (RECHECK_EVERY_S, self._recheck_access),
             (KEEP_SESSIONS_EVERY_S, self._keep_sessions),
+            (PING_CHECK_S, self._ping_silent),
             (RELEASE_EVERY_S, self._release_memory),
             (END_PARKED_EVERY_S, self._end_parked),
         )
@@ -199,7 +199,8 @@ class CloudServer:
         if self._server is not None:
             self._server.close()
             await self._server.wait_closed()
-        for threads in (self.service.pool, self.service.openings):
+        await self.service.running.wait()
+        for threads in (self.service.threads, self.service.openings):
             await asyncio.to_thread(threads.shutdown, wait=True, cancel_futures=True)
         await asyncio.to_thread(self.service.quotas.ledger.close)
 
@@ -227,6 +228,9 @@ class CloudServer:
         for live in sessions:
             if live.caller in denied:
                 live.transport.end(denied[live.caller])
+
+    async def _ping_silent(self) -> None:
+        self.guard.ping_silent()
 
     async def _keep_sessions(self) -> None:
         self.service.quotas.keep_sessions()

@@ -21,6 +21,7 @@ from dlora.cloud.model.row_blocks import RowBlocks
 from .counts import Counts
 from .sessions import Sessions
 from .tasks import Tasks
+from .threads import Threads
 from .timeouts import DeviceDeadlines, SessionTimeouts
 
 
@@ -69,7 +70,8 @@ class Service:
         draining: set once the server stops: running steps are finished, nothing new is begun.
         gate: of all sessions; shared_gate: where those that answer compute together; None: they do not.
         counts: what was done so far.
-        running: the sessions' threads; closing_tasks: to devices that are told to go, until they have heard it.
+        threads: of what sessions compute.
+        running: the sessions; closing_tasks: to devices that are told to go, until they have heard it.
     """
 
     base: BaseModel
@@ -86,7 +88,7 @@ class Service:
     sessions: Sessions
     quotas: Quotas
     deadlines: DeviceDeadlines
-    pool: ThreadPoolExecutor
+    threads: Threads
     openings: ThreadPoolExecutor
     gate: ComputeGate
     shared_gate: SharedGate | None

@@ -110,6 +110,12 @@ class SessionDevice:
         """Whether the device is away, or was since it had been ``times_lost``."""
         return self.transport.times_lost != times_lost or self.transport.parked_at is not None
 
+    @property
+    def has_more(self) -> bool:
+        """Whether a message that begins something was read already, and waits."""
+        with self._changed:
+            return bool(self._boxes.get(None))
+
     def raise_failure(self) -> None:
         """Raise what ``fail`` was given."""
         with self._changed:

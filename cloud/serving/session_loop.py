@@ -1,10 +1,10 @@
-"""Runs one session: a thread that answers a device's messages, step after step, until it closes.
+"""Runs one session: answers a device's messages, step after step, until it closes.
 
-A micro-batch holds the compute gate while it computes and lets go of it while it waits for the device, so that
-sessions share the cores without oversubscribing them and a slow device stalls nobody but itself. It notices nothing
-of connections that come and go; what it waits for has a deadline, and then the device must come back.
-
-Where a session may have several micro-batches under way, each has a thread of its own.
+Between two messages that begin something it waits on the event loop. What one of them begins runs in a thread, and
+where a session may have several micro-batches under way, each has a thread of its own. A micro-batch holds the compute
+gate while it computes and lets go of it while it waits for the device, so that sessions share the cores without
+oversubscribing them and a slow device stalls nobody but itself. It notices nothing of connections that come and go;
+what it waits for has a deadline, and then the device must come back.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent import futures
 from contextlib import contextmanager, nullcontext
+from typing import Final
 
 import torch
 
@@ -39,13 +40,16 @@ from .sessions import ServerSession
 from .ticket import ticket_of
 from .timeouts import Deadlines
 
+# For how long a thread looks for the next message while micro-batches are under way, before it looks at these again.
+ANOTHER_WITHIN_S: Final = 1.0
+
 
 class SessionLoop:
     """Answers the messages of one open session.
 
-    Raises (from ``run``) ``RemoteProtocolError`` when the device breaks the rules, ``RefusedError`` when the server
-    says no, ``NonFiniteError`` when the base model's results are not finite, and whatever the transport raises when
-    the device is lost.
+    Raises (from ``wait`` and ``answer``) ``RemoteProtocolError`` when the device breaks the rules, ``RefusedError``
+    when the server says no, ``NonFiniteError`` when the base model's results are not finite, and whatever the transport
+    raises when the device is lost.
 
     Args:
         controller: of Kill and Revive; None where the session does not train.
@@ -70,7 +74,8 @@ class SessionLoop:
         seed = opening.purpose.seed if isinstance(opening.purpose, m.Train) else 0
         self._model = SessionModel(service.base, opening, seed, parts=service.parts, row_blocks=service.row_blocks)
         self._window = opening.window
-        self._running: set[Future[None]] = set()
+        self._running: set[futures.Future[None]] = set()
+        self._begin_idle_time()
         self._charge_ended = threading.Condition()
         self._beginning = threading.Lock()  # one at a time is laid out and waits for memory
         purpose = opening.purpose
@@ -90,35 +95,50 @@ class SessionLoop:
         units = WireTensor.from_bytes(self._controller.states)
         return m.SessionOpened(session=name, token=token, units=units, ticket=self._ticket(self._controller))
 
-    def run(self) -> None:
-        """Answer until the device closes the session."""
-        _use_threads(self._service.settings.threads)
+    async def wait(self) -> None:
+        """Wait on the event loop until there is something to answer."""
+        self._live.idle_since = now = self._clock()
         try:
-            if self._window == 1:  # in this very thread
-                while self._answer_next(None):
-                    pass
-                return
-            threads = (self._service.settings.threads,)
-            with ThreadPoolExecutor(self._window, "micro-batch", _use_threads, threads) as pool:
-                while self._answer_next(pool):
-                    pass
+            await self._transport.wait_for_frame(self._idle_until - now)
+        except TimeoutError:
+            text = f"nothing came for {self._service.settings.timeouts.idle_s:.0f} s; go on with the ticket"
+            raise RefusedError(text, m.ErrorCode.DEADLINE, retryable=True) from None
         finally:
-            self._device.close()
-            release_freed_memory()
+            self._live.idle_since = None
 
-    def _answer_next(self, pool: ThreadPoolExecutor | None) -> bool:
+    def answer(self) -> bool:
+        """Answer what has come, in a thread; False where the device has closed the session.
+
+        Returns once nothing is under way, but not while there is more that other micro-batches have read.
+        """
+        while self._answer_next():
+            if not self._running and not self._device.has_more:
+                if not self._is_idle:
+                    self._begin_idle_time()
+                return True
+        return False
+
+    def _begin_idle_time(self) -> None:
+        """From now on it is idle. A message that came before is nothing new, and does not begin the time anew."""
+        self._is_idle, self._idle_until = True, self._clock() + self._service.settings.timeouts.idle_s
+
+    def close(self) -> None:
+        """Wait, in a thread, for what is still under way, and let go of everything."""
+        futures.wait(self._running)
+        self._device.close()
+        release_freed_memory()
+
+    def _answer_next(self) -> bool:
         """Whether there may be more. Not a loop: what came would be kept for as long as the next takes to come."""
-        idle_s, now = self._service.settings.timeouts.idle_s, self._clock()
-        self._live.idle_since = now
-        message = self._device.receive(None, idle_s, now + idle_s)
-        self._live.idle_since = None
+        message = self._device.receive(None, ANOTHER_WITHIN_S)
+        self._is_idle = self._is_idle and message is None
         match message:
             case m.Embeddings() as begun:
                 # Of a basis pass one at a time, and none beside what is made of them: sums round by their order.
-                if pool is None or begun.mode == "basis":
+                if self._window == 1 or begun.mode == "basis":
                     self._run_micro_batch(begun)
                 else:
-                    self._running.add(running := pool.submit(self._run_or_fail, begun))
+                    self._running.add(running := self._service.threads.submit(self._run_or_fail, begun))
                     running.add_done_callback(self._running.discard)
             case m.StepReport() as report:
                 self._handle_report(report)
@@ -128,11 +148,8 @@ class SessionLoop:
                 self._make_site(group)
             case m.GroupParameters() as given:
                 self._take_parameters(given)
-            case None if self._running:
+            case None:  # what came was nothing new, or micro-batches are under way and nothing came beside
                 pass
-            case None:
-                text = f"nothing came for {idle_s:.0f} s; go on with the ticket"
-                raise RefusedError(text, m.ErrorCode.DEADLINE, retryable=True)
             case _:  # the device closes the session, or gives it up
                 return False
         return True
@@ -315,7 +332,7 @@ class SessionLoop:
             return taken > 0
 
 
-def _use_threads(threads: int) -> None:
+def use_threads(threads: int) -> None:
     """OpenMP keeps this per thread; and when a new thread asks for the first time, it gets what another has set last,
     which may be one for a moment."""
     torch.get_num_threads()

@@ -12,6 +12,7 @@ import hmac
 import logging
 import secrets
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -82,6 +83,7 @@ class Sessions:
         self.limit = limit
         self._clock = clock
         self._live: dict[str, ServerSession] = {}
+        self._of_device: defaultdict[tuple[Caller, str], set[ServerSession]] = defaultdict(set)
 
     def __len__(self) -> int:
         return len(self._live)
@@ -96,8 +98,8 @@ class Sessions:
 
     def end_parked_of_device(self, caller: Caller, device_id: str) -> None:
         """End what a device has parked that opens another session; ``device_id`` is "" for one without a name."""
-        for live in self._parked():
-            if device_id and (live.caller, live.device_id) == (caller, device_id):
+        for live in list(self._of_device.get((caller, device_id), ())) if device_id else ():
+            if live.transport.parked_at is not None:
                 self._evict(live, "its device opened another session")
 
     def make_room(self) -> None:
@@ -135,6 +137,7 @@ class Sessions:
 
     def add(self, live: ServerSession) -> None:
         self._live[live.name] = live
+        self._of_device[live.caller, live.device_id].add(live)
 
     def resume(
         self, request: m.ResumeSession, caller: Caller, connection: ServerConnection, handshake: Session
@@ -154,7 +157,11 @@ class Sessions:
 
     def remove(self, live: ServerSession) -> None:
         """Forget a session; harmless when it is forgotten already."""
-        self._live.pop(live.name, None)
+        if self._live.pop(live.name, None) is not None:
+            others = self._of_device[live.caller, live.device_id]
+            others.remove(live)
+            if not others:
+                del self._of_device[live.caller, live.device_id]
         live.quota.close()
 
     def _parked(self) -> list[ServerSession]:

@@ -1,8 +1,9 @@
-"""One session's frames, from its thread, over connections that come and go.
+"""One session's frames, over connections that come and go.
 
-The thread reads and writes as if there were one connection. When that is lost the session is *parked*: its thread
-waits, in the middle of a micro-batch if it must, until the device comes back over another connection. What was under
-way between them is made up for by ``protocol/link.py``.
+A session reads and writes as if there were one connection. When that is lost it is *parked*: it waits, in the middle of
+a micro-batch if it must, until the device comes back over another connection. What was under way between them is made
+up for by ``protocol/link.py``. In the middle of something a thread waits; between two such times, nothing but the event
+loop does.
 """
 
 from __future__ import annotations
@@ -88,6 +89,8 @@ class SessionTransport:
         self._arrived: deque[bytes] = deque()  # likewise, what nobody has taken yet
         self._ended: Exception | None = None
         self._receiving: Future[deque[bytes]] | None = None
+        self._idle: asyncio.Task[None] | None = None  # waits for a frame on the event loop
+        self._back: asyncio.Future[None] | None = None  # done when the device is back that it waits for
         self._sent_away_s = 0.0  # how much longer than park_s it may stay away, as it was told to
 
     # -- the session's thread ----------------------------------------------------------------------------
@@ -175,14 +178,18 @@ class SessionTransport:
             began = self._clock()
             while self._connection is None and self._ended is None:
                 # Another thread may send the device away meanwhile, for longer.
-                left_s = began + self._park_s + self._sent_away_s - self._clock()
-                if left_s <= 0:
-                    raise DeviceGoneError(f"it did not come back within {self._park_s + self._sent_away_s:.0f} s")
-                self._changed.wait(left_s)
+                self._changed.wait(self._left_s(began))
             if self._ended is not None:
                 raise self._ended
             assert self._connection is not None
             return self._connection
+
+    def _left_s(self, began: float) -> float:
+        """For how long a device may stay away that has been since ``began``. Raises ``DeviceGoneError`` after that."""
+        stays_s = self._park_s + self._sent_away_s
+        if (left_s := began + stays_s - self._clock()) <= 0:
+            raise DeviceGoneError(f"it did not come back within {stays_s:.0f} s")
+        return left_s
 
     def run_on_loop(self, function: Callable[[], T]) -> T:
         """What ``function`` gives, which is for the event loop."""
@@ -221,8 +228,59 @@ class SessionTransport:
             self._changed.notify_all()
             if self._receiving is not None:
                 self._receiving.cancel()
+        self._loop.call_soon_threadsafe(self._wake)
 
     # -- the event loop ----------------------------------------------------------------------------------
+
+    async def wait_for_frame(self, seconds: float) -> None:
+        """Wait, in no thread, until there is a frame for ``receive``.
+
+        Raises ``TimeoutError`` where none comes in time, whether the device is there or not, and else as ``receive``.
+        """
+        self._idle = asyncio.current_task()
+        try:
+            async with asyncio.timeout(seconds):
+                while self._ended is None and not await self._frame_arrives():
+                    pass
+        except asyncio.CancelledError:
+            if self._ended is None or self._idle is None:
+                raise
+            self._idle.uncancel()
+        finally:
+            self._idle = None
+        if self._ended is not None:
+            raise self._ended
+
+    async def _frame_arrives(self) -> bool:
+        """Wait for a frame of the present connection, or for another connection; False: look again."""
+        with self._changed:
+            connection, arriving, arrived = self._connection, self._arriving, self._arrived
+        if connection is None:
+            await self._wait_until_back()
+            return False
+        try:
+            async with arriving:
+                if not arrived:
+                    arrived.append(await connection.recv(decode=False))
+            return True
+        except ConnectionClosed:
+            self._lose(connection)
+            return False
+
+    async def _wait_until_back(self) -> None:
+        began = self._clock()
+        while self._connection is None:
+            self._back = self._loop.create_future()
+            try:
+                # In the meantime it may have been sent away, for longer.
+                async with asyncio.timeout(self._left_s(began)):
+                    await self._back
+            except TimeoutError:
+                self._left_s(began)
+
+    def _wake(self) -> None:
+        if self._idle is not None:
+            self._idle.cancel()
 
     def handle_closed(self, connection: ServerConnection) -> None:
         """The connection has ended. The session counts as parked from now on, whatever its thread does at the moment;
@@ -248,11 +306,13 @@ class SessionTransport:
                 self._begin_to_send(connection, frame)
             self._changed.notify_all()
             self.times_lost += old is not None
+        if self._back is not None and not self._back.done():
+            self._back.set_result(None)
         if old is not None:
             old.transport.abort()
 
     def end(self, error: Exception) -> None:
-        """Make the session's thread raise ``error`` where it waits for its device, now or the next time.
+        """Make the session raise ``error`` where it waits for its device, now or the next time.
 
         The device is told of a ``RefusedError``, and of nothing else.
         """
@@ -260,6 +320,7 @@ class SessionTransport:
             self._ended = error
             connection, self._connection = self._connection, None
             self._changed.notify_all()
+        self._wake()
         if connection is not None:
             refusal = error if isinstance(error, RefusedError) else None
             self._closing_tasks.keep(self._loop.create_task(close_with_error(connection, refusal)))

@@ -5,6 +5,7 @@ What is tried, and what stops it, is in ``abuses``; README.md is its table.
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import logging
 import threading
@@ -19,9 +20,9 @@ import pytest
 from abuses import ABUSES, IDLE_ATTACKS, IDLE_ATTACKS_IN_A_SESSION, Target, idle_connections
 from families import FAMILIES, VOCABULARY
 from hostile import BINARY, TIMEOUT_S
-from serving import RunningServer, config, final_weights, random_dataset, serving, training
+from serving import RunningServer, config, final_weights, greeted_device, random_dataset, serving, training
 from tiny import TinyFactory
-from waiting import eventually
+from waiting import StandingClock, eventually
 
 from dlora.cloud.admission import guard
 from dlora.cloud.admission.guard import ConnectionLimits
@@ -205,15 +206,15 @@ def test_frames_before_a_session_are_decoded_in_a_thread(
 def test_unread_frames_of_a_session_count_in_its_quota(
     base: BaseModel, groups: tuple[GroupSpec, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A session whose thread waits, for its turn or for memory, reads nothing; what comes meanwhile is held."""
+    """A session that waits, for its turn or for memory, reads nothing; what comes meanwhile is held."""
     reading = threading.Event()
-    run = SessionLoop.run
+    wait = SessionLoop.wait
 
-    def wait_and_run(loop: SessionLoop) -> None:
-        reading.wait(TIMEOUT_S)
-        run(loop)
+    async def wait_later(loop: SessionLoop) -> None:
+        await asyncio.to_thread(reading.wait, TIMEOUT_S)
+        await wait(loop)
 
-    monkeypatch.setattr(SessionLoop, "run", wait_and_run)
+    monkeypatch.setattr(SessionLoop, "wait", wait_later)
     with serving(base, quotas=QuotaLimits(live_bytes=300_000)) as running:
         quotas = running.server.service.quotas
         with Target(running.url, groups).opened() as device:
@@ -312,3 +313,22 @@ def test_readme_lists_each_abuse() -> None:
     assert set(rows) == {*ABUSES, *IDLE_ATTACKS, *IDLE_ATTACKS_IN_A_SESSION}
     for name, (_, expected) in ABUSES.items():
         assert all(f"`{outcome}`" in rows[name] for outcome in expected), name
+
+
+def test_who_is_silent_is_pinged_and_then_dropped(base: BaseModel, groups: tuple[GroupSpec, ...]) -> None:
+    """A device answers pings by itself; a peer that does not loses its connection, and its session is parked."""
+    clock = StandingClock()
+    with serving(base) as running:
+        server = running.server
+        server.guard.clock = clock
+        loop = server._housekeeping[0].get_loop()
+        with greeted_device(running.url) as device, Target(running.url, groups).opened():
+            device.say(conversations.open_session(base_fingerprint=base.fingerprint, groups=groups))
+            assert isinstance(device.hear(), m.SessionOpened)
+            for waited_s in (20.0, 79.0, 80.0):
+                clock.now = 1e7 + waited_s
+                loop.call_soon_threadsafe(server.guard.ping_silent)
+                # Whoever answers was heard at this very time.
+                eventually(lambda: sum(each.heard_at == clock.now for each in server.guard._opened) == 1)
+            eventually(lambda: server.service.sessions.parked == 1)
+            assert len(server.service.sessions) == 2
