@@ -26,7 +26,7 @@ mutants: .venv/.ready $(SHIM) ## do the tests notice small changes of the code? 
 	$(BIN)/python -m pip install --quiet --group mutants
 	$(BIN)/python benchmarks/mutants.py
 
-test-release: .venv/.ready ## a bare Debian is set up: minutes, before a release
+test-release: .venv/.ready ## a bare Debian is set up, images are built and run: minutes, before a release
 	$(BIN)/pytest -m release
 
 test-slow: ## the tests on the real model, and long ones: a quarter of an hour

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import socket
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -11,19 +9,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
+from tools import find_tool
 from waiting import eventually
 
 CONFIGURATION = Path(__file__).parents[1] / "packaging" / "haproxy.cfg"
-
-
-def find_tool(name: str) -> str:
-    """The path of a program that only tests need; without it the test is skipped, but never where CI is set."""
-    found = shutil.which(name, path=os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin")))
-    if found is None:
-        assert not os.environ.get("CI"), f"{name} is not installed"
-        pytest.skip(f"{name} is not installed")
-    return found
 
 
 @dataclass(frozen=True)

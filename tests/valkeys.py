@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from haproxies import find_tool
+from tools import find_tool
 from waiting import eventually
 
 
