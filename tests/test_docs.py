@@ -54,6 +54,9 @@ OTHER_PROGRAMS = {
     "--branch", "--recurse-submodules", "--build", "--target", "--whole-archive",  # of git, cmake and ld
     "--no-deps", "--wheel-dir",  # of pip
     "--appendonly", "--appendfsync",  # of valkey-server
+    "--build-arg", "--cap-drop", "--format", "--health-cmd", "--name", "--read-only", "--rm", "--secret",  # of podman
+    "--tmpfs",  # of podman too
+    "--from-file", "--home-dir", "--shell", "--system",  # of kubectl, pip and useradd
 }  # fmt: skip
 PROGRAMS = {
     "dlora-edge": typer.main.get_command(dlora.edge.commands.app.app),
