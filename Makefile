@@ -6,7 +6,7 @@ unexport PYTHONDONTWRITEBYTECODE
 ARCH ?= $(shell uname -m)
 SHIM := build/shim/$(shell uname -m)/VERSION.json
 
-.PHONY: help demo test coverage mutants test-slow test-release test-arm lint reference docs bench shim native-runner edge-binary clean
+.PHONY: help demo test coverage mutants test-slow test-release test-arm lint reference docs bench shim native-runner edge-binary edge-deb clean
 
 help: ## this list; times are of two cores, and rough
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 22
@@ -37,6 +37,9 @@ test-slow: .venv/.ready $(SHIM) build/smollm2/manifest.json build/smollm2-fp32/m
 # The device as one file that needs no Python: build/edge/ARCH/dlora-edge. aarch64 is made and run under emulation.
 edge-binary: ## dlora-edge as one file, ARCH=aarch64 or x86_64: one minute, emulated five
 	$(PYTHON) packaging/edge_binary.py --arch $(ARCH) $(if $(WITH_EXECUTORCH),--with-executorch)
+
+edge-deb: edge-binary ## dlora-edge and its service as a Debian package, ARCH as above: half a minute more
+	$(PYTHON) packaging/edge_deb.py --arch $(ARCH)
 
 ARM_TESTS ?= arm
 test-arm: ## the tests on aarch64, emulated, with both binaries: tens of minutes

@@ -18,8 +18,9 @@ suite=bookworm # Raspberry Pi OS 12, Ubuntu 22.10 and newer: glibc 2.36
 cpu=${DLORA_ARM_CPU:-cortex-a72}
 packages="base-files bash coreutils dash findutils grep libc-bin sed mount python3 ca-certificates"
 case $kind in
-# PyInstaller wants libpython and binutils, some tests mount. What else makes the binary comes from PyPI.
-arm) arch=arm64 packages="$packages binutils libpython3.11" ;;
+# PyInstaller wants libpython and binutils, some tests mount, the Debian package wants dpkg, diff and two of systemd. What else
+# makes the binary comes from PyPI.
+arm) arch=arm64 packages="$packages binutils libpython3.11 diffutils dpkg systemd-standalone-sysusers systemd-standalone-tmpfiles" ;;
 # libstdc++6 is on every Debian, as apt needs it.
 bare) arch=$(dpkg --print-architecture) packages="$packages libstdc++6 make python3-venv" ;;
 esac

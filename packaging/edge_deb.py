@@ -1,12 +1,11 @@
 """Puts ``dlora-edge`` and its service into a Debian package: ``make edge-deb ARCH=x86_64|aarch64``.
 
-The files are those that install.sh lays out, of build/edge/ARCH; the package is build/edge/dlora-edge_VERSION_DEBIANARCH.deb.
+The files are those that install.sh lays out, of build/edge/ARCH. It becomes build/edge/dlora-edge_VERSION_ARCH.deb.
 """
 
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import platform
 import re
@@ -15,11 +14,13 @@ import subprocess
 import tempfile
 import tomllib
 from pathlib import Path
+from typing import Any
 
 from sites import ARCHITECTURES, PACKAGING, ROOT, fail, run, say
 
 DEBIAN = {"x86_64": "amd64", "aarch64": "arm64"}
 EDGE = ROOT / "build" / "edge"
+STANDALONE = ("systemd-standalone-sysusers", "systemd-standalone-tmpfiles")  # what its scripts call, in containers
 TMPFILES = "d /var/lib/dlora-edge 0750 dlora-edge dlora-edge -\n"
 
 
@@ -53,9 +54,7 @@ def lay_out(tree: Path, arch: str, version: str) -> None:
     if not folder.exists():
         fail(f"there is no {folder.relative_to(ROOT)}; build it: make edge-binary ARCH={arch}")
     where = ["--root", tree, "--prefix", "/usr", "--no-verify"]
-    subprocess.run(
-        ["sh", PACKAGING / "install.sh", *where, "--binary", folder], check=True, stdout=subprocess.DEVNULL
-    )
+    subprocess.run(["sh", PACKAGING / "install.sh", *where, "--binary", folder], check=True, stdout=subprocess.DEVNULL)
     # What is the system's own lies beneath /usr; what lies beneath /etc is its administrator's.
     units = tree / "usr/lib/systemd/system"
     units.parent.mkdir(parents=True)
@@ -63,9 +62,8 @@ def lay_out(tree: Path, arch: str, version: str) -> None:
     (tree / "etc/systemd").rmdir()
     shutil.rmtree(tree / "var")  # made by systemd-tmpfiles, so that dpkg never removes it
     write(tree / "usr/lib/tmpfiles.d/dlora-edge.conf", TMPFILES)
-    documents = tree / "usr/share/doc/dlora-edge"
-    write(documents / "copyright", (ROOT / "LICENSE").read_text())
-    write(documents / "changelog.gz", gzip.compress((ROOT / "CHANGELOG.md").read_bytes(), 9, mtime=0))
+    owner = f"Copyright 2026 {project()['authors'][0]['name']}\n\n"
+    write(tree / "usr/share/doc/dlora-edge/copyright", f"{owner}Apache-2.0: /usr/share/common-licenses/Apache-2.0\n")
     for path in (tree, *tree.rglob("*")):
         if not path.is_symlink() and path.name != "train.conf":
             path.chmod(0o755 if path.is_dir() or path.stat().st_mode & 0o100 else 0o644)
@@ -81,19 +79,18 @@ def lay_out(tree: Path, arch: str, version: str) -> None:
 def control(tree: Path, arch: str, version: str) -> str:
     """What dpkg reads first."""
     glibc = json.loads((EDGE / arch / "report.json").read_text())["glibc_floor"]
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     kilobytes = sum(path.stat().st_size for path in tree.rglob("*") if path.is_file() and not path.is_symlink()) // 1024
     fields = {
         "Package": "dlora-edge",
         "Version": version,
         "Architecture": DEBIAN[arch],
-        "Maintainer": f"{project['authors'][0]['name']} <dlora@example.org>",
+        "Maintainer": f"{project()['authors'][0]['name']} <dlora@example.org>",
         "Installed-Size": kilobytes,
-        "Depends": f"libc6 (>= {glibc}), zlib1g, systemd | systemd-standalone-sysusers",
+        "Depends": f"libc6 (>= {glibc}), zlib1g, " + ", ".join(f"systemd | {name}" for name in STANDALONE),
         "Recommends": "ca-certificates",
         "Section": "science",
         "Priority": "optional",
-        "Homepage": project["urls"]["Repository"],
+        "Homepage": project()["urls"]["Repository"],
         "Description": "fine-tune a language model that this device cannot hold\n"
         " A server runs the frozen blocks of the model. This device keeps data, labels,\n"
         " adapters and optimiser, and trains. No Python and no torch are needed.",
@@ -101,9 +98,15 @@ def control(tree: Path, arch: str, version: str) -> str:
     return "".join(f"{name}: {value}\n" for name, value in fields.items())
 
 
-def write(path: Path, content: str | bytes) -> None:
+def project() -> dict[str, Any]:
+    """What pyproject.toml says of dlora."""
+    found: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return found
+
+
+def write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    path.write_text(text)
 
 
 if __name__ == "__main__":
