@@ -29,7 +29,7 @@ START = (ROOT / "docs/start.md").read_text()
 HOW_TO = {path.stem: path.read_text() for path in (ROOT / "docs/how-to").glob("*.md")}
 # What sets a machine up: .ci/wheel, test_bare_install.py, test_install.py and tests/arm do these things.
 SET_UP = ("python3.11 -m venv", "pip install", "pip wheel", "python3 -m venv", "~/dlora/bin/pip", "uv tool", "sudo",
-          "scp ", "export PATH", "getconf", "make edge-binary", "journalctl", "openssl req", "curl ",
+          "scp ", "export PATH", "getconf", "make edge-binary", "make edge-deb", "journalctl", "openssl req", "curl ",
           "OMP_WAIT_POLICY=PASSIVE ")  # fmt: skip
 
 
