@@ -121,8 +121,13 @@ def test_all_that_a_server_may_be_given_counts_from_the_beginning(runs: Runs, ki
 
 def test_a_server_forgets_what_a_revived_unit_gave_it(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     loops: list[SessionLoop] = []
-    run_loop = SessionLoop.run
-    monkeypatch.setattr(SessionLoop, "run", lambda self: loops.append(self) or run_loop(self))
+    make_loop = SessionLoop.__init__
+
+    def watched(loop: SessionLoop, *given: Any) -> None:
+        loops.append(loop)
+        make_loop(loop, *given)
+
+    monkeypatch.setattr(SessionLoop, "__init__", watched)
     counts = set()
     with runs.train(run_of("bottleneck", "give_to_server")) as trainer:
         for _ in range(STEPS):

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -24,6 +22,7 @@ from prometheus_client import generate_latest
 from serving import RunningServer, config, greeted_device, random_dataset, raw_device, serving, training
 from test_server import embeddings, open_session, opened_device
 from tiny import Tiny, TinyFactory
+from tools import find_tool
 from waiting import PassingClock, eventually
 from websockets.exceptions import InvalidStatus
 
@@ -91,11 +90,9 @@ def expressions() -> list[str]:
 
 
 def promtool(*arguments: object, said: str | None = None) -> str:
-    program = shutil.which("promtool")
-    if program is None and os.environ.get("CI") != "true":
-        pytest.skip("needs promtool")
-    assert program is not None, "promtool is missing; Debian's package prometheus has it"
-    done = subprocess.run([program, *map(str, arguments)], input=said, text=True, capture_output=True, check=False)
+    done = subprocess.run(
+        [find_tool("promtool"), *map(str, arguments)], input=said, text=True, capture_output=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -290,14 +287,13 @@ def test_each_alert_says_what_to_do() -> None:
         assert ": " in summary
 
 
-def test_without_promtool_a_test_is_skipped_but_not_in_ci(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "which", lambda _: None)
+def test_without_its_program_a_test_is_skipped_but_not_in_ci(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CI", raising=False)
-    with pytest.raises(pytest.skip.Exception, match="promtool"):
-        promtool("--version")
+    with pytest.raises(pytest.skip.Exception, match="no-such-program"):
+        find_tool("no-such-program")
     monkeypatch.setenv("CI", "true")
-    with pytest.raises(AssertionError, match="promtool is missing"):
-        promtool("--version")
+    with pytest.raises(AssertionError, match="no-such-program"):
+        find_tool("no-such-program")
 
 
 def test_log_of_json_has_fields(cloud: CloudProcess) -> None:
