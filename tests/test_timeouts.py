@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -159,9 +160,9 @@ def test_answer_deadline_stops_while_the_device_is_away() -> None:
     waits = threading.Event()
 
     class Watched(SessionTransport):
-        def wait_for_device(self) -> ServerConnection:
+        def wait_for_device(self, seconds: float = math.inf) -> ServerConnection:
             waits.set()
-            return super().wait_for_device()
+            return super().wait_for_device(seconds)
 
     async def come_back() -> bytes:
         parked = parked_transport(clock, 60.0, Watched)
@@ -174,6 +175,19 @@ def test_answer_deadline_stops_while_the_device_is_away() -> None:
         return await received
 
     assert asyncio.run(come_back()) == b"answer"
+
+
+def test_nobody_waits_in_a_thread_for_a_device_that_is_away_where_nothing_is_under_way() -> None:
+    """Whoever wants a message that begins something is told after its own time, long before the session is given up."""
+
+    async def receive() -> None:
+        parked = parked_transport(PassingClock(), 1000.0, SessionTransport)
+        assert parked._connection is not None
+        parked._lose(parked._connection)
+        device = SessionDevice(cast(Session, None), parked, time.monotonic, Counts())
+        assert await asyncio.to_thread(device.receive, None, 0.05) is None
+
+    asyncio.run(receive())
 
 
 def test_a_device_that_was_sent_away_is_waited_for_in_every_thread() -> None:
@@ -202,7 +216,7 @@ def test_who_leaves_reading_to_another_waits_anew_once_the_device_is_back() -> N
     came: Queue[m.AnyMessage] = Queue()
 
     class Watched(SessionDevice):
-        def _read(self, seconds: float, give_up_at: float) -> m.AnyMessage:
+        def _read(self, seconds: float, give_up_at: float, away_s: float) -> m.AnyMessage:
             return came.get(timeout=20)
 
     device = Watched(cast(Session, None), cast(SessionTransport, away), time.monotonic, Counts())

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import ssl
 import time
 from collections import Counter, deque
@@ -130,11 +131,12 @@ class Guard:
         """
         now = self.clock()
         for connection in list(self._opened):
-            silent_s = now - connection.heard_at
-            if silent_s >= PING_EVERY_S + PING_TIMEOUT_S:
-                connection.abort()
-            elif silent_s >= PING_EVERY_S:
+            if now - connection.heard_at < PING_EVERY_S:
+                continue
+            if connection.pinged_at <= connection.heard_at:
                 connection.ping_once()
+            elif now - connection.pinged_at >= PING_TIMEOUT_S:
+                connection.abort()
 
     def abort_unfinished(self) -> None:
         """Abort all without a session, and all that come: a slow peer must not delay a server that stops."""
@@ -215,7 +217,7 @@ class GuardedConnection(ServerConnection):
         source: whom it counts for: the peer's address or, once its headers are read, the one that a proxy in front of
             us has seen; of IPv6 the /64, which is what one customer has.
         received_bytes: before a session was opened.
-        heard_at: when something came last, on the guard's clock.
+        heard_at: when something came last, on the guard's clock; pinged_at: when it was pinged last.
     """
 
     def __init__(self, guard: Guard, protocol: Any, server: Any, **settings: Any) -> None:
@@ -224,6 +226,7 @@ class GuardedConnection(ServerConnection):
         self.address = self.source = "?"
         self.received_bytes = 0
         self.heard_at = guard.clock()
+        self.pinged_at = -math.inf
         self._tcp: asyncio.Transport | None = None
         self._made = False
         self._early_bytes = bytearray()
@@ -253,6 +256,7 @@ class GuardedConnection(ServerConnection):
 
     def ping_once(self) -> None:
         """Send a ping; any answer will do."""
+        self.pinged_at = self.guard.clock()
         if self.protocol.state is State.OPEN:
             self.protocol.send_ping(b"")
             self.send_data()

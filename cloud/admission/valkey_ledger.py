@@ -74,7 +74,7 @@ _OPEN: Final = (
     + """
 local session, most, lease = ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
 redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now)
-if redis.call('ZCARD', KEYS[1]) >= most then return 0 end
+if not redis.call('ZSCORE', KEYS[1], session) and redis.call('ZCARD', KEYS[1]) >= most then return 0 end
 redis.call('ZADD', KEYS[1], now + lease, session)
 redis.call('EXPIRE', KEYS[1], 2 * lease)
 return 1

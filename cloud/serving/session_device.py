@@ -85,7 +85,8 @@ class SessionDevice:
                     continue
                 return message
             try:
-                message = self._read(left_s, give_up_at)
+                # Where nothing else is under way nobody waits in a thread for a device that is away.
+                message = self._read(left_s, give_up_at, math.inf if key is not None else seconds)
             except TimeoutError:
                 return None
             except BaseException as error:
@@ -146,9 +147,9 @@ class SessionDevice:
                 self._boxes.pop(key, None)
             return message
 
-    def _read(self, seconds: float, give_up_at: float) -> m.AnyMessage | None:
+    def _read(self, seconds: float, give_up_at: float, away_s: float) -> m.AnyMessage | None:
         """The next message of the device; None for one that came before, or that was damaged on its way."""
-        frame = self.transport.receive(seconds, give_up_at)
+        frame = self.transport.receive(seconds, give_up_at, away_s=away_s)
         try:
             with self._send_lock:
                 message = self.session.receive(frame)

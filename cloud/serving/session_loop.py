@@ -99,6 +99,8 @@ class SessionLoop:
         """Wait on the event loop until there is something to answer."""
         self._live.idle_since = now = self._clock()
         try:
+            if now >= self._idle_until:
+                raise TimeoutError
             await self._transport.wait_for_frame(self._idle_until - now)
         except TimeoutError:
             text = f"nothing came for {self._service.settings.timeouts.idle_s:.0f} s; go on with the ticket"
@@ -130,7 +132,8 @@ class SessionLoop:
 
     def _answer_next(self) -> bool:
         """Whether there may be more. Not a loop: what came would be kept for as long as the next takes to come."""
-        message = self._device.receive(None, ANOTHER_WITHIN_S)
+        give_up_at = self._idle_until if self._is_idle and not self._running else math.inf
+        message = self._device.receive(None, ANOTHER_WITHIN_S, give_up_at)
         self._is_idle = self._is_idle and message is None
         match message:
             case m.Embeddings() as begun:

@@ -40,6 +40,7 @@ class Threads(Executor):
     def submit(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """As ``Executor.submit``."""
         future: Future[T] = Future()
+        call: Callable[[], T] = partial(function, *args, **kwargs)
         with self._lock:
             if self._is_shut_down:
                 raise RuntimeError("no work any more: these threads are shut down")
@@ -48,9 +49,10 @@ class Threads(Executor):
             else:
                 queue = SimpleQueue()
                 thread = threading.Thread(target=self._work, args=(queue,), name=self._name, daemon=True)
-                self._threads.add(thread)
                 thread.start()
-        queue.put((future, partial(function, *args, **kwargs)))
+                self._threads.add(thread)
+                call = partial(self._begin_and, call)
+        queue.put((future, call))
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
@@ -65,7 +67,6 @@ class Threads(Executor):
             thread.join()
 
     def _work(self, queue: SimpleQueue[_Work]) -> None:
-        self._begin()
         while (work := self._next(queue)) is not None:
             _run(*work)
             del work  # what it holds must not wait for the next
@@ -75,6 +76,10 @@ class Threads(Executor):
                 self._idle.append(queue)
         with self._lock:
             self._threads.discard(threading.current_thread())
+
+    def _begin_and(self, call: Callable[[], T]) -> T:
+        self._begin()
+        return call()
 
     def _next(self, queue: SimpleQueue[_Work]) -> _Work:
         try:
@@ -93,5 +98,6 @@ def _run(future: Future[Any], call: Callable[[], Any]) -> None:
             result = call()
         except BaseException as error:
             future.set_exception(error)
+            del future, call  # else the error's own frame, and all that it computed with, would be held by a cycle
         else:
             future.set_result(result)

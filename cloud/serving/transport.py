@@ -112,15 +112,15 @@ class SessionTransport:
 
         self._sending.append((connection, asyncio.run_coroutine_threadsafe(send(), self._loop)))
 
-    def receive(self, timeout_s: float, give_up_at: float = math.inf) -> bytes:
+    def receive(self, timeout_s: float, give_up_at: float = math.inf, *, away_s: float = math.inf) -> bytes:
         """The next frame.
 
-        Raises ``TimeoutError`` where a connected device says nothing for so long, ``DeviceGoneError`` where a lost one
-        does not come back, and what ``end`` was given. Each connection has ``timeout_s``, but none of them any longer
-        than to ``give_up_at`` on ``clock``: coming and going wins nothing.
+        Raises ``TimeoutError`` where a connected device says nothing for so long, or one is away for ``away_s``,
+        ``DeviceGoneError`` where a lost one does not come back, and what ``end`` was given. Each connection has
+        ``timeout_s``, but none of them any longer than to ``give_up_at`` on ``clock``: coming and going wins nothing.
         """
         while True:
-            connection = self.wait_for_device()
+            connection = self.wait_for_device(away_s)
             until = min(self._clock() + timeout_s, give_up_at)
             try:
                 receiving = None
@@ -172,13 +172,16 @@ class SessionTransport:
             self._lose(connection)
             asyncio.run_coroutine_threadsafe(close_with_error(connection, as_refusal(refusal)), self._loop)
 
-    def wait_for_device(self) -> ServerConnection:
+    def wait_for_device(self, seconds: float = math.inf) -> ServerConnection:
         """Wait until there is a connection. Raises as ``receive``."""
         with self._changed:
             began = self._clock()
+            give_up_at = began + seconds
             while self._connection is None and self._ended is None:
                 # Another thread may send the device away meanwhile, for longer.
-                self._changed.wait(self._left_s(began))
+                if (left_s := give_up_at - self._clock()) <= 0:
+                    raise TimeoutError
+                self._changed.wait(min(left_s, self._left_s(began)))
             if self._ended is not None:
                 raise self._ended
             assert self._connection is not None
@@ -206,12 +209,15 @@ class SessionTransport:
             with self._changed:
                 if not self._sending or (len(self._sending) <= self._frames_ahead and not self._sending[0][1].done()):
                     return
-                connection, sent = self._sending.popleft()
+                first = connection, sent = self._sending[0]
             try:
                 sent.result(max(0.0, until - self._clock()))
             except ConnectionClosed:
                 if connection is self._connection:
                     raise
+            with self._changed:
+                if self._sending and self._sending[0] is first:  # not before: it may take longer than this one waits
+                    self._sending.popleft()
 
     def _lose(self, connection: ServerConnection) -> None:
         with self._changed:
@@ -226,8 +232,8 @@ class SessionTransport:
         with self._changed:
             self._ended = self._ended or error
             self._changed.notify_all()
-            if self._receiving is not None:
-                self._receiving.cancel()
+            if (receiving := self._receiving) is not None:
+                receiving.cancel()
         self._loop.call_soon_threadsafe(self._wake)
 
     # -- the event loop ----------------------------------------------------------------------------------
@@ -276,7 +282,8 @@ class SessionTransport:
                 async with asyncio.timeout(self._left_s(began)):
                     await self._back
             except TimeoutError:
-                self._left_s(began)
+                if self._connection is None:  # else it came at the last moment
+                    self._left_s(began)
 
     def _wake(self) -> None:
         if self._idle is not None:

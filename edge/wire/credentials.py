@@ -20,6 +20,8 @@ from dlora.protocol.errors import ConnectionFailedError, UsageError
 from dlora.protocol.files import check_readable
 from dlora.protocol.messages import Error
 
+from .tls_socket import TakingTurns
+
 TOKEN_VARIABLE: Final = "DLORA_TOKEN"
 # RFC 6750, section 2.1. Nothing else can stand in the header, line breaks least of all.
 _TOKEN: Final = re.compile(r"[A-Za-z0-9._~+/-]{1,1024}=*")
@@ -105,6 +107,7 @@ class Credentials:
         except ssl.SSLError:
             raise UsageError(f"--ca {self.ca} is no certificate in PEM form") from None
         context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.sslsocket_class = TakingTurns
         if self.client_cert is not None:
             self._load_client_certificate(context, self.client_cert)
         return context
