@@ -26,7 +26,7 @@ mutants: .venv/.ready $(SHIM) ## do the tests notice small changes of the code? 
 	$(BIN)/python -m pip install --quiet --group mutants
 	$(BIN)/python benchmarks/mutants.py
 
-test-release: .venv/.ready ## a bare Debian is set up, images are built and run: minutes, before a release
+test-release: .venv/.ready ## a bare Debian, images that are built and run: minutes, before a release
 	$(BIN)/pytest -m release
 
 test-slow: ## the tests on the real model, and long ones: a quarter of an hour
@@ -38,7 +38,7 @@ test-slow: .venv/.ready $(SHIM) build/smollm2/manifest.json build/smollm2-fp32/m
 edge-binary: ## dlora-edge as one file, ARCH=aarch64 or x86_64: one minute, emulated five
 	$(PYTHON) packaging/edge_binary.py --arch $(ARCH) $(if $(WITH_EXECUTORCH),--with-executorch)
 
-edge-deb: edge-binary ## dlora-edge and its service as a Debian package, ARCH as above: half a minute more
+edge-deb: edge-binary ## the same, with its service, as a Debian package: half a minute more
 	$(PYTHON) packaging/edge_deb.py --arch $(ARCH)
 
 ARM_TESTS ?= arm
