@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import socket
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -39,13 +40,15 @@ class Haproxy:
 
     def states(self) -> list[str]:
         """``UP`` or ``DOWN`` of each replica, as the checks found it last."""
-        lines = [line.split(",") for line in self.command("show stat").splitlines()]
-        return [line[lines[0].index("status")] for line in lines if line[0] == "replicas" and line[1] != "BACKEND"]
+        return self._of_replicas("status")
 
     def connections(self) -> list[int]:
         """How many there are now to each replica."""
-        lines = [line.split(",") for line in self.command("show stat").splitlines()]
-        return [int(line[lines[0].index("scur")]) for line in lines if line[0] == "replicas" and line[1] != "BACKEND"]
+        return [int(count) for count in self._of_replicas("scur")]
+
+    def _of_replicas(self, column: str) -> list[str]:
+        lines = csv.DictReader(self.command("show stat").removeprefix("# ").splitlines())
+        return [line[column] for line in lines if line["pxname"] == "replicas" and line["svname"] != "BACKEND"]
 
 
 def address_of(url: str) -> str:

@@ -287,15 +287,6 @@ def test_each_alert_says_what_to_do() -> None:
         assert ": " in summary
 
 
-def test_without_its_program_a_test_is_skipped_but_not_in_ci(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("CI", raising=False)
-    with pytest.raises(pytest.skip.Exception, match="no-such-program"):
-        find_tool("no-such-program")
-    monkeypatch.setenv("CI", "true")
-    with pytest.raises(AssertionError, match="no-such-program"):
-        find_tool("no-such-program")
-
-
 def test_log_of_json_has_fields(cloud: CloudProcess) -> None:
     def closed() -> list[dict[str, Any]]:
         return [line for line in lines() if " closed at step 1" in line["message"]]
