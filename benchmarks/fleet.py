@@ -2,6 +2,7 @@
 
     replicas   eight devices, two replicas behind HAProxy, which are cut off, killed and drained
     accounts   two servers that share a ledger: tokens that are revoked, a Valkey that is killed
+    tenancy    eight devices, and eight PEFT processes: memory, and tokens a second of processor time
     sessions   a thousand sessions that do nothing, and five thousand that come and go
     metrics    what counting costs a step
 
@@ -21,12 +22,13 @@ import fleet_accounts
 import fleet_metrics
 import fleet_replicas
 import fleet_sessions
+import fleet_tenancy
 from bars import Entry, write_bars
 from children import log, need_bundle, new_parser
 
 COMMAND: Final = "python benchmarks/fleet.py"
 FILE: Final = Path("benchmarks") / "fleet.json"
-PARTS: Final = ("replicas", "accounts", "sessions", "metrics")
+PARTS: Final = ("replicas", "accounts", "tenancy", "sessions", "metrics")
 
 
 def main() -> None:
@@ -54,6 +56,10 @@ def _measured(
     if part == "accounts":
         found = fleet_accounts.measure(directory)
         yield "two servers", found, fleet_accounts.bars(found, command)
+    if part == "tenancy":
+        for dtype in fleet_tenancy.MEMORY:
+            found = fleet_tenancy.measure(directory / dtype, options.model, need_bundle(options.bundle), dtype)
+            yield dtype, found, fleet_tenancy.bars(dtype, found, command)
     if part == "metrics":
         found = fleet_metrics.measure(directory)
         yield "a tiny model", found, fleet_metrics.bars(found, command)

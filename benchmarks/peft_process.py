@@ -15,10 +15,10 @@ from peft import LoraConfig, get_peft_model
 from dlora.cloud.model.base_model import load_base_model
 
 
-def main(model: str, threads: int, targets: str, rank: int, alpha: float, lr: float) -> None:
+def main(model: str, threads: int, targets: str, rank: int, alpha: float, lr: float, dtype: str = "float32") -> None:
     """Answer requests until stdin ends."""
     torch.set_num_threads(threads)
-    base = load_base_model(model).model
+    base = load_base_model(model, getattr(torch, dtype)).model
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets.split(","), task_type="CAUSAL_LM")
     wrapped = get_peft_model(base, config).train()
     optimizer = torch.optim.AdamW((p for p in wrapped.parameters() if p.requires_grad), lr=lr, weight_decay=0.0)
@@ -35,4 +35,5 @@ def main(model: str, threads: int, targets: str, rank: int, alpha: float, lr: fl
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4]), float(sys.argv[5]), float(sys.argv[6]))
+    model, threads, targets, rank, alpha, lr, *dtype = sys.argv[1:]
+    main(model, int(threads), targets, int(rank), float(alpha), float(lr), *dtype)

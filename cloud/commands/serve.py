@@ -17,7 +17,7 @@ import typer
 from dlora.cloud.admission.tls import check_exposure, server_context
 from dlora.cloud.admission.tokens import FILE_NAME, BearerTokenStore
 from dlora.cloud.admission.trusted_proxies import TrustedProxies
-from dlora.cloud.model.memory import freeze_gc, limit_arenas
+from dlora.cloud.model.memory import freeze_gc, limit_arenas, release_freed_memory
 from dlora.cloud.model.source import find_source
 from dlora.cloud.serving.listening import check_address
 from dlora.cloud.serving.ticket_key import load_key
@@ -182,6 +182,7 @@ def serve(
     _log_limits(server, live_limit, max_sessions)
     metrics_url = None if metrics_address is None else _show_metrics(server, *metrics_address)
     freeze_gc()
+    release_freed_memory()
 
     def say() -> None:
         if json_output:

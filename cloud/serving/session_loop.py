@@ -199,6 +199,7 @@ class SessionLoop:
         if self._model.sketches and len(self._model.sites) == len(self._model.groups):
             self._model.sketches = []
             self._quota.release(self._model.sketch_bytes)
+            release_freed_memory()
 
     def _hold(self, group: int) -> None:
         """Count what the server keeps of a group in the device's quota, until the session ends: what it may be given
