@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
@@ -60,6 +62,11 @@ def cpu_seconds(process: int) -> float:
     """Of a process and all of its threads so far."""
     fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def pss_mb(process: int) -> float:
+    """Memory of a process, of what it shares with others its part, in MB of 10**6 bytes."""
+    return float(psutil.Process(process).memory_full_info().pss) / 1e6
 
 
 def run_json(*command: object) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def measure(case: Case, directory: Path) -> dict[str, Any]:
     with replicas(case.place, directory / "alone", SERVER, count=1) as one:
         alone = [_start(case, directory / f"alone-{n}", one.url(0), n) for n in range(DEVICES)]
         for device in alone:
-            _end(device)
+            end_device(device)
     log(f"{case.name}: {DEVICES} alone")
     with (
         replicas(case.place, directory / "replicas", SERVER) as running,
@@ -78,7 +78,7 @@ def measure(case: Case, directory: Path) -> dict[str, Any]:
         devices = [_start(case, out, proxy.url, n) for n, out in enumerate(outs)]
         happened = _disturb(case, outs, devices, running, proxy)
         for device in devices:
-            _end(device)
+            end_device(device)
     summaries = [json.loads((out / SUMMARY).read_text()) for out in outs]
     return {
         **happened,
@@ -111,7 +111,8 @@ def _start(case: Case, out: Path, url: str, number: int) -> Command:
     return start_device(case.place, out, url, options)
 
 
-def _end(device: Command) -> None:
+def end_device(device: Command) -> None:
+    """Wait for the end, which must be a good one."""
     if code := device.end(LONG_S):
         raise SystemExit(f"error: a device ended with {code}: {device.last_line()}")
 
@@ -141,15 +142,21 @@ def _disturb(
 def _wait_for_steps(outs: Sequence[Path], devices: Sequence[Command], steps: int) -> None:
     """Until every device has done so many."""
     until = time.monotonic() + LONG_S
-    while min(_steps(out) for out in outs) < steps:
-        for device in devices:
-            if device.wait(0):
-                raise SystemExit(f"error: a device ended: {device.last_line()}")
+    while min(steps_done(out) for out in outs) < steps:
+        check_devices(devices)
         if time.monotonic() > until:
             raise SystemExit("error: the devices stand still")
         time.sleep(0.05)
 
 
-def _steps(out: Path) -> int:
+def check_devices(devices: Sequence[Command]) -> None:
+    """None of them may have failed so far."""
+    for device in devices:
+        if device.wait(0):
+            raise SystemExit(f"error: a device ended: {device.last_line()}")
+
+
+def steps_done(out: Path) -> int:
+    """Of the run in ``out``, so far."""
     metrics = out / METRICS
     return metrics.read_bytes().count(b"\n") if metrics.exists() else 0

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import psutil
 from bars import Entry, at_most
-from children import cloud_process, cpu_seconds, log
+from children import cloud_process, cpu_seconds, log, pss_mb
 
 _TESTS = Path(__file__).resolve().parents[1] / "tests"
 sys.path[:0] = [str(_TESTS / "faults"), str(_TESTS)]
@@ -66,7 +66,7 @@ async def _measure(base: BaseModel, url: str, metrics_url: str, process: int) ->
         for _ in range(GROUP):
             await _open(warm_up, base, url)
     await asyncio.sleep(12)
-    before_kb, openings_s = _pss_kb(server), []
+    before_kb, openings_s = 1000 * pss_mb(process), []
     async with AsyncExitStack() as stack:
         for number in range(SESSIONS // GROUP):
             began = cpu_seconds(process)
@@ -78,12 +78,12 @@ async def _measure(base: BaseModel, url: str, metrics_url: str, process: int) ->
         began, started = cpu_seconds(process), time.monotonic()
         await asyncio.sleep(IDLE_S)
         idle = (cpu_seconds(process) - began) / (time.monotonic() - started)
-        kb_each, threads = (_pss_kb(server) - before_kb) / SESSIONS, server.num_threads()
+        kb_each, threads = (1000 * pss_mb(process) - before_kb) / SESSIONS, server.num_threads()
         page = (await asyncio.to_thread(_read, metrics_url)).decode()
         series = sum(not line.startswith("#") for line in page.splitlines())
         log(f"idle: {100 * idle:.2f} % of a core, {kb_each:.0f} kB each, {threads} threads")
     await asyncio.sleep(12)
-    gone_kb = _pss_kb(server)
+    gone_kb = 1000 * pss_mb(process)
     for _ in range(COMING_AND_GOING // AT_ONCE):
         async with AsyncExitStack() as stack:
             await asyncio.gather(*(_open(stack, base, url) for _ in range(AT_ONCE)))
@@ -94,7 +94,7 @@ async def _measure(base: BaseModel, url: str, metrics_url: str, process: int) ->
         "opening_ms": [round(each / GROUP * 1e3, 2) for each in openings_s],
         "last_to_first": sum(openings_s[-5:]) / sum(openings_s[:5]), "came_and_went": COMING_AND_GOING,
         "left": health["sessions"], "series": series,
-        "before_kb": before_kb, "gone_kb": gone_kb, "end_kb": _pss_kb(server),
+        "before_kb": before_kb, "gone_kb": gone_kb, "end_kb": 1000 * pss_mb(process),
     }  # fmt: skip
 
 
@@ -117,7 +117,3 @@ async def _say(socket: ClientConnection, session: Session, message: m.AnyMessage
 def _read(url: str) -> bytes:
     with urllib.request.urlopen(url, timeout=60) as answer:
         return bytes(answer.read())
-
-
-def _pss_kb(process: psutil.Process) -> float:
-    return float(process.memory_full_info().pss) / 1000

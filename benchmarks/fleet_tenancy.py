@@ -19,9 +19,9 @@ from typing import Any, Final
 import numpy as np
 import psutil
 from bars import Entry, at_least, at_most
-from children import cloud_process, cpu_seconds, log, worker
+from children import cloud_process, cpu_seconds, log, pss_mb, worker
 from economy_data import write_dialogue
-from fleet_replicas import Command, spawn_command
+from fleet_replicas import LONG_S, Command, check_devices, end_device, spawn_command, steps_done
 
 from dlora.edge.adapters.peft import WEIGHTS_NAME
 from dlora.edge.data.batches import Batches
@@ -29,7 +29,6 @@ from dlora.edge.data.examples import Dataset
 from dlora.edge.data.reading import load_examples
 from dlora.edge.data.tokenizer import EdgeTokenizer
 from dlora.edge.engine.bundle import Bundle
-from dlora.edge.run.file_names import METRICS
 
 DEVICES: Final = 8
 STEPS: Final = 10
@@ -39,7 +38,6 @@ TOKENS: Final = (48, 64)
 MEMORY: Final = {"float32": 0.27, "bfloat16": 0.25}
 """What all devices and their server may take of the memory of PEFT's processes."""
 SAMPLE_S: Final = 0.5
-LONG_S: Final = 3600.0
 FREED_S: Final = 30.0
 
 
@@ -78,25 +76,19 @@ def measure(directory: Path, model: str, bundle: Path, dtype: str) -> dict[str, 
         def start(name: str, number: int) -> Command:
             return _start_device(directory / name, bundle, url, rows.path, number)
 
-        pss = [_pss_mb(server)]
+        pss = [pss_mb(server)]
         for number in range(DEVICES):
-            _end(start(f"alone-{number}", number))
+            end_device(start(f"alone-{number}", number))
             if not number:
                 time.sleep(FREED_S)
-                pss.append(_pss_mb(server))
+                pss.append(pss_mb(server))
         devices = [start(f"device-{number}", number) for number in range(DEVICES)]
         outs = [directory / f"device-{number}" for number in range(DEVICES)]
-
-        def check() -> None:
-            for device in devices:
-                if device.wait(0):
-                    raise SystemExit(f"error: a device ended: {device.last_line()}")
-
-        ours = _watch(lambda: [_steps(out) for out in outs], rows, check)
+        ours = _watch(lambda: [steps_done(out) for out in outs], rows, lambda: check_devices(devices))
         for device in devices:
-            _end(device)
+            end_device(device)
         time.sleep(FREED_S)
-        pss.append(_pss_mb(server))
+        pss.append(pss_mb(server))
     equal = sum(_weights(out) == _weights(directory / f"alone-{n}") for n, out in enumerate(outs))
     theirs = _measure_peft(model, opened, rows, dtype)
     return {
@@ -171,7 +163,7 @@ def _watch(done: Callable[[], list[int]], rows: Rows, check: Callable[[], None])
     began, sums = sum(cpu_seconds(each.pid) for each in processes), []
     while max(done()) < STEPS - 1:
         check()
-        sums.append(sum(_pss_mb(each.pid) for each in processes))
+        sums.append(sum(pss_mb(each.pid) for each in processes))
         time.sleep(SAMPLE_S)
     steps, used = sum(done()) - steps, sum(cpu_seconds(each.pid) for each in processes) - began
     found = {
@@ -182,24 +174,5 @@ def _watch(done: Callable[[], list[int]], rows: Rows, check: Callable[[], None])
     return found
 
 
-def _end(device: Command) -> None:
-    if code := device.end(LONG_S):
-        raise SystemExit(f"error: a device ended with {code}: {device.last_line()}")
-
-
-def _steps(out: Path) -> int:
-    metrics = out / METRICS
-    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
-
-
 def _weights(out: Path) -> bytes:
     return (out / WEIGHTS_NAME).read_bytes()
-
-
-def _pss_mb(process: int) -> float:
-    """Of 10**6 bytes; 0 where it has ended."""
-    try:
-        text = Path(f"/proc/{process}/smaps_rollup").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return 0.0
-    return next((int(line.split()[1]) * 1024 / 1e6 for line in text.splitlines() if line.startswith("Pss:")), 0.0)
