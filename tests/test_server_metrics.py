@@ -108,8 +108,10 @@ def test_metrics_are_what_happened(model: Tiny, window: int) -> None:
         with training(model.bundle, server.url, run, dataset, window=window) as trainer:
             metrics = [trainer.run_step() for _ in range(STEPS)]
             trainer.wait_for_signal()
-            during = scraped(server)
             bytes_up, bytes_down, _ = trainer.side.crossed.counters
+            # The server counts a message once it is on its way: the device may have it before.
+            eventually(lambda: sum(of("dlora_sent_bytes_total", scraped(server)).values()) >= bytes_down)
+            during = scraped(server)
         eventually(lambda: of("dlora_sessions_ended_total", scraped(server)) == {"closed": 1})
         after = scraped(server)
     assert of("dlora_sessions", during) == {"connected": 1}
