@@ -5,6 +5,7 @@
     tenancy    eight devices, and eight PEFT processes: memory, and tokens a second of processor time
     sessions   a thousand sessions that do nothing, and five thousand that come and go
     metrics    what counting costs a step
+    devices    a thousand devices at four replicas, and what a formula says of their steps a second
 
 What has to be reached is written into docs/log/benchmarks/fleet.json. Prints one JSON object.
 """
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import fleet_accounts
+import fleet_devices
 import fleet_metrics
 import fleet_replicas
 import fleet_sessions
@@ -28,7 +30,7 @@ from children import log, need_bundle, new_parser
 
 COMMAND: Final = "python benchmarks/fleet.py"
 FILE: Final = Path("benchmarks") / "fleet.json"
-PARTS: Final = ("replicas", "accounts", "tenancy", "sessions", "metrics")
+PARTS: Final = ("replicas", "accounts", "tenancy", "sessions", "metrics", "devices")
 
 
 def main() -> None:
@@ -66,6 +68,9 @@ def _measured(
     if part == "sessions":
         found = fleet_sessions.measure(directory)
         yield "one server", found, fleet_sessions.bars(found, command)
+    if part == "devices":
+        found = fleet_devices.measure(directory)
+        yield "four replicas", found, fleet_devices.bars(found, command)
 
 
 def _options() -> argparse.Namespace:
