@@ -5,6 +5,7 @@
     tenancy    eight devices, and eight PEFT processes: memory, and tokens a second of processor time
     sessions   a thousand sessions that do nothing, and five thousand that come and go
     metrics    what counting costs a step
+    costs      processor time, bytes and round trips of a real model's steps
     devices    a thousand devices at four replicas, and what a formula says of their steps a second
 
 What has to be reached is written into docs/log/benchmarks/fleet.json. Prints one JSON object.
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import fleet_accounts
+import fleet_costs
 import fleet_devices
 import fleet_metrics
 import fleet_replicas
@@ -30,7 +32,7 @@ from children import log, need_bundle, new_parser
 
 COMMAND: Final = "python benchmarks/fleet.py"
 FILE: Final = Path("benchmarks") / "fleet.json"
-PARTS: Final = ("replicas", "accounts", "tenancy", "sessions", "metrics", "devices")
+PARTS: Final = ("replicas", "accounts", "tenancy", "sessions", "metrics", "costs", "devices")
 
 
 def main() -> None:
@@ -68,6 +70,9 @@ def _measured(
     if part == "sessions":
         found = fleet_sessions.measure(directory)
         yield "one server", found, fleet_sessions.bars(found, command)
+    if part == "costs":
+        for case in fleet_replicas.cases(directory, ("live", "passes"), need_bundle(options.bundle)):
+            yield case.name, fleet_costs.measure(case, directory / f"{case.name}-costs"), {}
     if part == "devices":
         found = fleet_devices.measure(directory)
         yield "four replicas", found, fleet_devices.bars(found, command)

@@ -1,7 +1,8 @@
 """A thousand light devices at four replicas behind HAProxy, and what a formula says of them: a part of fleet.py.
 
-The formula gets what a step of a few devices takes of processor time, and what a thousand take that do nothing; it says
-how many steps a second a thousand do that think for a minute between two, and that think less than the machine allows.
+The formula gets what a step of a few devices takes of processor time when these keep all cores busy, and what a
+thousand take that do nothing. It says how many steps a second a thousand do that think for a minute between two, and
+for five seconds, which is more than the cores can do.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from typing import Any, Final
 
 import psutil
 from bars import Entry, at_least, at_most
-from children import cloud_process, cpu_seconds, log, worker
-from fleet_model import Step, throughput
+from children import cloud_process, cpu_seconds, log, pss_mb, worker
+from fleet_model import throughput
 from fleet_replicas import LONG_S, haproxy, make_place
 
 from dlora.cloud.admission.tokens import FILE_NAME, BearerTokenStore
@@ -39,7 +40,7 @@ FEW: Final = 40
 REPLICAS: Final = 4
 PROCESSES: Final = 4
 """Of devices, each with as many."""
-FEW_THINK_S: Final = 2.0
+FEW_THINK_S: Final = 0.1
 THINK_S: Final = {"long": 60.0, "short": 5.0}
 NEVER_S: Final = 1e6
 OUTAGES: Final = {"outage_every_s": 300.0, "outage_s": 5.0}
@@ -89,26 +90,28 @@ def measure(directory: Path) -> dict[str, Any]:
         devices = (str(place.bundle), proxy.url, str(tokens))
         with _devices(devices, FEW) as asks:
             few = _window(Fleet(asks, [pid for _, pid in started], metrics), {"think_s": FEW_THINK_S})
-        began = time.monotonic()
+            before_mb = _servers_mb(started)
+        began, used = time.monotonic(), _cpu_seconds()
         with _devices(devices, DEVICES) as asks:
             fleet = Fleet(asks, [pid for _, pid in started], metrics)
-            set_up_s = time.monotonic() - began
-            spread = proxy.connections()
-            log(f"{DEVICES} devices are there after {set_up_s:.0f} s, {spread}")
+            set_up = {"seconds": time.monotonic() - began, "cpu_of": _difference(_cpu_seconds(), used)}
+            spread, mb_each = proxy.connections(), (_servers_mb(started) - before_mb) / (DEVICES - FEW)
+            log(f"{DEVICES} devices are there: {set_up}, {spread}, {mb_each:.2f} MB each")
             idle = _window(fleet, {"think_s": NEVER_S, **OUTAGES})
             found = {name: _window(fleet, {"think_s": think_s, **OUTAGES}) for name, think_s in THINK_S.items()}
             refused = _refusals(metrics)
             lost = _lose_server(fleet)
             refused += _refusals(metrics[1:])
         unexpected = {code: n for code, n in refused.items() if not code.startswith(EXPECTED)}
-    step = Step(few["cpu_s"] / few["steps"])
+    step_cpu_s = few["cpu_s"] / few["steps"]
     cores = (os.cpu_count() or 1) - idle["cpu_s"] / idle["seconds"]
     result: dict[str, Any] = {
-        "devices": DEVICES, "set_up_s": set_up_s, "spread": spread, "few": few, "idle": idle, "lost": lost,
-        "refused": dict(refused), "unexpected": unexpected, "cores": cores, "step_cpu_ms": 1e3 * step.computed_s,
+        "devices": DEVICES, "set_up": set_up, "spread": spread, "mb_each": mb_each, "cores": cores,
+        "step_cpu_ms": 1e3 * step_cpu_s, "few": few, "idle": idle, "lost": lost, "refused": dict(refused),
+        "unexpected": unexpected,
     }  # fmt: skip
     for name, window in found.items():
-        said = throughput(DEVICES, THINK_S[name], step, cores)
+        said = throughput(DEVICES, THINK_S[name], step_cpu_s, cores)
         result[name] = window | {
             "predicted_steps_a_s": said.steps_a_s,
             "predicted_step_s": said.step_s,
@@ -159,7 +162,7 @@ def _window(fleet: Fleet, weather: dict[str, float]) -> dict[str, Any]:
         name: after[name] - before[name]
         for name in ("steps", "outages", "reconnects", "resumed", "bytes", "round_trips")
     }
-    cpu_s = {name: used_after[name] - used[name] for name in used}
+    cpu_s = _difference(used_after, used)
     found |= {
         "think_s": weather["think_s"], "seconds": seconds, "steps_a_s": found["steps"] / seconds,
         "cpu_s": sum(cpu_s.values()), "cpu_of": cpu_s,
@@ -192,6 +195,14 @@ def _cpu_seconds() -> dict[str, float]:
         name = next((name for name in ("haproxy", "light_devices", "dlora.cloud") if name in line), "other")
         found[name] += cpu_seconds(process.pid)
     return dict(found)
+
+
+def _difference(later: dict[str, float], earlier: dict[str, float]) -> dict[str, float]:
+    return {name: later[name] - earlier.get(name, 0.0) for name in later}
+
+
+def _servers_mb(started: Sequence[tuple[str, int]]) -> float:
+    return sum(pss_mb(pid) for _, pid in started)
 
 
 def _refusals(metrics: Sequence[str]) -> Counter[str]:

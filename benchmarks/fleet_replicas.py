@@ -66,7 +66,7 @@ def cases(directory: Path, names: Sequence[str], bundle: Path) -> list[Case]:
 def measure(case: Case, directory: Path) -> dict[str, Any]:
     """Train alone, then all together with everything that happens to a fleet."""
     with replicas(case.place, directory / "alone", SERVER, count=1) as one:
-        alone = [_start(case, directory / f"alone-{n}", one.url(0), n) for n in range(DEVICES)]
+        alone = [start_case(case, directory / f"alone-{n}", one.url(0), n) for n in range(DEVICES)]
         for device in alone:
             end_device(device)
     log(f"{case.name}: {DEVICES} alone")
@@ -75,7 +75,7 @@ def measure(case: Case, directory: Path) -> dict[str, Any]:
         haproxy([running.url(0), running.url(1)], directory) as proxy,
     ):
         outs = [directory / f"device-{n}" for n in range(DEVICES)]
-        devices = [_start(case, out, proxy.url, n) for n, out in enumerate(outs)]
+        devices = [start_case(case, out, proxy.url, n) for n, out in enumerate(outs)]
         happened = _disturb(case, outs, devices, running, proxy)
         for device in devices:
             end_device(device)
@@ -106,7 +106,8 @@ def bars(case: str, found: dict[str, Any], command: str) -> dict[str, Entry]:
     }
 
 
-def _start(case: Case, out: Path, url: str, number: int) -> Command:
+def start_case(case: Case, out: Path, url: str, number: int) -> Command:
+    """A device that trains as the case says; ``number``: its seed."""
     options = (*case.options, "--steps", case.steps, "--seed", number, "--max-retry-s", 600)
     return start_device(case.place, out, url, options)
 
