@@ -52,11 +52,9 @@ EXPECTED: Final = ("full", "quota_")
 
 @dataclass(frozen=True)
 class Fleet:
-    """What runs: who asks the devices of each process, and the servers' process ids and where their metrics are."""
+    """What asks the devices of each process."""
 
     asks: list[Any]
-    servers: list[int]
-    metrics: list[str]
 
     def ask(self, weather: dict[str, float] | None = None) -> dict[str, Any]:
         """What all devices have done so far. ``weather``: how they spend their time from now on."""
@@ -89,18 +87,18 @@ def measure(directory: Path) -> dict[str, Any]:
         metrics = [f"http://127.0.0.1:{port}/metrics" for port in ports]
         devices = (str(place.bundle), proxy.url, str(tokens))
         with _devices(devices, FEW) as asks:
-            few = _window(Fleet(asks, [pid for _, pid in started], metrics), {"think_s": FEW_THINK_S})
+            few = _window(Fleet(asks), {"think_s": FEW_THINK_S})
             before_mb = _servers_mb(started)
         began, used = time.monotonic(), _cpu_seconds()
         with _devices(devices, DEVICES) as asks:
-            fleet = Fleet(asks, [pid for _, pid in started], metrics)
+            fleet = Fleet(asks)
             set_up = {"seconds": time.monotonic() - began, "cpu_of": _difference(_cpu_seconds(), used)}
             spread, mb_each = proxy.connections(), (_servers_mb(started) - before_mb) / (DEVICES - FEW)
             log(f"{DEVICES} devices are there: {set_up}, {spread}, {mb_each:.2f} MB each")
             idle = _window(fleet, {"think_s": NEVER_S, **OUTAGES})
             found = {name: _window(fleet, {"think_s": think_s, **OUTAGES}) for name, think_s in THINK_S.items()}
-            refused = _refusals(metrics)
-            lost = _lose_server(fleet)
+            refused = _refusals(metrics[:1])
+            lost = _lose_server(fleet, started[0][1])
             refused += _refusals(metrics[1:])
         unexpected = {code: n for code, n in refused.items() if not code.startswith(EXPECTED)}
     step_cpu_s = few["cpu_s"] / few["steps"]
@@ -143,7 +141,7 @@ def _devices(arguments: Sequence[str], count: int) -> Iterator[list[Any]]:
             stack.enter_context(worker("light_devices.py", *arguments, n * share, (n + 1) * share))
             for n in range(PROCESSES)
         ]
-        fleet, until = Fleet(asks, [], []), time.monotonic() + LONG_S
+        fleet, until = Fleet(asks), time.monotonic() + LONG_S
         while (ready := fleet.ask({"think_s": NEVER_S})["ready"]) < count:
             if time.monotonic() > until:
                 raise SystemExit(f"error: only {ready} of {count} devices have begun")
@@ -171,10 +169,10 @@ def _window(fleet: Fleet, weather: dict[str, float]) -> dict[str, Any]:
     return found
 
 
-def _lose_server(fleet: Fleet) -> dict[str, Any]:
-    """Kill one of the four, and wait until each device has done a step since."""
+def _lose_server(fleet: Fleet, server: int) -> dict[str, Any]:
+    """Kill a server's process, and wait until each device has done a step since."""
     before, began = fleet.ask(), time.monotonic()
-    os.kill(fleet.servers[0], signal.SIGKILL)
+    os.kill(server, signal.SIGKILL)
     while True:
         now = fleet.ask()
         on = sum(later > earlier for earlier, later in zip(before["each"], now["each"], strict=True))

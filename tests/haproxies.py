@@ -57,7 +57,7 @@ def address_of(url: str) -> str:
 
 @contextmanager
 def haproxy(replica_urls: Sequence[str], directory: Path, **settings: str) -> Iterator[Haproxy]:
-    """HAProxy in front of two servers, until the context ends. ``settings``: variables of its configuration."""
+    """HAProxy in front of two to four servers, until the context ends. ``settings``: variables of its configuration."""
     admin, program = directory / "haproxy.sock", find_tool("haproxy")
     replicas = {f"DLORA_REPLICA_{n}": address_of(url) for n, url in enumerate(replica_urls, 1)}
     with (directory / "haproxy.log").open("w") as log, socket.create_server(("127.0.0.1", 0)) as listener:
