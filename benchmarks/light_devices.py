@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,7 @@ from families import VOCABULARY  # noqa: E402
 from serving import config, random_dataset  # noqa: E402
 
 from dlora.edge.data.examples import Dataset  # noqa: E402
+from dlora.edge.engine import onnx_engine  # noqa: E402
 from dlora.edge.engine.bundle import Bundle  # noqa: E402
 from dlora.edge.engine.engine import Graph  # noqa: E402
 from dlora.edge.engine.onnx_engine import OnnxEngine  # noqa: E402
@@ -93,7 +95,7 @@ class LightDevice(threading.Thread):
         self.error: Exception | None = None
         self.weather = Weather()
         self.connection: Connection | None = None
-        self._number, self._bundle, self._engine, self._data = number, bundle, engine, data
+        self.number, self._bundle, self._engine, self._data = number, bundle, engine, data
         self._url = url
         self._settings = ConnectSettings(Credentials(token), f"device-{number}", Retry(max_s=None, at_start=True))
         self._rng = random.Random(number)
@@ -117,15 +119,15 @@ class LightDevice(threading.Thread):
     def lose_network(self) -> None:
         """For a while."""
         self._away_until = time.monotonic() + self._rng.expovariate(1 / self.weather.outage_s)
-        self.outages += 1
         if self._websocket is not None:
+            self.outages += 1
             with contextlib.suppress(OSError):  # it is away already
                 self._websocket.socket.shutdown(socket.SHUT_RDWR)
 
     def _train(self) -> None:
         with _beginning:
             self.connection = Connection(self._url, self._settings)
-            run = config(total_steps=NEVER, kind="bottleneck", basis_steps=1, wire_dtype="int8", seed=(self._number,))
+            run = config(total_steps=NEVER, kind="bottleneck", basis_steps=1, wire_dtype="int8", seed=(self.number,))
             make_side = partial(ServerSide, connection=self.connection)
             trainer = Trainer(self._bundle, self._engine, make_side, run, self._data)
         self.is_ready = True
@@ -158,6 +160,7 @@ def main() -> None:
     with (
         patch.object(connecting, "connect", lambda url, **options: _here.device.connect(url, **options)),
         patch.object(connection, "STOP_CHECK_S", STOP_CHECK_S),
+        patch.object(onnx_engine, "limit_memory", nullcontext),  # the limit is the process's, and threads share it
     ):
         for device in devices:
             device.start()
@@ -172,7 +175,7 @@ def main() -> None:
 
 
 def _make_weather(devices: list[LightDevice]) -> None:
-    rng = random.Random(devices[0].name)
+    rng = random.Random(devices[0].number)
     while True:
         time.sleep(TICK_S)
         for device in devices:
