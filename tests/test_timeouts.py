@@ -56,9 +56,9 @@ def test_wait_for_other_devices_counts_in_no_deadline_or_quota(
     waiting = ComputeGate.waiting
 
     @contextmanager
-    def wait_for_a_long_turn(gate: ComputeGate) -> Iterator[None]:
+    def wait_for_a_long_turn(gate: ComputeGate, **given: bool) -> Iterator[None]:
         nonlocal late_s
-        with waiting(gate):
+        with waiting(gate, **given):
             yield
         late_s += TURN_S
 

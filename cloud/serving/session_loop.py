@@ -19,7 +19,7 @@ from typing import Final
 import torch
 
 from dlora.cloud.admission.quotas import Charge
-from dlora.cloud.exchange.gate import Gate
+from dlora.cloud.exchange.gate import Gate, TrainingGate
 from dlora.cloud.exchange.session_model import SessionModel
 from dlora.cloud.model.context import Context
 from dlora.cloud.model.memory import release_freed_memory
@@ -285,7 +285,8 @@ class SessionLoop:
         shared = self._service.shared_gate
         if shared is not None and isinstance(run, DecodeMicroBatch) and run.may_share(shared.most_tokens):
             return shared
-        return self._service.gate
+        gate = self._service.gate
+        return TrainingGate(gate) if isinstance(run, ServerMicroBatch) and run.lowest_trained is not None else gate
 
     @contextmanager
     def _charged(self) -> Iterator[None]:
