@@ -557,6 +557,20 @@ def test_memory_of_sketches_goes_back_to_the_system_before_the_first_step(
         assert released == [True]
 
 
+def test_memory_of_a_large_micro_batch_goes_back_to_the_system_once_it_has_ended(
+    tiny: TinyFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released = []
+    monkeypatch.setattr(session_loop, "MUCH_BYTES", 1)
+    with Runs.of(tiny) as own, own.train(run_of("bottleneck")) as trainer:
+        quotas = own.server.server.service.quotas
+        trainer.run_step()
+        eventually(lambda: not quotas._running_bytes)
+        monkeypatch.setattr(session_loop, "release_freed_memory", lambda: released.append(quotas._running_bytes))
+        trainer.run_step()
+        eventually(lambda: released == [0])
+
+
 @pytest.mark.parametrize("basis", ["data", "weights"])
 def test_what_the_basis_computes_is_charged(tiny: TinyFactory, basis: str) -> None:
     """Of micro-batches, and of making what the server keeps: after the first of them the quota is used up."""

@@ -42,6 +42,8 @@ from .timeouts import Deadlines
 
 # For how long a thread looks for the next message while micro-batches are under way, before it looks at these again.
 ANOTHER_WITHIN_S: Final = 1.0
+# What a micro-batch of so many has freed goes back to the system at once: the next one's pieces do not fit into it.
+MUCH_BYTES: Final = 16 << 20
 
 
 class SessionLoop:
@@ -278,6 +280,8 @@ class SessionLoop:
             self._quota.count_kept(self._session.link.kept_bytes)
             with self._charge_ended:
                 self._charge_ended.notify_all()
+            if charge.live_bytes >= MUCH_BYTES:
+                release_freed_memory()
         if self._transport.times_lost == times_lost:
             self._deadlines.all_answers.observe(device.waited_s)
 
