@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import json
 import logging
@@ -43,6 +44,7 @@ from websockets.exceptions import InvalidStatus
 from dlora.cloud.admission.access import Access
 from dlora.cloud.exchange.exchange import MicroBatchExchange
 from dlora.cloud.model.base_model import BaseModel, load_base_model
+from dlora.cloud.serving import server as server_module
 from dlora.cloud.serving.server import CloudServer, ServerSettings
 from dlora.cloud.serving.timeouts import SessionTimeouts
 from dlora.edge.adapters.compatibility import check_base_model
@@ -407,6 +409,31 @@ def test_internal_error_before_a_session_is_logged_with_its_traceback(
 
 
 # -- the base model --------------------------------------------------------------------------------------
+
+
+def test_freed_memory_goes_back_once_nothing_computes_and_again_once_its_threads_have_ended(
+    base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released = []
+    monkeypatch.setattr(server_module, "collect_garbage", lambda: released.append(True))
+    server = CloudServer(base, ServerSettings(max_sessions=1, max_tokens=64, threads=1), ticket_key=bytes(32))
+    gate, threads = server.service.gate, server.service.threads
+    threads._idle_s = 0.0
+
+    def look(times: int) -> int:
+        for _ in range(times):
+            asyncio.run(server._release_memory())
+        return len(released)
+
+    assert look(2) == 0
+    with gate.computing():
+        ended = threading.Event()
+        threads.submit(ended.wait, 60)
+    assert look(1) == 0  # it may go on at once
+    assert look(5) == 1
+    ended.set()
+    eventually(lambda: not len(threads))
+    assert look(5) == 2
 
 
 def test_nothing_in_the_base_requires_grad_after_training(base: BaseModel, bundle: Path) -> None:

@@ -98,7 +98,7 @@ class CloudServer:
         self._callers: WeakKeyDictionary[ServerConnection, Caller] = WeakKeyDictionary()
         self._server: Server | None = None
         self._housekeeping: list[asyncio.Task[None]] = []
-        self._changes_seen = self._changes_released = 0
+        self._changes_seen = self._changes_released = (0, 0)
         self._started = time.monotonic()
         parts, gate = ModelParts.of(base), ComputeGate()
         row_blocks = RowBlocks.of(parts)
@@ -236,8 +236,9 @@ class CloudServer:
         self.service.quotas.keep_sessions()
 
     async def _release_memory(self) -> None:
-        """Give freed memory back once nothing computes: sessions that stay would keep what they used."""
-        changes = self.service.gate.changes
+        """Give freed memory back once nothing computes: sessions that stay would keep what they used. And again once
+        their threads have ended, which had some of their own."""
+        changes = self.service.gate.changes, len(self.service.threads)
         if changes == self._changes_seen != self._changes_released:
             await asyncio.to_thread(collect_garbage)
             self._changes_released = changes

@@ -37,6 +37,10 @@ class Threads(Executor):
         self._threads: set[threading.Thread] = set()
         self._is_shut_down = False
 
+    def __len__(self) -> int:
+        """How many there are just now."""
+        return len(self._threads)
+
     def submit(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """As ``Executor.submit``."""
         future: Future[T] = Future()
