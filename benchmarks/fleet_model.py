@@ -59,7 +59,7 @@ BYTES_OF_WIDTH: Final = 1.6
 """Of a token: what crosses of adapters of rank 96, and of embeddings and last hidden states a unit of their width."""
 SESSION_BYTES: Final = 39_000
 QUESTIONS_A_STEP: Final = 4
-"""To a shared ledger with quotas of tokens and of computing: before and after a micro-batch, and so around its report."""
+"""To a shared ledger with quotas of tokens and of computing: before and after a micro-batch, and its report."""
 
 
 @dataclass(frozen=True)
