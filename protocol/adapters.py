@@ -12,9 +12,11 @@ from typing import Annotated, Final, Protocol
 
 import msgspec
 
+from .choices import WireDtype
 from .errors import UsageError
 from .groups import GroupSpec
 from .limits import MAX_RANK
+from .tensors import DTYPES, stored_width
 
 Shape = tuple[int, ...]
 
@@ -158,9 +160,10 @@ def parameter_bytes(spec: AdapterSpec, group: GroupSpec) -> int:
     return 4 * parameter_count(spec, (group,))
 
 
-def state_bytes(spec: AdapterSpec, group: GroupSpec) -> int:
-    """Bytes that the server keeps of one group, as float32: the most that they are, there and on the wire."""
-    return 4 * sum(math.prod(shape) for shape in kind_of(spec).state_shapes(spec, group))
+def state_bytes(spec: AdapterSpec, group: GroupSpec, dtype: WireDtype = "fp32") -> int:
+    """Bytes of what the server keeps of one group, as a codec stores them: the most in float32."""
+    shapes = kind_of(spec).state_shapes(spec, group)
+    return DTYPES[dtype].itemsize * sum(rows * stored_width(dtype, width) for rows, width in shapes)
 
 
 def largest_row(spec: AdapterSpec, groups: Sequence[GroupSpec], *ends: int) -> int:

@@ -529,7 +529,7 @@ def test_traffic_is_the_formulas(runs: Runs, kind: str, wire_dtype: str, monkeyp
 def test_what_the_basis_takes_is_counted_and_given_back(tiny: TinyFactory, runs: Runs) -> None:
     run = run_of("bottleneck")
     groups = run.groups(Bundle.open(runs.bundle).manifest)
-    kept = sum(state_bytes(run.spec, group) for group in groups)
+    kept = sum(state_bytes(run.spec, group, run.codecs.adapter_state) for group in groups)
     sketches = sum(sketch_bytes(group, run.adapter.rank) for group in groups)
     limits = [(sketches - 1, "lower --rank"), (sketches + 1, "beside .* that it keeps for the session.*--batch-size")]
     for limit, message in limits:

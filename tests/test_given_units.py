@@ -111,7 +111,7 @@ def test_all_that_a_server_may_be_given_counts_from_the_beginning(runs: Runs, ki
     for on_kill, is_given in (("give_to_server", True), ("bypass", False)):
         run = run_of(kind, on_kill)
         with runs.train(run) as trainer:
-            wanted = sum(state_bytes(run.spec, group) for group in trainer.groups)
+            wanted = sum(state_bytes(run.spec, group, run.codecs.adapter_state) for group in trainer.groups)
             wanted += is_given * sum(parameter_bytes(run.spec, group) for group in trainer.groups)
             (live,) = [each for each in runs.server.server.service.sessions if each.transport.parked_at is None]
             eventually(lambda: live.quota.held_bytes == wanted)  # noqa: B023  # once the sketches are gone

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from dlora.cloud.exchange.torch_codecs import TORCH_CODECS
+from dlora.cloud.exchange.kept_tensor import KeptTensor, multiply
+from dlora.cloud.exchange.torch_codecs import TORCH_CODECS, from_wire
 from dlora.protocol import messages as m
 from dlora.protocol.choices import DifferenceDtype, WireDtype
 from dlora.protocol.errors import NonFiniteError, UsageError
@@ -40,8 +41,29 @@ def test_both_sides_put_the_same_bits_on_the_wire(peak: float, name: WireDtype) 
     tensor = encode_floats(values, name)
     assert TORCH_CODECS[name].encode(torch.from_numpy(values)) == tensor
     assert tensor.nbytes == CODECS[name].nbytes(*values.shape)
-    decoded = TORCH_CODECS[name].decode(tensor, torch.device("cpu"), torch.float32)
+    decoded = from_wire(tensor, torch.device("cpu"), torch.float32)
     assert decoded.numpy().tobytes() == np.ascontiguousarray(decode_floats(tensor)).tobytes()
+
+
+@pytest.mark.parametrize("decoded", [False, True])
+@pytest.mark.parametrize("name", CODECS)
+def test_what_is_kept_as_it_crossed_multiplies_as_its_values_in_float32(name: WireDtype, decoded: bool) -> None:
+    rng = np.random.default_rng(0)
+    tensor = encode_floats(rng.standard_normal((12, 7)).astype(np.float32), name)
+    kept = KeptTensor.of(tensor, torch.device("cpu"), decoded=decoded)
+    assert kept.stored.nbytes == CODECS["fp32" if decoded else name].nbytes(12, 7)
+    parts, whole = kept.split([5, 7]), torch.from_numpy(decode_floats(tensor).copy())
+    for part, values in zip(parts, whole.split([5, 7]), strict=True):
+        ours = torch.from_numpy(rng.standard_normal((3, 7)).astype(np.float32))
+        theirs = ours.clone()
+        product, wanted = multiply(ours.requires_grad_(), part), theirs.requires_grad_() @ values.T
+        assert torch.equal(product, wanted)
+        grad = torch.from_numpy(rng.standard_normal(product.shape).astype(np.float32))
+        product.backward(grad)
+        wanted.backward(grad)
+        assert ours.grad is not None
+        assert theirs.grad is not None
+        assert torch.equal(ours.grad, theirs.grad)
 
 
 def test_int8_keeps_each_row_to_its_own_scale() -> None:
@@ -101,7 +123,7 @@ def test_integers_of_any_shape_are_the_same_on_both_sides(rows: int, width: int,
     message = Decoder().decode(frame)
     assert isinstance(message, m.GroupInput)
     for received in (tensor, message.hidden_states):
-        decoded = TORCH_CODECS[dtype].decode(received, torch.device("cpu"), torch.float32).numpy()
+        decoded = from_wire(received, torch.device("cpu"), torch.float32).numpy()
         assert decoded.tobytes() == np.ascontiguousarray(decode_floats(received)).tobytes()
         assert decoded.shape == (rows, width)
 

@@ -17,6 +17,7 @@ from dlora.cloud.model.base_model import BaseModel
 from dlora.protocol.adapters import AdapterSpec
 from dlora.protocol.groups import GroupSpec
 
+from .kept_tensor import KeptTensor, multiply
 from .sketch import GroupSketch, weight_basis
 
 
@@ -24,12 +25,12 @@ class Site(ABC):
     """One exchange group's torch, for one session.
 
     Args:
-        state: what the server keeps of the group, float32, on the group's device; frozen. Products with it are
-            computed so, as PEFT does: in half precision a few small rows would take three times as long.
+        state: what the server keeps of the group; frozen. Products with it are computed in float32, as PEFT does: in
+            half precision a few small rows would take three times as long.
     """
 
     @abstractmethod
-    def __init__(self, group: GroupSpec, state: Sequence[Tensor]) -> None: ...
+    def __init__(self, group: GroupSpec, state: Sequence[KeptTensor]) -> None: ...
 
     @abstractmethod
     def project(self, x: Tensor) -> Tensor:
@@ -65,7 +66,7 @@ class Site(ABC):
 class _LoraSite(Site):
     """All is on the device; what crosses is the module's own."""
 
-    def __init__(self, group: GroupSpec, state: Sequence[Tensor]) -> None:
+    def __init__(self, group: GroupSpec, state: Sequence[KeptTensor]) -> None:
         assert not state
 
     def project(self, x: Tensor) -> Tensor:
@@ -82,11 +83,11 @@ class _LoraSite(Site):
 class _FfaSite(Site):
     """A is here: ``z = A x`` goes to the device, whole deltas come back."""
 
-    def __init__(self, group: GroupSpec, state: Sequence[Tensor]) -> None:
+    def __init__(self, group: GroupSpec, state: Sequence[KeptTensor]) -> None:
         (self._lora_a,) = state
 
     def project(self, x: Tensor) -> Tensor:
-        return x.float() @ self._lora_a.T
+        return multiply(x.float(), self._lora_a)
 
     def expand(self, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
         return outputs
@@ -98,15 +99,15 @@ class _FfaSite(Site):
 class _BottleneckSite(Site):
     """A and B are here: ``A x`` goes to the device, and B spreads what comes back over the target modules."""
 
-    def __init__(self, group: GroupSpec, state: Sequence[Tensor]) -> None:
+    def __init__(self, group: GroupSpec, state: Sequence[KeptTensor]) -> None:
         self._lora_a, lora_b = state
         self._lora_b = lora_b.split([target.out_features for target in group.targets])
 
     def project(self, x: Tensor) -> Tensor:
-        return x.float() @ self._lora_a.T
+        return multiply(x.float(), self._lora_a)
 
     def expand(self, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        return [outputs[0].float() @ lora_b.T for lora_b in self._lora_b]
+        return [multiply(outputs[0].float(), lora_b) for lora_b in self._lora_b]
 
     def compute_outputs(self, sent: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
         (core,) = parameters

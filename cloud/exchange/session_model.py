@@ -14,11 +14,13 @@ from dlora.cloud.model.parts import ModelParts
 from dlora.cloud.model.row_blocks import RowBlocks
 from dlora.protocol import messages as m
 from dlora.protocol.adapters import AdapterSpec
+from dlora.protocol.choices import WireDtype
 from dlora.protocol.errors import RemoteProtocolError
 from dlora.protocol.groups import GroupSpec
 from dlora.protocol.tensors import WireTensor
 from dlora.protocol.wire_codecs import TensorRole
 
+from .kept_tensor import KeptTensor
 from .kinds import SITE_KINDS, Site
 from .passes import Outputs, PassRunner
 from .sketch import GroupSketch, sketch_bytes
@@ -57,6 +59,11 @@ class SessionModel:
         return self.opening.adapter
 
     @property
+    def state_dtype(self) -> WireDtype:
+        """How what is kept of a group is stored. Who trains keeps it for hours, as it crossed."""
+        return self.opening.codecs.adapter_state if isinstance(self.opening.purpose, m.Train) else "fp32"
+
+    @property
     def sketch_bytes(self) -> int:
         """What ``begin_sketches`` takes."""
         return sum(sketch_bytes(group, self.adapter.r) for group in self.groups)
@@ -91,17 +98,14 @@ class SessionModel:
         if self.sketches:
             self.sketches[index] = None
         kind, group = SITE_KINDS[self.adapter.kind], self.groups[index]
-        self.sites.append(kind(group, self._kept(index, state)))
+        torch_device, decoded = self.torch_device_of(group), self.state_dtype == "fp32"
+        self.sites.append(kind(group, [KeptTensor.of(each, torch_device, decoded=decoded) for each in state]))
 
     def take_parameters(self, given: m.GroupParameters) -> None:
         """Keep what the device has learnt of a group, to apply it."""
-        self.parameters[given.group] = self._kept(given.group, given.tensors)
-
-    def _kept(self, group: int, tensors: Sequence[WireTensor]) -> list[Tensor]:
-        """Tensors that came, float32, where the group's modules are."""
-        torch_device = self.torch_device_of(self.groups[group])
+        torch_device = self.torch_device_of(self.groups[given.group])
         # Copies: what came is a view of its frame.
-        return [from_wire(each, torch_device, torch.float32).clone() for each in tensors]
+        self.parameters[given.group] = [from_wire(each, torch_device, torch.float32).clone() for each in given.tensors]
 
     def embeddings(self, begun: m.Embeddings) -> Tensor:
         """What a micro-batch begins with, (tokens, embedding_size), in the base model's dtype on its device.

@@ -21,8 +21,8 @@ class _Fp32:
         finite_peak(values)
         return WireTensor("fp32", values.cpu().contiguous().numpy())
 
-    def decode(self, tensor: WireTensor, torch_device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-        return torch.from_numpy(tensor.data).to(torch_device).to(dtype)
+    def values(self, stored: torch.Tensor, exponent: int, width: int | None) -> torch.Tensor:
+        return stored
 
 
 class _Fp16:
@@ -32,11 +32,8 @@ class _Fp16:
             values = values * 2.0**-exponent
         return WireTensor("fp16", values.to(torch.float16).cpu().contiguous().numpy(), exponent)
 
-    def decode(self, tensor: WireTensor, torch_device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-        values = torch.from_numpy(tensor.data).to(torch_device)
-        if tensor.exponent:
-            values = values.to(torch.float32) * 2.0**tensor.exponent
-        return values.to(dtype)
+    def values(self, stored: torch.Tensor, exponent: int, width: int | None) -> torch.Tensor:
+        return stored.to(torch.float32) * 2.0**exponent if exponent else stored
 
 
 class _Integers:
@@ -60,22 +57,24 @@ class _Integers:
         stored = torch.cat([integers, upper.to(torch.int16).view(torch.uint8)], 1).cpu().contiguous().numpy()
         return WireTensor(self._dtype, stored, width=width if self._dtype == "int4" else None)
 
-    def decode(self, tensor: WireTensor, torch_device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-        stored = torch.from_numpy(tensor.data).to(torch_device)
+    def values(self, stored: torch.Tensor, exponent: int, width: int | None) -> torch.Tensor:
         integers = stored[:, :-SCALE_BYTES]
         if self._dtype == "int4":
             both = torch.stack([integers << 4, integers & 0xF0], 2).view(torch.int8) >> 4
-            integers = both.flatten(1)[:, : tensor.shape[1]]
+            integers = both.flatten(1)[:, :width]
         # By arithmetic: a row may begin at any byte, and torch views no pair of bytes at an odd one.
         low, high = (stored[:, place].to(torch.int32) for place in (-2, -1))
         scales = ((high << 24) | (low << 16)).view(torch.float32).unsqueeze(1)
-        return (integers.to(torch.int8).to(torch.float32) * scales).to(dtype)
+        return integers.to(torch.int8).to(torch.float32) * scales
 
 
 TORCH_CODECS: Final[dict[str, _Integers | _Fp16 | _Fp32]] = {
     "int4": _Integers("int4"), "int8": _Integers("int8"), "fp16": _Fp16(), "fp32": _Fp32(),
 }  # fmt: skip
-"""By the names of ``dlora.protocol.wire_codecs.CODECS``, the dtypes of what they store; they encode float32."""
+"""By the names of ``dlora.protocol.wire_codecs.CODECS``, the dtypes of what they store; they encode float32.
+
+``values``: what is stored, of whatever shape and torch device, in a floating-point dtype that has them all.
+"""
 
 
 def finite_peak(values: torch.Tensor) -> float:
@@ -93,4 +92,5 @@ def to_wire(tensor: torch.Tensor, codecs: Codecs, role: TensorRole) -> WireTenso
 
 def from_wire(tensor: WireTensor, torch_device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """The tensor's values in ``dtype`` on ``torch_device``, whatever codec stored it."""
-    return TORCH_CODECS[tensor.dtype].decode(tensor, torch_device, dtype)
+    stored = torch.from_numpy(tensor.data).to(torch_device)
+    return TORCH_CODECS[tensor.dtype].values(stored, tensor.exponent, tensor.width).to(dtype)

@@ -207,7 +207,8 @@ class SessionLoop:
         """Count what the server keeps of a group in the device's quota, until the session ends: what it may be given
         as well, so that a run that begins is not refused in the middle."""
         adapter, spec = self._model.adapter, self._model.groups[group]
-        self._quota.hold(state_bytes(adapter, spec) + (parameter_bytes(adapter, spec) if self._is_given else 0))
+        kept = state_bytes(adapter, spec, self._model.state_dtype)
+        self._quota.hold(kept + (parameter_bytes(adapter, spec) if self._is_given else 0))
 
     def _take_parameters(self, given: m.GroupParameters) -> None:
         """Of a group that the server applies: until its unit is revived, or, where it is lent, the session ends."""
