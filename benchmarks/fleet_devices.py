@@ -44,8 +44,8 @@ FEW_THINK_S: Final = 0.1
 THINK_S: Final = {"long": 60.0, "medium": 20.0, "short": 5.0}
 NEVER_S: Final = 1e6
 OUTAGES: Final = {"outage_every_s": 300.0, "outage_s": 5.0}
-SETTLE_S: Final = 30.0
-WINDOW_S: Final = 120.0
+SETTLE_S: Final = 25.0
+WINDOW_S: Final = 60.0
 WITHIN_PERCENT: Final = 20.0
 LEAST_BUSY: Final = 0.8
 EXPECTED: Final = ("busy", "quota_")
@@ -182,7 +182,7 @@ def _lose_server(fleet: Fleet, server: int) -> dict[str, Any]:
         now = fleet.ask()
         on = sum(later > earlier for earlier, later in zip(before["each"], now["each"], strict=True))
         seconds = time.monotonic() - began
-        if on == DEVICES or seconds > 4 * WINDOW_S:
+        if on == DEVICES or seconds > 8 * WINDOW_S:
             break
         time.sleep(1)
     found = {"on": on, "seconds": seconds, "reconnects": now["reconnects"] - before["reconnects"]}

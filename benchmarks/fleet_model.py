@@ -87,8 +87,8 @@ class Model:
 
     @property
     def kept_bytes(self) -> int:
-        """Of a connected device: A and B in float32, and its session."""
-        return 4 * self.numbers + SESSION_BYTES
+        """Of a device that trains: A and B in int8, but for a scale each row, and its session."""
+        return self.numbers + SESSION_BYTES
 
     @property
     def bytes_a_token(self) -> float:
@@ -139,8 +139,7 @@ def main() -> None:
     models = {"SmolLM2-135M": SMOLLM2, "Llama 3.1 8B": LLAMA_8B}
     found: dict[str, Any] = {
         name: {
-            "adapters_mb": 4 * model.numbers / 1e6,
-            "adapters_mb_on_the_wire": model.numbers / 1e6,
+            "adapters_mb": model.numbers / 1e6,
             "bytes_a_token": model.bytes_a_token,
             "operations_a_weight_and_token": model.operations_a_token(options.answers) / model.parameters,
         }

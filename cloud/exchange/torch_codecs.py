@@ -65,7 +65,8 @@ class _Integers:
         # By arithmetic: a row may begin at any byte, and torch views no pair of bytes at an odd one.
         low, high = (stored[:, place].to(torch.int32) for place in (-2, -1))
         scales = ((high << 24) | (low << 16)).view(torch.float32).unsqueeze(1)
-        return integers.to(torch.int8).to(torch.float32) * scales
+        # In place: of a matrix the system would have to give a second one, which takes ten times as long.
+        return integers.view(torch.int8).to(torch.float32).mul_(scales)
 
 
 TORCH_CODECS: Final[dict[str, _Integers | _Fp16 | _Fp32]] = {
