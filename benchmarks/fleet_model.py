@@ -50,7 +50,7 @@ PEAK: Final = 3.0
 """The busiest hour, to the mean."""
 BUSY: Final = 0.7
 """Of the cores, in that hour: at more, steps wait for one another."""
-CORE_S_A_TOKEN: Final = 5.0e-3
+CORE_S_A_TOKEN: Final = 5.2e-3
 """Of SmolLM2-135M in passes 2,2; python benchmarks/fleet.py --only costs."""
 STEP_S: Final = 2.26
 """Of SmolLM2-135M, 256 tokens, over 80 ms and 100 Mbit/s; python benchmarks/network.py."""
