@@ -25,6 +25,7 @@ from waiting import eventually
 
 from dlora.cloud.admission.ledger import QuotaLimits
 from dlora.cloud.admission.quotas import SessionQuota
+from dlora.cloud.exchange.kept_tensor import KeptTensor
 from dlora.cloud.exchange.kinds import SITE_KINDS
 from dlora.cloud.model.base_model import BaseModel
 from dlora.edge.adapters.kind import GroupAdapters, LoadGraph, Parameter, SavedModule
@@ -89,8 +90,8 @@ class ServersCore:
         shapes = kind_of(spec).state_shapes(spec, group)
         return [torch.randn(shape) / shape[0] ** 0.5 for shape in shapes], 0.0
 
-    def __call__(self, group: GroupSpec, state: Sequence[Tensor]) -> CoreSite:
-        project_on, expand_by = state
+    def __call__(self, group: GroupSpec, state: Sequence[KeptTensor]) -> CoreSite:
+        project_on, expand_by = (kept.values() for kept in state)
         return CoreSite(project_on, expand_by, tuple(target.out_features for target in group.targets))
 
 
