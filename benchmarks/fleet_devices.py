@@ -8,11 +8,9 @@ about as long as the cores can just follow, and for five seconds, which is more 
 from __future__ import annotations
 
 import os
-import re
 import signal
 import sys
 import time
-import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +24,8 @@ from bars import Entry, at_least, at_most
 from children import cloud_process, cpu_seconds, log, pss_mb, worker
 from fleet_model import throughput
 from fleet_replicas import LONG_S, haproxy, make_place
+from fleet_sessions import read_page
+from prometheus_client.parser import text_string_to_metric_families
 
 from dlora.cloud.admission.tokens import FILE_NAME, BearerTokenStore
 from dlora.protocol.connections import raise_file_limit
@@ -87,17 +87,16 @@ def measure(directory: Path) -> dict[str, Any]:
         proxy = stack.enter_context(haproxy([url for url, _ in started], directory))
         metrics = [f"http://127.0.0.1:{port}/metrics" for port in ports]
         devices = (str(place.bundle), proxy.url, str(tokens))
-        with _devices(devices, FEW) as asks:
-            few = _window(Fleet(asks), {"think_s": FEW_THINK_S})
+        with _devices(devices, FEW) as fleet:
+            few = _window(fleet, {"think_s": FEW_THINK_S})
             before_mb = _servers_mb(started)
         began, used = time.monotonic(), _cpu_seconds()
-        with _devices(devices, DEVICES) as asks:
-            fleet = Fleet(asks)
+        with _devices(devices, DEVICES) as fleet:
             set_up = {"seconds": time.monotonic() - began, "cpu_of": _difference(_cpu_seconds(), used)}
             spread = proxy.connections()
             log(f"{DEVICES} devices are there: {set_up}, {spread}")
             idle = _window(fleet, {"think_s": NEVER_S})
-            mb_each = (_servers_mb(started) - before_mb) / (DEVICES - FEW)  # the servers have forgotten the few
+            mb_each = (_servers_mb(started) - before_mb) / DEVICES  # the few's sessions are parked still, for 120 s
             found = {name: _window(fleet, {"think_s": think_s, **OUTAGES}) for name, think_s in THINK_S.items()}
             refused = _refusals(metrics[:1])
             lost = {"had": proxy.connections()[0], **_lose_server(fleet, started[0][1])}
@@ -138,7 +137,7 @@ def bars(found: dict[str, Any], command: str) -> dict[str, Entry]:
 
 
 @contextmanager
-def _devices(arguments: Sequence[str], count: int) -> Iterator[list[Any]]:
+def _devices(arguments: Sequence[str], count: int) -> Iterator[Fleet]:
     """So many devices that have begun, until the context ends."""
     share = count // PROCESSES
     with ExitStack() as stack:
@@ -151,7 +150,7 @@ def _devices(arguments: Sequence[str], count: int) -> Iterator[list[Any]]:
             if time.monotonic() > until:
                 raise SystemExit(f"error: only {ready} of {count} devices have begun")
             time.sleep(1)
-        yield asks
+        yield fleet
 
 
 def _window(fleet: Fleet, weather: dict[str, float]) -> dict[str, Any]:
@@ -212,9 +211,7 @@ def _refusals(metrics: Sequence[str]) -> Counter[str]:
     """Of these servers, by code."""
     found = Counter[str]()
     for url in metrics:
-        with urllib.request.urlopen(url, timeout=60) as answer:
-            page = bytes(answer.read()).decode()
-        for code, count in re.findall(r'^dlora_refusals_total\{code="([^"]+)"\} (\S+)$', page, re.MULTILINE):
-            if float(count):
-                found[code] += round(float(count))
+        for metric in text_string_to_metric_families(read_page(url).decode()):
+            if metric.name == "dlora_refusals":
+                found.update({each.labels["code"]: round(each.value) for each in metric.samples if each.value})
     return found

@@ -79,7 +79,7 @@ async def _measure(base: BaseModel, url: str, metrics_url: str, process: int) ->
         await asyncio.sleep(IDLE_S)
         idle = (cpu_seconds(process) - began) / (time.monotonic() - started)
         kb_each, threads = (1000 * pss_mb(process) - before_kb) / SESSIONS, server.num_threads()
-        page = (await asyncio.to_thread(_read, metrics_url)).decode()
+        page = (await asyncio.to_thread(read_page, metrics_url)).decode()
         series = sum(not line.startswith("#") for line in page.splitlines())
         log(f"idle: {100 * idle:.2f} % of a core, {kb_each:.0f} kB each, {threads} threads")
     await asyncio.sleep(12)
@@ -88,7 +88,7 @@ async def _measure(base: BaseModel, url: str, metrics_url: str, process: int) ->
         async with AsyncExitStack() as stack:
             await asyncio.gather(*(_open(stack, base, url) for _ in range(AT_ONCE)))
     await asyncio.sleep(12)
-    health = json.loads(await asyncio.to_thread(_read, url.replace("ws://", "http://") + "/healthz"))
+    health = json.loads(await asyncio.to_thread(read_page, url.replace("ws://", "http://") + "/healthz"))
     return {
         "sessions": SESSIONS, "kb_each": kb_each, "idle_percent_of_a_core": 100 * idle, "threads_idle": threads,
         "opening_ms": [round(each / GROUP * 1e3, 2) for each in openings_s],
@@ -114,6 +114,7 @@ async def _say(socket: ClientConnection, session: Session, message: m.AnyMessage
     assert isinstance(session.receive(await socket.recv(decode=False)), answer)
 
 
-def _read(url: str) -> bytes:
+def read_page(url: str) -> bytes:
+    """What answers there."""
     with urllib.request.urlopen(url, timeout=60) as answer:
         return bytes(answer.read())

@@ -5,7 +5,6 @@ spend their time, with what they have done so far.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
@@ -14,7 +13,7 @@ import socket
 import sys
 import threading
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -121,7 +120,7 @@ class LightDevice(threading.Thread):
         self._away_until = time.monotonic() + self._rng.expovariate(1 / self.weather.outage_s)
         if self._websocket is not None:
             self.outages += 1
-            with contextlib.suppress(OSError):  # it is away already
+            with suppress(OSError):  # it is away already
                 self._websocket.socket.shutdown(socket.SHUT_RDWR)
 
     def _train(self) -> None:
