@@ -1,6 +1,7 @@
 """Eight devices that share one base model, and eight PEFT processes that hold one each: a part of fleet.py.
 
-Both train on the same rows of real dialogue, all of one length, so that PEFT pads none. Memory is the sum of the
+Both train on the same rows of real dialogue, all of one length, so that PEFT pads none, and every process computes with
+one thread: a second one waits for the first more than it helps, at matrices of this size. Memory is the sum of the
 proportional set sizes (PSS) of the server and all devices, and of all PEFT processes; processor time is theirs as well.
 """
 
@@ -71,7 +72,7 @@ def measure(directory: Path, model: str, bundle: Path, dtype: str) -> dict[str, 
     opened = Bundle.open(bundle)
     rows = choose_rows(opened, directory)
     log(f"{dtype}: {len(rows.dataset)} rows of {rows.tokens_a_step // BATCH_SIZE} tokens")
-    with cloud_process(model, 0, "--dtype", dtype) as (url, server):
+    with cloud_process(model, 1, "--dtype", dtype) as (url, server):
 
         def start(name: str, number: int) -> Command:
             return _start_device(directory / name, bundle, url, rows.path, number)

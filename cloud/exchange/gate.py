@@ -8,13 +8,19 @@ What those that answer do between two forward passes (``shared_gate.py``) is lit
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Final, Protocol
 
 from .forward import Forwards
+
+FEW_GRAPHS: Final = 2
+"""As many micro-batches keep the cores busy, where devices answer at once: one computes, the other's device does."""
+QUIET_S: Final = 0.01
+"""More begin only when none of those that have begun has asked for a turn for so long: near devices answer sooner."""
 
 
 class Gate(Protocol):
@@ -38,8 +44,11 @@ class ComputeGate:
         changes: how often a micro-batch has begun or ended to compute so far.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.changes = 0
+        self._clock = clock
+        self._graphs = 0
+        self._graph_computed = clock()  # when one that has a graph did last
         self._lock = threading.Lock()
         self._is_taken = False
         self._turns: deque[_Turn] = deque()
@@ -48,14 +57,18 @@ class ComputeGate:
     def computing(self, *, begins_graph: bool = False) -> Iterator[None]:
         self._take(_Turn(begins_graph=begins_graph))
         self.changes += 1
+        self._graphs += begins_graph
         try:
             yield
         finally:
             self.changes += 1
+            self._graphs -= begins_graph
             self._hand_on()
 
     @contextmanager
     def waiting(self, *, has_graph: bool = False) -> Iterator[None]:
+        if has_graph:
+            self._graph_computed = self._clock()
         self._hand_on()
         try:
             yield
@@ -73,32 +86,44 @@ class ComputeGate:
 
     def _take(self, turn: _Turn) -> None:
         with self._lock:
-            if not self._is_taken:
-                self._is_taken = True
-                return
+            before = next((each for each in reversed(self._turns) if each.begins_graph), None)
             self._turns.append(turn)
-        turn.came.wait()
+            self._offer()
+        if not turn.begins_graph:
+            turn.came.wait()
+            return
+        if before is not None:  # only the first of those that begin looks at the clock again and again
+            before.came.wait()
+        while not turn.came.wait(QUIET_S):
+            with self._lock:
+                self._offer()
 
     def _hand_on(self) -> None:
         with self._lock:
-            if self._turns:
-                turn = self._next()
-                self._turns.remove(turn)
-                turn.came.set()
-            else:
-                self._is_taken = False
+            self._is_taken = False
+            self._offer()
 
-    def _next(self) -> _Turn:
-        """The first in line; but where one waits that has a graph, nobody begins another."""
-        may_begin = not any(turn.has_graph for turn in self._turns)
-        return next(turn for turn in self._turns if may_begin or not turn.begins_graph)
+    def _offer(self) -> None:
+        """If nobody computes, it is the turn of the first in line that may."""
+        may_begin = self._may_begin()
+        turn = next((turn for turn in self._turns if may_begin or not turn.begins_graph), None)
+        if not self._is_taken and turn is not None:
+            self._is_taken = True
+            self._turns.remove(turn)
+            turn.came.set()
+
+    def _may_begin(self) -> bool:
+        """Not while one waits that has a graph; and where a few have, once these have been quiet for a while."""
+        if any(turn.has_graph for turn in self._turns):
+            return False
+        return self._graphs < FEW_GRAPHS or self._clock() - self._graph_computed >= QUIET_S
 
 
 class TrainingGate:
     """The gate of all sessions, for micro-batches whose graph waits for the backward pass, and takes much memory.
 
-    One that has begun goes before those that have not, so that only as many are under way as keep the cores busy. None
-    waits for ever: who has begun comes to an end, and all others keep their place in line.
+    One that has begun goes before those that have not, so that only as many are under way as keep the cores busy; more
+    where devices are far. None waits for ever: who has begun comes to an end, and all others keep their place in line.
     """
 
     def __init__(self, gate: ComputeGate) -> None:
