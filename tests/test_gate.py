@@ -30,7 +30,7 @@ def test_who_has_a_graph_goes_before_those_that_begin_one_and_all_others_keep_th
         threads[-1].start()
 
     start(go_on)
-    eventually(lambda: gate.changes == 1 and not gate._is_taken)  # it waits for its device
+    eventually(lambda: gate.changes == 1 and gate._computes is None)  # it waits for its device
     with gate.computing():
         for number, (own, name) in enumerate([(training, "begins"), (gate, "answers"), (training, "begins, too")]):
             start(compute, own, name)
@@ -42,7 +42,7 @@ def test_who_has_a_graph_goes_before_those_that_begin_one_and_all_others_keep_th
     for thread in threads:
         thread.join(60)
     assert order == ["answers", "goes on", "begins", "begins, too", "answers last"]
-    assert not gate._is_taken
+    assert gate._computes is None
 
 
 def test_while_who_has_a_graph_waits_for_its_device_others_begin() -> None:
@@ -52,37 +52,44 @@ def test_while_who_has_a_graph_waits_for_its_device_others_begin() -> None:
         pass
 
 
-def test_more_than_a_few_graphs_are_begun_only_when_those_that_there_are_have_been_quiet() -> None:
-    now, order = [0.0], list[int]()
+def test_more_than_a_few_graphs_are_begun_only_when_none_has_come_back_for_a_while() -> None:
+    now, order, count = [0.0], list[int](), FEW_GRAPHS + 3
     gate = ComputeGate(lambda: now[0])
     training = TrainingGate(gate)
-    answered = [threading.Event() for _ in range(FEW_GRAPHS + 3)]
+    answered, answered_again = [[threading.Event() for _ in range(count)] for _ in range(2)]
 
     def train(number: int) -> None:
         with training.computing():
             order.append(number)
-            with training.waiting():
-                answered[number].wait(60)
+            for answers in (answered, answered_again):
+                with training.waiting():
+                    answers[number].wait(60)
 
-    threads = [threading.Thread(target=train, args=(number,)) for number in range(len(answered))]
+    threads = [threading.Thread(target=train, args=(number,)) for number in range(count)]
     for number, thread in enumerate(threads):
         thread.start()
-        eventually(lambda number=number: len(order) + len(gate._turns) == number + 1 and not gate._is_taken)
-    time.sleep(5 * QUIET_S)  # whoever waits has looked at the clock
-    assert order == list(range(FEW_GRAPHS))
-    now[0] = 1.01 * QUIET_S  # the graphs were quiet: one begins, and is one of those that are not quiet
-    eventually(lambda: len(order) > FEW_GRAPHS)
-    time.sleep(5 * QUIET_S)
-    assert order == list(range(FEW_GRAPHS + 1))
-    for number in range(2):  # with the second that ends there is room
-        answered[number].set()
-        threads[number].join(60)
-    eventually(lambda: len(order) == FEW_GRAPHS + 2)
+        eventually(lambda number=number: len(order) + len(gate._turns) == number + 1 and gate._computes is None)
+
+    def check_begun(graphs: int) -> None:
+        time.sleep(5 * QUIET_S)  # whoever waits has looked at the clock
+        assert order == list(range(graphs))
+
+    check_begun(FEW_GRAPHS)
+    now[0] = 0.9 * QUIET_S
+    answered[0].set()
+    eventually(lambda: gate._graph_computed == now[0])
+    now[0] = 1.8 * QUIET_S
+    check_begun(FEW_GRAPHS)
     with gate.computing():  # who does not train waits for nobody's clock
         pass
-    assert order == list(range(FEW_GRAPHS + 2))
-    for each in answered:
+    for each in (answered, answered_again):
+        each[1].set()
+    threads[1].join(60)
+    check_begun(FEW_GRAPHS + 1)  # there was room for one
+    now[0] = 3 * QUIET_S
+    eventually(lambda: len(order) == count)
+    for each in (*answered, *answered_again):
         each.set()
     for thread in threads:
         thread.join(60)
-    assert order == list(range(FEW_GRAPHS + 3))
+    assert order == list(range(count))

@@ -20,7 +20,8 @@ from .forward import Forwards
 FEW_GRAPHS: Final = 2
 """As many micro-batches keep the cores busy, where devices answer at once: one computes, the other's device does."""
 QUIET_S: Final = 0.01
-"""More begin only when none of those that have begun has asked for a turn for so long: near devices answer sooner."""
+"""More begin only when none of those that have begun has come back from its device for so long. Near devices answer
+sooner; of a far one all micro-batches begin one right after the other."""
 
 
 class Gate(Protocol):
@@ -48,9 +49,9 @@ class ComputeGate:
         self.changes = 0
         self._clock = clock
         self._graphs = 0
-        self._graph_computed = clock()  # when one that has a graph did last
+        self._graph_computed = clock()  # when one that had waited for its device did last
         self._lock = threading.Lock()
-        self._is_taken = False
+        self._computes: _Turn | None = None
         self._turns: deque[_Turn] = deque()
 
     @contextmanager
@@ -67,8 +68,6 @@ class ComputeGate:
 
     @contextmanager
     def waiting(self, *, has_graph: bool = False) -> Iterator[None]:
-        if has_graph:
-            self._graph_computed = self._clock()
         self._hand_on()
         try:
             yield
@@ -100,15 +99,17 @@ class ComputeGate:
 
     def _hand_on(self) -> None:
         with self._lock:
-            self._is_taken = False
+            if self._computes is not None and self._computes.has_graph:
+                self._graph_computed = self._clock()
+            self._computes = None
             self._offer()
 
     def _offer(self) -> None:
         """If nobody computes, it is the turn of the first in line that may."""
         may_begin = self._may_begin()
         turn = next((turn for turn in self._turns if may_begin or not turn.begins_graph), None)
-        if not self._is_taken and turn is not None:
-            self._is_taken = True
+        if self._computes is None and turn is not None:
+            self._computes = turn
             self._turns.remove(turn)
             turn.came.set()
 
