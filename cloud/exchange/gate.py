@@ -80,8 +80,9 @@ class ComputeGate:
 
     @property
     def is_wanted(self) -> bool:
-        """Whether somebody waits for a turn."""
-        return bool(self._turns)
+        """Whether somebody waits for a turn who may have it."""
+        with self._lock:
+            return self._next() is not None
 
     def _take(self, turn: _Turn) -> None:
         with self._lock:
@@ -106,12 +107,15 @@ class ComputeGate:
 
     def _offer(self) -> None:
         """If nobody computes, it is the turn of the first in line that may."""
-        may_begin = self._may_begin()
-        turn = next((turn for turn in self._turns if may_begin or not turn.begins_graph), None)
+        turn = self._next()
         if self._computes is None and turn is not None:
             self._computes = turn
             self._turns.remove(turn)
             turn.came.set()
+
+    def _next(self) -> _Turn | None:
+        may_begin = self._may_begin()
+        return next((turn for turn in self._turns if may_begin or not turn.begins_graph), None)
 
     def _may_begin(self) -> bool:
         """Not while one waits that has a graph; and where a few have, once these have been quiet for a while."""
