@@ -12,6 +12,7 @@ import numpy as np
 import safetensors.numpy
 
 from dlora.cloud.model.base_model import BaseModel, find_embedding, find_head, find_source, load_model, reach
+from dlora.cloud.model.widening import compute_in_float32
 from dlora.export.graphs.block_materials import DeviceBlocks
 from dlora.export.graphs.golden_case import Materials
 from dlora.export.graphs.registry import make_graphs
@@ -34,7 +35,9 @@ from dlora.protocol.manifest import (
 from dlora.protocol.text import one_line
 from dlora.protocol.version import BUNDLE_FORMAT, SOFTWARE_VERSION
 
+from .block_weights import save_device_blocks
 from .device_blocks import prepare_blocks
+from .end_weights import save_embedding, save_head
 from .gains import with_measured_gains
 from .installed import check_executorch
 from .output_directory import new_directory_for
@@ -43,7 +46,6 @@ from .settings import ExportSettings
 from .to_executorch import BOUNDS, bounds_for
 from .tokenizer import load_tokenizer, save_tokenizer
 from .verify import Verified, compilers, real_hidden_states, verify
-from .weights import save_device_blocks, save_embedding, save_head
 
 SUFFIXES: Final = {"onnx": "onnx", "executorch": "pte"}
 _GOLDEN: Final = "golden.safetensors"
@@ -62,7 +64,9 @@ def export_bundle(
     settings.check()
     say(f"loading {settings.model}")
     source = reach(find_source(settings.model), tell)
-    base = BaseModel.from_model(load_model(source), settings.model)
+    model = load_model(source, dtype=None)
+    compute_in_float32(model)
+    base = BaseModel.from_model(model, settings.model)
     tokenizer = load_tokenizer(source, base)
     name = one_line(settings.base_model_name or source.hub_id or settings.model)
     if name == settings.model and Path(name).exists():
@@ -77,8 +81,8 @@ def export_bundle(
         note(f"the blocks can be trained on a device, but not generate there: {blocks.without_decode}")
     with interrupts.raise_on_signal(), new_directory_for(settings.out, settings.force) as bundle:
         say("writing weights and tokenizer")
-        embedding_spec, embedding_inputs = save_embedding(bundle, embedding, settings.head_dtype)
-        head_spec, head_inputs = save_head(bundle, head, settings.head_dtype, embedding_inputs)
+        embedding_spec, embedding_inputs = save_embedding(bundle, embedding, settings.dtype_of_embedding)
+        head_spec, head_inputs = save_head(bundle, head, settings.head_dtype, embedding_spec, embedding_inputs)
         tokenizer_spec = save_tokenizer(bundle, tokenizer, base)
         materials = Materials(
             shapes=_shapes(groups),

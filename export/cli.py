@@ -25,10 +25,8 @@ merge_app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
 HELP = {"help_option_names": ["-h", "--help"]}
 
 
-StoredDtype = Literal["fp16", "fp32", "int8"]
+StoredDtype = Literal["fp16", "fp32", "int8", "int4"]
 """How weights are stored on the device."""
-BlockDtype = Literal["fp16", "fp32", "int8", "int4"]
-"""How weights of blocks are stored on the device."""
 Dtype = Literal["float32", "bfloat16", "float16"]
 """Of a merged model's weights."""
 Engine = Literal["onnx", "executorch", "both"]
@@ -92,8 +90,20 @@ def export(
         ),
     ] = None,
     head_dtype: Annotated[
-        StoredDtype, typer.Option(metavar="DTYPE", help="How the LM head is stored: fp16, fp32 or int8.")
+        StoredDtype,
+        typer.Option(
+            metavar="DTYPE",
+            help="How the LM head is stored: fp16, fp32, int8 or int4. It is what training takes most memory for.",
+        ),
     ] = "fp16",
+    embedding_dtype: Annotated[
+        StoredDtype | None,
+        typer.Option(
+            metavar="DTYPE",
+            help="How the token embedding is stored, likewise. By default fp16, or fp32 with a head of fp32. A tied "
+            "head of the same dtype shares its file.",
+        ),
+    ] = None,
     device_blocks: Annotated[
         str | None,
         typer.Option(
@@ -112,7 +122,7 @@ def export(
         ),
     ] = None,
     block_dtype: Annotated[
-        BlockDtype,
+        StoredDtype,
         typer.Option(
             metavar="DTYPE",
             help="How their weights are stored: fp16, fp32, int8 or int4. Adapters are trained for the weights as they "
@@ -146,7 +156,19 @@ def export(
     blocks = parse_device_blocks(device_blocks)
     memory = None if device_memory is None else parse_size(device_memory, "--device-memory")
     settings = ExportSettings(
-        model, out, rank, alpha, names, head_dtype, force, engine, base_model_name, blocks, block_dtype, memory
+        model,
+        out,
+        rank,
+        alpha,
+        names,
+        head_dtype,
+        force,
+        engine,
+        base_model_name,
+        blocks,
+        block_dtype,
+        memory,
+        embedding_dtype=embedding_dtype,
     )
     settings.check()
     # Not before: torch takes seconds, which --help, the shell's completion and mistakes need not wait for.

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from dlora.cloud.model.base_model import BaseModel, quiet
 from dlora.protocol.errors import DloraError
-from dlora.protocol.manifest import BlockDtype
+from dlora.protocol.manifest import StoredDtype
 from dlora.protocol.text import first_line
 
 from .graphs.answer_block import answer_graphs, first_rows_graphs
@@ -63,7 +63,7 @@ def _one_reason() -> Iterator[None]:
 
 @_one_reason()
 def prepare_blocks(
-    base: BaseModel, trainable: Sequence[str], count: int, dtype: BlockDtype, say: Say, tell: Say = lambda _: None
+    base: BaseModel, trainable: Sequence[str], count: int, dtype: StoredDtype, say: Say, tell: Say = lambda _: None
 ) -> DeviceBlocks:
     """The last ``count`` blocks of ``base``, their graphs made and not yet verified.
 

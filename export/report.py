@@ -11,7 +11,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Column, Table
 
-from dlora.export.weights import BLOCKS_FOLDER
+from dlora.export.block_weights import BLOCKS_FOLDER
 from dlora.protocol.adapters import AdapterSpec, parameter_count
 from dlora.protocol.groups import GroupSpec
 from dlora.protocol.manifest import Manifest
@@ -46,6 +46,7 @@ def print_json(manifest: Manifest, out: Path, notes: Sequence[str], wall_s: floa
                     "adapters": _modules(manifest.groups),
                 },
                 "head_dtype": manifest.head.dtype,
+                "embedding_dtype": manifest.embedding.dtype,
                 "graphs": [{name: getattr(graph, name) for name in _OF_GRAPHS} for graph in manifest.graphs],
                 "engines": list(manifest.engines),
                 "executorch": msgspec.to_builtins(manifest.executorch),

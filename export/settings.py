@@ -9,7 +9,7 @@ from typing import Final, Literal
 from dlora.cloud.model.source import find_source
 from dlora.protocol.errors import UsageError
 from dlora.protocol.limits import MAX_RANK
-from dlora.protocol.manifest import BlockDtype, StoredDtype
+from dlora.protocol.manifest import StoredDtype
 from dlora.protocol.text import one_line
 
 from .adapter_files import AdapterFiles, check_mergeable
@@ -43,6 +43,7 @@ class ExportSettings:
         device_blocks: how many of the last blocks a device may run itself, or ``all``; None: what ``device_memory``
             holds.
         device_memory: bytes of a device that is to train with as many of the last blocks as it holds; None: none.
+        embedding_dtype: of the token embedding; None: fp32 with a head of fp32, else fp16.
         block_dtype: how the blocks' weights are stored.
     """
 
@@ -56,8 +57,14 @@ class ExportSettings:
     engine: Literal["onnx", "executorch", "both"] = "onnx"
     base_model_name: str | None = None
     device_blocks: int | Literal["all"] | None = None
-    block_dtype: BlockDtype = "fp16"
+    block_dtype: StoredDtype = "fp16"
     device_memory: float | None = None
+    embedding_dtype: StoredDtype | None = None
+
+    @property
+    def dtype_of_embedding(self) -> StoredDtype:
+        """What ``embedding_dtype`` says, or what it is by default."""
+        return self.embedding_dtype or ("fp32" if self.head_dtype == "fp32" else "fp16")
 
     @property
     def engines(self) -> tuple[str, ...]:

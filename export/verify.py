@@ -144,7 +144,7 @@ def _check_rounding(graph: TrainingGraph, exact: Arrays, rounding: Rounding) -> 
     for name, value in exact.items():
         error = relative_error(value, rounding.golden[name])
         if not error <= rounding.bounds[name]:
-            finer = "fp16 or fp32" if rounding.dtype == "int8" else "fp32"
+            finer = {"int4": "int8, fp16 or fp32", "int8": "fp16 or fp32"}.get(rounding.dtype, "fp32")
             raise ExportError(
                 f"{rounding.dtype} is too coarse for the head of this model: {name} of {graph.name} is off by "
                 f"{error:.1e}, allowed is {rounding.bounds[name]:.0e}; use --head-dtype {finer}"

@@ -13,19 +13,18 @@ from dataclasses import dataclass
 from typing import Final
 
 from .groups import GroupSpec
-from .manifest import BlockDtype, StoredDtype
+from .manifest import StoredDtype
 
 RUNTIME_MB: Final = 130  # Python, libraries that were touched, the engine's graphs, and one slab of the head
 USUAL_TOKENS: Final = 256  # of a micro-batch
-STORED_DTYPES: Final[dict[StoredDtype, int]] = {"int8": 1, "fp16": 2, "fp32": 4}  # and bytes a value
+STORED_DTYPES: Final[dict[StoredDtype, float]] = {"int4": 0.5 + 2 / 32, "int8": 1, "fp16": 2, "fp32": 4}
+"""Bytes a value; of int4 32 share a scale of fp16, as in every model whose widths are multiples of 32."""
 TRAINED_COPIES: Final = 4  # of what is trained: value, gradient and two moments
 _FLOAT: Final = 4
 _HEAD_WIDTH: Final = 64  # of attention, in most families
 _SCORES: Final = 4  # copies of one block's scores of attention that are alive at a time
 _SLACK: Final = 1.05  # what lies between allocations of many sizes
-BLOCK_DTYPES: Final[dict[BlockDtype, float]] = {"int4": 0.5 + 2 / 32, "int8": 1, "fp16": 2, "fp32": 4}
-"""Bytes a value; of int4 32 share a scale of fp16, as in every model whose widths are multiples of 32."""
-_WIDENED_MB: Final[dict[BlockDtype, int]] = {"int4": 12, "int8": 12, "fp16": 0, "fp32": 0}
+_WIDENED_MB: Final[dict[StoredDtype, int]] = {"int4": 12, "int8": 12, "fp16": 0, "fp32": 0}
 """What integers are widened into."""
 _WIDE_COPIES: Final = 3  # of a block's widest tensors, in the pass that is under way
 
@@ -40,10 +39,10 @@ class DeviceModel:
     vocabulary_size: int
     groups: Sequence[GroupSpec]
     head_dtype: StoredDtype
-    block_dtype: BlockDtype
+    block_dtype: StoredDtype
 
 
-def head_bytes(vocabulary_size: int, hidden_size: int, dtype: StoredDtype) -> int:
+def head_bytes(vocabulary_size: int, hidden_size: int, dtype: StoredDtype) -> float:
     """Of the LM head's weight, with a scale of fp32 a row for int8."""
     return vocabulary_size * (hidden_size * STORED_DTYPES[dtype] + (_FLOAT if dtype == "int8" else 0))
 
@@ -65,7 +64,7 @@ def training_bytes(model: DeviceModel, count: int, tokens: int, rank: int, train
     scores = tokens * max(1, model.hidden_size // _HEAD_WIDTH)
     if trained is None:
         trained = sum(rank * (group.in_features + target.out_features) for group in here for target in group.targets)
-    weights = sum(group.in_features * group.out_features for group in here) * BLOCK_DTYPES[model.block_dtype]
+    weights = sum(group.in_features * group.out_features for group in here) * STORED_DTYPES[model.block_dtype]
     row_scales = sum(group.out_features for group in here) if model.block_dtype == "int8" else 0
     # The head's pages go before backward begins.
     head = head_bytes(model.vocabulary_size, model.hidden_size, model.head_dtype)

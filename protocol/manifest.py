@@ -26,8 +26,7 @@ from .version import BUNDLE_FORMAT
 MANIFEST_NAME: Final = "manifest.json"
 MAX_MANIFEST_BYTES: Final = 16 << 20
 
-StoredDtype = Literal["fp32", "fp16", "int8"]
-BlockDtype = Literal["fp32", "fp16", "int8", "int4"]
+StoredDtype = Literal["fp32", "fp16", "int8", "int4"]
 # Open: a bundle may have graphs of kinds that a device neither knows nor needs.
 GraphKind = Annotated[str, msgspec.Meta(pattern=r"\A[a-z][a-z0-9_]*\Z", max_length=64)]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
@@ -73,19 +72,28 @@ class AdapterDefaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class EmbeddingSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The token embedding: ``weight`` is a ``.npy`` file, (vocabulary, embedding_size), multiplied by ``scale``."""
+    """The token embedding: ``weight``, (vocabulary, embedding_size), times ``scale``. Files are as in ``HeadSpec``."""
 
     weight: BundlePath
-    dtype: Literal["fp32", "fp16"]
+    dtype: StoredDtype
     scale: float = 1.0
+    row_scales: BundlePath | None = None
+    group_scales: BundlePath | None = None
+
+    @property
+    def weight_files(self) -> dict[str, str]:
+        """Graph input to ``.npy`` file."""
+        return _weight_files(self)
 
 
 class HeadSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The LM head: ``logits = cap(logit_scale * (h W^T + bias))``, ``cap(x) = softcap * tanh(x / softcap)``.
 
     Attributes:
-        weight: ``.npy`` file, (vocabulary, hidden_size); the embedding's own file where tied and of one dtype.
+        weight: ``.npy`` file, (vocabulary, hidden_size); the embedding's own file where tied and of one dtype. Of
+            ``int4`` (vocabulary, groups, bytes): two numbers a byte, docs/reference/bundle.md.
         row_scales: ``.npy`` fp32 (vocabulary,), only for ``int8``: ``W = weight * row_scales[:, None]``.
+        group_scales: ``.npy`` fp16 (vocabulary, groups, 1), only for ``int4``.
         bias: ``.npy`` fp32 (vocabulary,).
         rows: labelled rows per call of a head graph that use memory well; callers loop over chunks of it.
     """
@@ -94,10 +102,21 @@ class HeadSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     dtype: StoredDtype
     tied: bool
     row_scales: BundlePath | None = None
+    group_scales: BundlePath | None = None
     bias: BundlePath | None = None
     logit_scale: float = 1.0
     softcap: float | None = None
     rows: Positive = 32
+
+    @property
+    def weight_files(self) -> dict[str, str]:
+        """Graph input to ``.npy`` file."""
+        return _weight_files(self) | ({} if self.bias is None else {"bias": self.bias})
+
+
+def _weight_files(spec: EmbeddingSpec | HeadSpec) -> dict[str, str]:
+    files = {"weight": spec.weight, "row_scales": spec.row_scales, "group_scales": spec.group_scales}
+    return {name: file for name, file in files.items() if file is not None}
 
 
 class TokenizerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -162,7 +181,7 @@ class DeviceBlocksSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
         without_decode: why they have no graphs to go on from earlier tokens with, in words; None where they have.
     """
 
-    dtype: BlockDtype
+    dtype: StoredDtype
     max_length: Positive
     blocks: Annotated[tuple[BlockSpec, ...], msgspec.Meta(min_length=1)]
     final_norm: dict[str, BundlePath]

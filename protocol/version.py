@@ -7,7 +7,7 @@ SOFTWARE_VERSION: Final = "0.1.0"
 PROTOCOL_VERSIONS: Final = (17,)
 """Wire versions that this code speaks, newest last. See docs/reference/protocol.md, section Evolution."""
 
-BUNDLE_FORMAT: Final = 10
+BUNDLE_FORMAT: Final = 11
 """Bundle format that this code writes, and the newest that it reads. See docs/reference/bundle.md."""
 
 ADAPTER_FORMAT: Final = 1

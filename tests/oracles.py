@@ -24,7 +24,7 @@ HEAD: Final = 1e-5
 ADAMW: Final = 2e-6
 # What a rounded weight costs beside: half a unit of 11 bits (5e-4) or of 8 (4e-3) in each of its numbers, some of it in
 # the differences that a loss and a gradient are.
-ROUNDING: Final = {"fp32": 0.0, "fp16": 2e-3, "int8": 5e-2}
+ROUNDING: Final = {"fp32": 0.0, "fp16": 2e-3, "int8": 5e-2, "int4": 0.5}
 
 
 def expected(
@@ -49,7 +49,8 @@ def expected(
         case "adamw":
             found = _adamw(**given)
         case "embedding":
-            found = {"hidden_states": embedding_scale * given["weight"][given["ids"]]}
+            table = _stored(given["weight"], given.get("row_scales"), given.get("group_scales"))
+            found = {"hidden_states": embedding_scale * table[given["ids"]]}
         case "head_train" | "head_loss" | "head_logits":
             found = _head(logit_scale=logit_scale, softcap=softcap, **given)
         case _:
@@ -94,6 +95,14 @@ def _wide(value: Array) -> Tensor:
     return tensor if tensor.dtype == torch.int64 else tensor.double()
 
 
+def _stored(weight: Tensor, row_scales: Tensor | None, group_scales: Tensor | None) -> Tensor:
+    """(rows, width) of a weight and its scales, if any. Two numbers of four bits stand in a byte, low ones first."""
+    if group_scales is not None:
+        packed = weight.to(torch.int16)
+        return (torch.cat([(packed & 15) - 8, packed >> 4], 2) * group_scales).flatten(1)
+    return weight if row_scales is None else weight * row_scales[:, None]
+
+
 def _delta(x: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     z = x @ a.T
     return z, scale * (z @ b.T)
@@ -134,11 +143,10 @@ def _adamw(
 
 def _head(
     weight: Tensor, hidden_states: Tensor, logit_scale: float, softcap: float | None,
-    row_scales: Tensor | None = None, bias: Tensor | None = None, labels: Tensor | None = None,
-    grad_scale: Tensor | None = None,
+    row_scales: Tensor | None = None, group_scales: Tensor | None = None, bias: Tensor | None = None,
+    labels: Tensor | None = None, grad_scale: Tensor | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
-    if row_scales is not None:
-        weight = weight * row_scales[:, None]
+    weight = _stored(weight, row_scales, group_scales)
     hidden_states = hidden_states.requires_grad_()
     logits = logit_scale * torch.nn.functional.linear(hidden_states, weight, bias)
     if softcap is not None:

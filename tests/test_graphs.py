@@ -21,6 +21,7 @@ from dlora.export.graphs.graph import Computed, TrainingGraph
 from dlora.export.graphs.head import HeadShape, head_graphs, head_tests
 from dlora.export.graphs.lora import adapter_graphs, adapter_tests
 from dlora.export.graphs.tolerances import CEILING, FLOOR, allowed
+from dlora.export.tracing.int4 import quantise_groups
 from dlora.export.tracing.modules import quantise_rows
 from dlora.export.verify import Compiled, compile_onnx, start_session, verify
 from dlora.protocol.errors import ExportError
@@ -70,6 +71,20 @@ def test_adamw_graph_matches_torch_over_twenty_steps(compile_graph: CompileGraph
 @both_forms
 def test_embedding_graph_multiplies_by_its_scale(compile_graph: CompileGraph) -> None:
     check_embedding(compile_graph)
+
+
+@both_forms
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "int8", "int4"])
+def test_an_embedding_is_as_near_as_what_is_stored(dtype: Any, compile_graph: CompileGraph) -> None:
+    end = _head_end(48, HeadShape(48, HIDDEN, dtype, False, 1.0, None))
+    graph = embedding_graph(48, HIDDEN, dtype, 2.0)
+    values = {**_head_weights(end, dtype), "ids": np.array([47, 0, 47, 3])}
+    inputs = {spec.name: values[spec.name] for spec in graph.inputs}
+    found = outputs_of(graph, inputs, compile_graph(graph))
+    oracles.assert_near(found, oracles.expected("embedding", inputs, embedding_scale=2.0), oracles.SUMS)
+    whole = {"weight": end.weight.numpy(), "ids": values["ids"]}
+    bound = oracles.SUMS + oracles.ROUNDING[dtype]
+    oracles.assert_near(found, oracles.expected("embedding", whole, embedding_scale=2.0), bound)
 
 
 def check_embedding(compile_graph: CompileGraph) -> None:
@@ -143,6 +158,8 @@ def _head_weights(end: HeadEnd, dtype: str) -> dict[str, Any]:
     inputs: dict[str, Any] = {}
     if dtype == "int8":
         inputs["weight"], inputs["row_scales"] = (tensor.numpy() for tensor in quantise_rows(end.weight))
+    elif dtype == "int4":
+        inputs["weight"], inputs["group_scales"] = (tensor.numpy() for tensor in quantise_groups(end.weight, 16))
     else:
         inputs["weight"] = end.weight.numpy().astype(np.float16 if dtype == "fp16" else np.float32)
     if end.bias is not None:
@@ -151,7 +168,7 @@ def _head_weights(end: HeadEnd, dtype: str) -> dict[str, Any]:
 
 
 @both_forms
-@pytest.mark.parametrize("dtype", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "int8", "int4"])
 @pytest.mark.parametrize("vocabulary", [5, 48, 96, 97, 1009])
 @pytest.mark.parametrize(
     ("bias", "logit_scale", "softcap"), [(False, 1.0, None), (True, 1.0, None), (False, 0.25, None), (True, 0.5, 3.0)]
@@ -186,7 +203,8 @@ def check_head(shape: HeadShape, end: HeadEnd, hidden: oracles.Array, compile_gr
         oracles.assert_near(found, stored, oracles.HEAD)
         if "predictions" in found:
             oracles.assert_predicts(found["predictions"], stored["logits"])
-        whole = {name: value for name, value in inputs.items() if name != "row_scales"} | {"weight": end.weight.numpy()}
+        whole = {name: value for name, value in inputs.items() if not name.endswith("_scales")}
+        whole["weight"] = end.weight.numpy()
         bound = oracles.HEAD + oracles.ROUNDING[shape.dtype]
         oracles.assert_near(found, oracles.expected(graph.kind, whole, **scaling), bound)
 
@@ -237,7 +255,7 @@ def large_tests() -> dict[str, list[GoldenCase]]:
     hidden = torch.randn(8, LARGE.hidden_size, generator=generator).numpy()
     end = HeadEnd(weight, None, 1.0, None, tied=False)
     weights = _head_weights(end, "fp32")
-    return {graph.kind: list(head_tests(graph, end, weights, hidden)) for graph in head_graphs(LARGE)}
+    return {graph.kind: list(head_tests(graph, end, weights, hidden, "fp32")) for graph in head_graphs(LARGE)}
 
 
 @pytest.mark.parametrize("kind", ["head_train", "head_loss", "head_logits"])
@@ -283,7 +301,7 @@ def small_head(dtype: Any, kind: str) -> tuple[HeadShape, HeadEnd, Callable[[], 
     shape = HeadShape(97, HIDDEN, dtype, False, 1.0, None)
     end = _head_end(97, shape)
     hidden = np.random.default_rng(0).standard_normal((9, HIDDEN), np.float32)
-    return shape, end, lambda: head_tests(graph_of(shape, kind), end, _head_weights(end, dtype), hidden)
+    return shape, end, lambda: head_tests(graph_of(shape, kind), end, _head_weights(end, dtype), hidden, dtype)
 
 
 def test_a_head_that_predicts_other_tokens_is_refused() -> None:
@@ -293,7 +311,7 @@ def test_a_head_that_predicts_other_tokens_is_refused() -> None:
         verify(graph_of(shape, "head_loss", "ArgMax", "ArgMin"), tests())
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "int8"])
+@pytest.mark.parametrize("dtype", ["fp16", "int8", "int4"])
 def test_rounded_head_has_the_arithmetic_tolerance_of_fp32(dtype: Any) -> None:
     """A slip of 5e-4 is below what rounding may cost, and refused all the same."""
     shape, _, tests = small_head(dtype, "head_train")

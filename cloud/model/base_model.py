@@ -28,6 +28,7 @@ from .gradients import check_causality, trace_gradients
 from .hub import reach
 from .loading import load_model, quiet
 from .source import ModelSource, find_source, public_name
+from .widening import dtype_of_computing
 
 __all__ = [
     "BaseModel",
@@ -197,7 +198,8 @@ class BaseModel:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.model.dtype
+        """What it computes in, and takes embeddings in."""
+        return dtype_of_computing(self.model)
 
     @property
     def device(self) -> torch.device:
@@ -330,7 +332,7 @@ def _trace(
     with torch.no_grad(), ExitStack() as hooks:
         for name, (_, module) in linears.items():
             hooks.enter_context(module.register_forward_hook(record(name), with_kwargs=True))
-        embeds = torch.ones(1, TRACE_TOKENS, width, dtype=model.dtype, device=model.device)
+        embeds = torch.ones(1, TRACE_TOKENS, width, dtype=dtype_of_computing(model), device=model.device)
         decoder(inputs_embeds=embeds, use_cache=False)
     times = dict.fromkeys(linears, 0)
     for name, _, _ in calls:

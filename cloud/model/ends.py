@@ -14,6 +14,8 @@ from torch import Tensor
 
 from dlora.protocol.errors import ExportError
 
+from .widening import multiply_by_slabs, stored_weight
+
 if TYPE_CHECKING:
     from .base_model import BaseModel
 
@@ -31,8 +33,8 @@ class EmbeddingEnd:
     scale: float
 
     def __call__(self, ids: Tensor) -> Tensor:
-        """int64 (…) to (…, embedding_size)."""
-        return self.weight[ids] * self.scale
+        """int64 (…) to float32 (…, embedding_size)."""
+        return self.weight[ids].float() * self.scale
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class HeadEnd:
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
         """(…, hidden_size) to logits (…, vocabulary)."""
-        return self.logits(hidden_states @ self.weight.T)
+        return self.logits(multiply_by_slabs(hidden_states, self.weight))
 
     def logits(self, products: Tensor) -> Tensor:
         """From ``h W^T`` to logits, both (…, vocabulary)."""
@@ -67,9 +69,10 @@ class HeadEnd:
 
 
 def find_embedding(base: BaseModel) -> EmbeddingEnd:
-    """The token embedding; its module's own ``embed_scale`` (Gemma) is the scale."""
+    """The token embedding; its module's own ``embed_scale`` (Gemma) is the scale, as it was before half precision."""
     module = base.token_embedding
-    return EmbeddingEnd(module.weight.detach(), float(getattr(module, "embed_scale", 1.0)))
+    scale = getattr(module, "scalar_embed_scale", getattr(module, "embed_scale", 1.0))
+    return EmbeddingEnd(module.weight.detach(), float(scale))
 
 
 def find_head(base: BaseModel) -> HeadEnd:
@@ -78,12 +81,13 @@ def find_head(base: BaseModel) -> HeadEnd:
     module = base.lm_head
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
     softcap = getattr(config, "final_logit_softcapping", None)
+    weight = stored_weight(module)
     return HeadEnd(
-        weight=module.weight.detach(),
+        weight=weight.detach(),
         bias=None if module.bias is None else module.bias.detach(),
         logit_scale=scale,
         softcap=None if softcap is None else float(softcap),
-        tied=module.weight is base.token_embedding.weight,
+        tied=weight is stored_weight(base.token_embedding),
     )
 
 

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from dlora.protocol.errors import ExportError
 
+from .widening import widened_again
+
 if TYPE_CHECKING:
     from .base_model import BaseModel
 
@@ -48,7 +50,7 @@ def trace_gradients(base: BaseModel) -> Gradients:
     def keep(name: str) -> Any:
         return lambda _module, _args, output: outputs.update({name: output})
 
-    with ExitStack() as hooks, torch.enable_grad():
+    with ExitStack() as hooks, torch.enable_grad(), widened_again():
         for name, target in base.targets.items():
             hooks.enter_context(target.module.register_forward_hook(keep(name)))
         given = base.token_embedding(ids).detach().requires_grad_()

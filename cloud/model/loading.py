@@ -21,8 +21,10 @@ from dlora.protocol.text import first_line
 from .source import ModelSource
 
 
-def load_model(source: ModelSource, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def load_model(source: ModelSource, dtype: torch.dtype | None = torch.float32) -> PreTrainedModel:
     """Load the causal language model of ``source``.
+
+    ``dtype``: None: that of its files, which are mapped into memory then; float32 for a GGUF file, which has none.
 
     Raises ``ExportError`` where it cannot be had, is not decoder-only, or is not a language model.
     """
@@ -35,9 +37,11 @@ def load_model(source: ModelSource, dtype: torch.dtype = torch.float32) -> PreTr
                         f"{source.name} is an encoder-decoder model ({config.model_type}); "
                         "only decoder-only models are supported"
                     )
-                return AutoModelForCausalLM.from_pretrained(source.location, dtype=dtype)
+                return AutoModelForCausalLM.from_pretrained(source.location, dtype=dtype or "auto")
             with _gguf_once():
-                return AutoModelForCausalLM.from_pretrained(source.location, gguf_file=source.gguf_file, dtype=dtype)
+                return AutoModelForCausalLM.from_pretrained(
+                    source.location, gguf_file=source.gguf_file, dtype=dtype or torch.float32
+                )
         except DloraError:
             raise
         except Exception as error:  # a family's own code may raise anything

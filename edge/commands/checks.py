@@ -101,7 +101,7 @@ def _memory(bundle: Path | None) -> str:
         f"{tokens} tokens a micro-batch, mapped weights included (other heads: {others})"
     )
     if not fit:
-        raise _ProblemError(f"{found}: close other programs, or export with --head-dtype int8")
+        raise _ProblemError(f"{found}: close other programs, or export with --head-dtype int8 or int4")
     longest = manifest.base_model.max_sequence_length
     return f"{found}; up to {fit:,} tokens fit" + (f", {longest:,} of them a sequence" if longest < fit else "")
 

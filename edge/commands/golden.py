@@ -74,9 +74,9 @@ def _input(bundle: Bundle, golden: dict[str, Array], spec: GraphSpec, name: str)
     # The base model's weights are too large to stand in the golden file again.
     head, blocks, files = bundle.manifest.head, bundle.manifest.device_blocks, dict[str, str | None]()
     if spec.kind == "embedding":
-        files = {"weight": bundle.manifest.embedding.weight}
+        files = {**bundle.manifest.embedding.weight_files}
     elif spec.kind.startswith("head_"):
-        files = {"weight": head.weight, "row_scales": head.row_scales, "bias": head.bias}
+        files = {**head.weight_files}
     elif blocks is not None and spec.kind.startswith("final_norm_"):
         files = {**blocks.final_norm}
     elif blocks is not None and spec.kind.startswith(OF_BLOCKS):  # the last of the shape

@@ -23,17 +23,19 @@ class Embedding:
 
     def __init__(self, bundle: Bundle, engine: Engine) -> None:
         self._bundle = bundle
-        self._file = bundle.manifest.embedding.weight
+        self._files = bundle.manifest.embedding.weight_files
         self._graph = engine.load("embedding")
 
     def __call__(self, ids: LongArray, *, keep_table: bool = False) -> FloatArray:
         """``keep_table``: where the next tokens come at once. It may be the LM head's weight, too."""
         if not keep_table:
             release_freed_memory()  # what the last step left free, else the table comes on top of it
-        (hidden_states,) = self._graph({"weight": self._bundle.weight(self._file), "ids": ids})
+        weights = {name: self._bundle.weight(file) for name, file in self._files.items()}
+        (hidden_states,) = self._graph({**weights, "ids": ids})
         if not keep_table:
             # The system maps the neighbours of each page that is touched: a few steps would bring in the whole table.
-            self._bundle.release(self._file)
+            for file in self._files.values():
+                self._bundle.release(file)
         return hidden_states
 
 
@@ -47,8 +49,7 @@ class Head:
     def __init__(self, bundle: Bundle, engine: Engine) -> None:
         spec = bundle.manifest.head
         self._bundle = bundle
-        files = {"weight": spec.weight, "row_scales": spec.row_scales, "bias": spec.bias}
-        self._weights: dict[str, Array] = {name: bundle.weight(file) for name, file in files.items() if file}
+        self._weights: dict[str, Array] = {name: bundle.weight(file) for name, file in spec.weight_files.items()}
         self._rows = spec.rows
         self._graph = cache(engine.load)  # when first used: a run that never generates never pays for its graph
 
@@ -91,7 +92,8 @@ class Head:
     def release(self) -> None:
         """Give back what ``logits`` left in memory for the next call."""
         release_freed_memory()
-        self._bundle.release(self._bundle.manifest.head.weight)
+        for file in self._bundle.manifest.head.weight_files.values():
+            self._bundle.release(file)
 
     def _chunks(self, rows: int) -> Iterator[slice]:
         for start in range(0, rows, self._rows):

@@ -67,8 +67,9 @@ class Opening:
 
     @property
     def table(self) -> TableDtype | None:
-        """Of the embedding, where a server is to guess."""
-        return self.bundle.manifest.embedding.dtype if self.drafts else None
+        """Of the embedding, where a server is to guess: it has no table that is narrower."""
+        dtype = self.bundle.manifest.embedding.dtype
+        return dtype if self.drafts and (dtype == "fp32" or dtype == "fp16") else None
 
     def connect(self) -> Connection:
         """Connect. Raises what ``Connection`` raises, and ``UsageError`` where no server is named."""

@@ -31,10 +31,10 @@ from dlora.edge.training.resolve import resolve
 from dlora.edge.training.resolved import Resolved
 from dlora.protocol.adapters import parameter_count
 from dlora.protocol.choices import KindChoice
-from dlora.protocol.device_memory import BLOCK_DTYPES, DeviceModel, training_bytes
+from dlora.protocol.device_memory import STORED_DTYPES, DeviceModel, training_bytes
 from dlora.protocol.errors import BundleError, UsageError
 from dlora.protocol.limits import USUAL_WINDOW
-from dlora.protocol.manifest import BlockDtype, Manifest
+from dlora.protocol.manifest import Manifest, StoredDtype
 from dlora.protocol.sizes import parse_size
 from dlora.protocol.targets import ALL_LINEAR, choose_groups, module_names
 from dlora.protocol.traffic import Traffic
@@ -66,8 +66,8 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     adapters: str = ""
     peak_mb: float = 0.0
     fits: bool = False
-    peak_mb_as: dict[BlockDtype, float] = {}
-    would_fit_as: BlockDtype | None = None
+    peak_mb_as: dict[StoredDtype, float] = {}
+    would_fit_as: StoredDtype | None = None
     wire_mb: float = 0.0
     round_trips: int = 0
     cache_mb: float = 0.0
@@ -146,7 +146,7 @@ def _row(question: Question, kind: KindChoice, count: int) -> Row:
     except (UsageError, BundleError) as error:
         return msgspec.structs.replace(bare, problem=str(error))
     spec = manifest.device_blocks
-    peaks: dict[BlockDtype, float] = {}
+    peaks: dict[StoredDtype, float] = {}
     tokens = _largest_micro_batch(config, datasets)
     if not config.device_blocks or spec is None:
         together = min(config.window, config.training.grad_accum, USUAL_WINDOW)
@@ -168,18 +168,18 @@ def _row(question: Question, kind: KindChoice, count: int) -> Row:
     )
 
 
-def _device_peaks(config: Resolved, manifest: Manifest, tokens: int) -> dict[BlockDtype, float]:
+def _device_peaks(config: Resolved, manifest: Manifest, tokens: int) -> dict[StoredDtype, float]:
     """By how the blocks are stored."""
     base = manifest.base_model
     trained = parameter_count(config.spec, config.groups(manifest))
     sizes = base.blocks, base.hidden_size, base.vocabulary_size, manifest.groups, manifest.head.dtype
     return {
         dtype: training_bytes(DeviceModel(*sizes, dtype), config.device_blocks, tokens, config.adapter.rank, trained)
-        for dtype in BLOCK_DTYPES
+        for dtype in STORED_DTYPES
     }
 
 
-def _smaller_that_fits(peaks: Mapping[BlockDtype, float], peak: float, memory: float) -> BlockDtype | None:
+def _smaller_that_fits(peaks: Mapping[StoredDtype, float], peak: float, memory: float) -> StoredDtype | None:
     if peak <= memory:
         return None
     fitting = [dtype for dtype, each in peaks.items() if each <= memory]

@@ -189,7 +189,8 @@ class RunIdentity(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         settings: the fields that do so, by ``section.key``.
-        base_model: fingerprint; head: how the LM head is stored; block_dtype: likewise the device's blocks.
+        base_model: fingerprint; head: how the LM head is stored; embedding, block_dtype: likewise the table and the
+            device's blocks.
         groups: SHA-256 of the exchange groups that are trained, whatever words the settings have for them; without
             their gains, which a checkpoint has.
         data: fingerprint of the training data.
@@ -206,6 +207,7 @@ class RunIdentity(msgspec.Struct, frozen=True, kw_only=True):
     keeps_outputs: bool
     base_model: str
     head: str
+    embedding: str
     block_dtype: str
     groups: str
     data: str
@@ -217,6 +219,7 @@ class RunIdentity(msgspec.Struct, frozen=True, kw_only=True):
             settings={field.path: field.value_in(config) for field in fields_of() if field.makes_bits},
             base_model=manifest.base_model.fingerprint,
             head=manifest.head.dtype,
+            embedding=manifest.embedding.dtype,
             block_dtype=manifest.device_blocks.dtype if config.device_blocks and manifest.device_blocks else "",
             groups=hashlib.sha256(msgspec.json.encode(modules, order="deterministic")).hexdigest(),
             data=data,
@@ -283,6 +286,7 @@ _WHOLE: Final = {
 }
 _WORDS: Final = {
     "head": "the bundle's head is",
+    "embedding": "the bundle's embedding is",
     "block_dtype": "the bundle's blocks are",
     "total_steps": "--steps (or what --epochs came to)",
     "device_blocks": "--device-blocks",

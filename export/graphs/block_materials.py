@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dlora.export.tracing.calls import BLOCKED, MASK, BlockCall, sees
 from dlora.export.tracing.entry import Entry
 from dlora.export.tracing.past import PAST_MASK
-from dlora.protocol.manifest import BlockDtype
+from dlora.protocol.manifest import StoredDtype
 
 from .graph import TrainingGraph
 
@@ -115,7 +115,7 @@ class DeviceBlocks:
     final_norm: FinalNormMaterials
     last_forward: TrainingGraph
     last_backward: TrainingGraph
-    dtype: BlockDtype
+    dtype: StoredDtype
     max_length: int
     entry: Entry | None = None
     without_decode: str | None = None

@@ -4,56 +4,75 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Final, Literal
+from typing import Final
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dlora.cloud.model.base_model import EmbeddingEnd
-from dlora.protocol.manifest import TensorSpec
+from dlora.protocol.manifest import StoredDtype, TensorSpec
 
 from .arrays import Arrays, to_floats
 from .golden_case import GoldenCase, GraphWithCases, Materials
 from .graph import Computed, TrainingGraph
+from .stored_weight import CONSTANTS, pick, weight_inputs, wide, widen
 
 KINDS: Final = ("embedding",)
-TOLERANCES: Final[dict[str, float]] = {"fp32": 1e-7, "fp16": 1e-3}  # one product; the weight's rounding
+TOLERANCES: Final[dict[StoredDtype, float]] = {"fp32": 1e-7, "fp16": 1e-3, "int8": 2e-2, "int4": 2e-1}
+"""One product; the rest is the weight's rounding, relative to the largest value."""
 TOKENS: Final = 7
 
 
-def embedding_graph(
-    vocabulary_size: int, embedding_size: int, dtype: Literal["fp32", "fp16"], scale: float
-) -> TrainingGraph:
-    """``embedding``: weight (vocabulary, embedding_size), ids (tokens,) to hidden_states (tokens, embedding_size)."""
+def embedding_graph(vocabulary_size: int, embedding_size: int, dtype: StoredDtype, scale: float) -> TrainingGraph:
+    """``embedding``: a stored weight (vocabulary, embedding_size), ids (tokens,) to hidden_states
+    (tokens, embedding_size)."""
+    weights = weight_inputs(dtype, vocabulary_size, embedding_size)
+    lines = pick(dtype, "row_", "Gather <axis = 0> ({}, ids)") + widen(dtype, "row_", embedding_size)
+    if dtype == "int8":
+        lines += """
+            axis_1 = Constant <value = int64[1] {1}> ()
+            flat_scales = Gather <axis = 0> (row_scales, ids)
+            scales = Unsqueeze (flat_scales, axis_1)
+            rows = Mul (row_wide, scales)
+        """
+    else:
+        lines += "rows = Identity (row_wide)\n"
     return TrainingGraph(
         "embedding",
-        inputs=(
-            TensorSpec("weight", dtype, (vocabulary_size, embedding_size)),
-            TensorSpec("ids", "int64", ("tokens",)),
-        ),
+        inputs=(*weights, TensorSpec("ids", "int64", ("tokens",))),
         outputs=(TensorSpec("hidden_states", "fp32", ("tokens", embedding_size)),),
         body=f"""
+            {CONSTANTS if dtype == "int4" else ""}
             scale = Constant <value = float {{{scale!r}}}> ()
-            rows = Gather <axis = 0> (weight, ids)
-            wide = Cast <to = 1> (rows)
-            hidden_states = Mul (wide, scale)
+            {lines}
+            hidden_states = Mul (rows, scale)
         """,
-        module=partial(Computed, partial(embedding, scale=scale)),
-        weights=frozenset(("weight",)),
+        module=partial(Computed, partial(embedding, dtype, scale=scale)),
+        weights=frozenset(spec.name for spec in weights),
     )
 
 
-def embedding(weight: Tensor, ids: Tensor, scale: float) -> Tensor:
-    """The rows of ``weight`` (vocabulary, embedding_size) that ``ids`` (tokens,) name, in float32, times ``scale``."""
-    return nn.functional.embedding(ids, weight).float() * scale
+def embedding(dtype: StoredDtype, weight: Tensor, *tensors: Tensor, scale: float) -> Tensor:
+    """In float32, times ``scale``: rows of a stored ``weight`` (vocabulary, embedding_size) that ids (tokens,) name,
+    the last of ``tensors``; before it stand the weight's scales, where it has any."""
+    *scales, ids = tensors
+    if dtype == "int4":
+        return wide(weight.index_select(0, ids), scales[0].index_select(0, ids)) * scale
+    rows = nn.functional.embedding(ids, weight).float()
+    if dtype == "int8":
+        rows = rows * scales[0].index_select(0, ids).unsqueeze(1)
+    return rows * scale
 
 
-def embedding_tests(graph: TrainingGraph, end: EmbeddingEnd, weights: Arrays) -> Iterator[GoldenCase]:
+def embedding_tests(
+    graph: TrainingGraph, end: EmbeddingEnd, weights: Arrays, dtype: StoredDtype
+) -> Iterator[GoldenCase]:
     """Random tokens: the base model's own float32 embedding, whatever precision the graph's weight is stored in."""
     ids = np.random.default_rng(0).integers(0, len(end.weight), TOKENS)
     exact = to_floats(hidden_states=end(torch.from_numpy(ids)))
-    yield GoldenCase({**weights, "ids": ids}, exact, dict.fromkeys(exact, TOLERANCES[graph.inputs[0].dtype]))
+    inputs = {spec.name: {**weights, "ids": ids}[spec.name] for spec in graph.inputs}
+    yield GoldenCase(inputs, exact, dict.fromkeys(exact, TOLERANCES[dtype]))
 
 
 def make(materials: Materials) -> Iterator[GraphWithCases]:
@@ -61,4 +80,4 @@ def make(materials: Materials) -> Iterator[GraphWithCases]:
     spec, end = materials.embedding_spec, materials.embedding
     rows, width = end.weight.shape
     graph = embedding_graph(rows, width, spec.dtype, spec.scale)
-    yield graph, embedding_tests(graph, end, materials.embedding_weights)
+    yield graph, embedding_tests(graph, end, materials.embedding_weights, spec.dtype)

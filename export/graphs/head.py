@@ -40,6 +40,7 @@ from .arrays import Arrays
 from .golden_case import GoldenCase, GraphWithCases, Materials
 from .graph import Computed, Specs, TrainingGraph
 from .head_torch import head_logits, head_loss, head_train, reference
+from .stored_weight import CONSTANTS, pick, weight_inputs, widen
 from .tolerances import Rounding, allowed
 
 KINDS: Final = ("head_train", "head_loss", "head_logits")
@@ -48,6 +49,7 @@ ROUNDING: Final[dict[StoredDtype, dict[str, float]]] = {
     "fp32": {"losses": 0.0, "grad_hidden_states": 0.0, "logits": 0.0},
     "fp16": {"losses": 1e-3, "grad_hidden_states": 2e-3, "logits": 1e-3},
     "int8": {"losses": 2e-2, "grad_hidden_states": 5e-2, "logits": 5e-2},
+    "int4": {"losses": 2e-1, "grad_hidden_states": 4e-1, "logits": 3e-1},
 }
 LOGITS_ROWS: Final = 2  # logits are wide, and golden vectors travel with every bundle
 SLAB_VALUES: Final = 1024 * 576  # of the weight: 2.4 MB when wide, which a core's caches still hold
@@ -88,9 +90,7 @@ class HeadShape:
 
 def head_graphs(head: HeadShape) -> tuple[TrainingGraph, ...]:
     """``head_train``, ``head_loss`` and ``head_logits``."""
-    weights = [TensorSpec("weight", head.dtype, (head.vocabulary_size, head.hidden_size))]
-    if head.dtype == "int8":
-        weights.append(TensorSpec("row_scales", "fp32", (head.vocabulary_size,)))
+    weights = [*weight_inputs(head.dtype, head.vocabulary_size, head.hidden_size)]
     if head.bias:
         weights.append(TensorSpec("bias", "fp32", (head.vocabulary_size,)))
     hidden = TensorSpec("hidden_states", "fp32", ("rows", head.hidden_size))
@@ -130,12 +130,13 @@ def _constants(head: HeadShape) -> str:
         logit_scale = Constant <value = float {{{head.logit_scale!r}}}> ()
         softcap = Constant <value = float {{{head.softcap or 1.0!r}}}> ()
         one = Constant <value = float {{1.0}}> ()
+        {CONSTANTS if head.dtype == "int4" else ""}
     """
 
 
 def _slab_logits(head: HeadShape, p: str, start: str, end: str) -> str:
     """``{p}logits`` (rows, slab), ``{p}wide`` (slab, hidden_size) and what else the gradient needs."""
-    lines = f"{p}stored = Slice (weight, {start}, {end}, axis_0)\n" + _widen(head, f"{p}stored", f"{p}wide")
+    lines = pick(head.dtype, p, f"Slice ({{}}, {start}, {end}, axis_0)") + widen(head.dtype, p, head.hidden_size)
     lines += f"{p}product = Gemm <transB = 1> (hidden_states, {p}wide)\n"
     if head.dtype == "int8":
         lines += f"{p}scales = Slice (row_scales, {start}, {end}, axis_0)\n"
@@ -146,7 +147,8 @@ def _slab_logits(head: HeadShape, p: str, start: str, end: str) -> str:
 
 def _of_labels(head: HeadShape) -> str:
     """``label_logits`` (rows, 1) and ``label_wide`` (rows, hidden_size): the rows of the weight that labels name."""
-    lines = "label_stored = Gather <axis = 0> (weight, labels)\n" + _widen(head, "label_stored", "label_wide")
+    lines = pick(head.dtype, "label_", "Gather <axis = 0> ({}, labels)")
+    lines += widen(head.dtype, "label_", head.hidden_size)
     lines += "label_products = Mul (hidden_states, label_wide)\nlabel_product = ReduceSum (label_products, axis_1)\n"
     if head.dtype == "int8":
         lines += "label_flat_scales = Gather <axis = 0> (row_scales, labels)\n"
@@ -155,10 +157,6 @@ def _of_labels(head: HeadShape) -> str:
         lines += "label_flat_bias = Gather <axis = 0> (bias, labels)\n"
         lines += "label_bias = Unsqueeze (label_flat_bias, axis_1)\n"
     return lines + _logits(head, "label_")
-
-
-def _widen(head: HeadShape, stored: str, wide: str) -> str:
-    return f"{wide} = Identity ({stored})\n" if head.dtype == "fp32" else f"{wide} = Cast <to = 1> ({stored})\n"
 
 
 def _logits(head: HeadShape, p: str) -> str:
@@ -278,7 +276,7 @@ def _all_logits(head: HeadShape) -> str:
 
 
 def head_tests(
-    graph: TrainingGraph, end: HeadEnd, weights: Arrays, hidden_states: npt.NDArray[np.float32]
+    graph: TrainingGraph, end: HeadEnd, weights: Arrays, hidden_states: npt.NDArray[np.float32], dtype: StoredDtype
 ) -> Iterator[GoldenCase]:
     """Hidden states of the base model; labels are random.
 
@@ -293,7 +291,6 @@ def head_tests(
         "grad_scale": np.array(0.125, np.float32),
     }
     inputs = {spec.name: values[spec.name] for spec in graph.inputs}
-    dtype: StoredDtype = graph.inputs[0].dtype  # type: ignore[assignment]
     golden = reference(inputs, end, graph.kind)
     exact = golden if dtype == "fp32" else reference(inputs, end, graph.kind, stored=True)
     single = reference(inputs, end, graph.kind, torch.float32, stored=dtype != "fp32")
@@ -322,4 +319,4 @@ def make(materials: Materials) -> Iterator[GraphWithCases]:
     end, hidden_states = materials.head, materials.hidden_states
     for graph in head_graphs(HeadShape.of(end, materials.head_spec)):
         rows = LOGITS_ROWS if graph.kind == "head_logits" else len(hidden_states)
-        yield graph, head_tests(graph, end, materials.head_weights, hidden_states[:rows])
+        yield graph, head_tests(graph, end, materials.head_weights, hidden_states[:rows], materials.head_spec.dtype)

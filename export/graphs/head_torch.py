@@ -20,6 +20,7 @@ from dlora.cloud.model.base_model import HeadEnd
 from dlora.protocol.manifest import GraphKind
 
 from .arrays import Arrays, Inputs, to_floats
+from .stored_weight import wide
 
 if TYPE_CHECKING:
     from .head import HeadShape
@@ -36,6 +37,7 @@ class _Weights:
     head: HeadShape
     weight: Tensor
     row_scales: Tensor | None
+    group_scales: Tensor | None
     bias: Tensor | None
 
     @classmethod
@@ -43,16 +45,22 @@ class _Weights:
         """Of a graph's inputs the weights and those after them."""
         weight, *rest = tensors
         row_scales = rest.pop(0) if head.dtype == "int8" else None
+        group_scales = rest.pop(0) if head.dtype == "int4" else None
         bias = rest.pop(0) if head.bias else None
-        return cls(head, weight, row_scales, bias), tuple(rest)
+        return cls(head, weight, row_scales, group_scales, bias), tuple(rest)
 
     def slabs(self) -> Iterator[tuple[int, _Weights]]:
         """Where each slab of the vocabulary begins, and its weights."""
         size = max(LEAST_ROWS, -(-self.head.vocabulary_size // SLABS))
         for start in range(0, self.head.vocabulary_size, size):
             rows = slice(start, min(start + size, self.head.vocabulary_size))
-            parts = (None if part is None else part[rows] for part in (self.row_scales, self.bias))
+            others = (self.row_scales, self.group_scales, self.bias)
+            parts = (None if part is None else part[rows] for part in others)
             yield start, _Weights(self.head, self.weight[rows], *parts)
+
+    def wide(self) -> Tensor:
+        """float32 (rows, hidden), without row scales."""
+        return wide(self.weight, self.group_scales)
 
     def logits(self, hidden: Tensor, wide: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits (rows, slab) of one slab, given its weight in float32, and their slope where there is a cap."""
@@ -74,7 +82,10 @@ class _Weights:
 
     def of_labels(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The labels' own logits (rows, 1), and what each pulls its row with: ``cap' W[label]``, (rows, hidden)."""
-        row = nn.functional.embedding(labels, self.weight).float()
+        if self.group_scales is not None:
+            row = wide(self.weight.index_select(0, labels), self.group_scales.index_select(0, labels))
+        else:
+            row = nn.functional.embedding(labels, self.weight).float()
         if self.row_scales is not None:
             row = row * self.row_scales.index_select(0, labels).unsqueeze(1)
         raw = (hidden * row).sum(1, keepdim=True)
@@ -89,7 +100,7 @@ def head_train(head: HeadShape, *tensors: Tensor) -> tuple[Tensor, Tensor]:
     weights, (hidden, labels, grad_scale) = _Weights.split(head, tensors)
     running: tuple[Tensor, Tensor, Tensor] | None = None
     for _, slab in weights.slabs():
-        wide = slab.weight.float()
+        wide = slab.wide()
         logits, slope = slab.logits(hidden, wide)
         top = logits.amax(1, keepdim=True)
         peak = top if running is None else torch.maximum(running[0], top)
@@ -116,7 +127,7 @@ def head_loss(head: HeadShape, *tensors: Tensor) -> tuple[Tensor, Tensor]:
     weights, (hidden, labels) = _Weights.split(head, tensors)
     running: tuple[Tensor, Tensor, Tensor] | None = None
     for start, slab in weights.slabs():
-        logits, _ = slab.logits(hidden, slab.weight.float())
+        logits, _ = slab.logits(hidden, slab.wide())
         top, place = logits.max(1, keepdim=True)
         peak = top if running is None else torch.maximum(running[0], top)
         total, best = torch.exp(logits - peak).sum(1, keepdim=True), place + start
@@ -134,7 +145,7 @@ def head_loss(head: HeadShape, *tensors: Tensor) -> tuple[Tensor, Tensor]:
 def head_logits(head: HeadShape, *tensors: Tensor) -> Tensor:
     """``logits`` (rows, vocabulary)."""
     weights, (hidden,) = _Weights.split(head, tensors)
-    return torch.cat([slab.logits(hidden, slab.weight.float())[0] for _, slab in weights.slabs()], 1)
+    return torch.cat([slab.logits(hidden, slab.wide())[0] for _, slab in weights.slabs()], 1)
 
 
 def reference(
@@ -146,11 +157,20 @@ def reference(
     """
     hidden = torch.from_numpy(np.array(inputs["hidden_states"])).to(dtype).requires_grad_(kind == "head_train")
     weight = torch.from_numpy(np.asarray(inputs["weight"])) if stored else end.weight
-    scales = torch.from_numpy(np.asarray(inputs["row_scales"])) if stored and "row_scales" in inputs else None
-    size = max(1, REFERENCE_SLAB_VALUES // weight.shape[1])
+    by_row, by_group = (
+        torch.from_numpy(np.asarray(inputs[name])) if stored and name in inputs else None
+        for name in ("row_scales", "group_scales")
+    )
+    size = max(1, REFERENCE_SLAB_VALUES // hidden.shape[1])
     # A weight of 262,144 rows is large enough as it is: it is widened slab by slab, again for the gradient.
     products = [
-        checkpoint(_product, hidden, weight[rows], None if scales is None else scales[rows], use_reentrant=False)
+        checkpoint(
+            _product,
+            hidden,
+            weight[rows],
+            *(None if scales is None else scales[rows] for scales in (by_row, by_group)),
+            use_reentrant=False,
+        )
         for rows in (slice(start, start + size) for start in range(0, len(weight), size))
     ]
     logits = end.logits(torch.cat(products, dim=1))
@@ -165,6 +185,6 @@ def reference(
     return to_floats(losses=losses, grad_hidden_states=grad)
 
 
-def _product(hidden: Tensor, weight: Tensor, scales: Tensor | None) -> Tensor:
-    wide = weight.to(hidden.dtype)
-    return hidden @ (wide if scales is None else wide * scales.to(hidden.dtype)[:, None]).T
+def _product(hidden: Tensor, weight: Tensor, by_row: Tensor | None, by_group: Tensor | None) -> Tensor:
+    rows = (weight if by_group is None else wide(weight, by_group)).to(hidden.dtype)
+    return hidden @ (rows if by_row is None else rows * by_row.to(hidden.dtype)[:, None]).T

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.stateless import _reparametrize_module
 from transformers.pytorch_utils import Conv1D
 
-from dlora.protocol.manifest import BlockDtype
+from dlora.protocol.manifest import StoredDtype
 
 from .int4 import group_size, quantise_groups, widen_int4
 
@@ -42,17 +42,18 @@ def _is_plain(module: nn.Linear | Conv1D) -> bool:
     if type(module) in (nn.Linear, Conv1D):
         return True
     features = module.weight.shape[0 if isinstance(module, Conv1D) else 1]
-    x = torch.linspace(-1, 1, features, dtype=module.weight.dtype, device=module.weight.device)[None]
-    weight = module.weight.T if isinstance(module, Conv1D) else module.weight
+    x = torch.linspace(-1, 1, features, device=module.weight.device)[None]
+    weight = (module.weight.T if isinstance(module, Conv1D) else module.weight).float()
+    bias = None if module.bias is None else module.bias.float()
     with torch.no_grad():
         try:
             found = module(x)
         except (RuntimeError, TypeError, ValueError):
             return False
-    return isinstance(found, Tensor) and torch.allclose(found, nn.functional.linear(x, weight, module.bias), atol=1e-5)
+    return isinstance(found, Tensor) and torch.allclose(found, nn.functional.linear(x, weight, bias), atol=1e-5)
 
 
-def stored_weights(block: nn.Module, dtype: BlockDtype) -> dict[str, Tensor]:
+def stored_weights(block: nn.Module, dtype: StoredDtype) -> dict[str, Tensor]:
     """A block's weights as a device has them, by the name of their graph input: those of linear modules
     (out_features, in_features) in ``dtype``, with ``row_scales`` (out_features,) for int8; for int4 as
     ``quantise_groups`` has them, with ``group_scales``, and int8 where a row has no groups. All others are float32, or
