@@ -60,6 +60,13 @@ class Device(Section, frozen=True, kw_only=True):
     """This device"""
 
     bundle: Annotated[Path | None, basic("Bundle directory, from dlora-export.")] = None
+    verify: Annotated[
+        bool,
+        more(
+            "Read the whole bundle and check its digests, also of large files that had the right ones before and have "
+            "not changed since."
+        ),
+    ] = False
     engine: Annotated[
         EngineChoice,
         more(

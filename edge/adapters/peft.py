@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 import safetensors
 
 from dlora.edge.files import make_directory, storage_errors, write_atomically
@@ -89,7 +90,7 @@ class LoadedAdapter:
 
 def save_adapter(
     directory: Path,
-    modules: Sequence[SavedModule],
+    modules: Iterable[SavedModule],
     *,
     r: int,
     lora_alpha: float,
@@ -104,7 +105,8 @@ def save_adapter(
     """Write an adapter that ``PeftModel.from_pretrained`` loads.
 
     Args:
-        modules: at least one, all of rank ``r``; no others are written.
+        modules: at least one, all of rank ``r``; no others are written. With ``parts``, which have the exact values,
+            in float16, and else in float32.
         target_modules: what the user asked for, for the model card; the configuration names ``modules``.
         fan_in_fan_out: whether the targets are ``Conv1D`` (GPT-2).
         parts: what it was trained as, where that is another kind than ``lora``.
@@ -118,23 +120,18 @@ def save_adapter(
 
     Raises ``StorageError``.
     """
-    assert modules
-    for module in modules:  # they may be of a file
-        if module.lora_A.shape[0] != r or module.lora_B.shape[1] != r:
-            raise ValueError(f"{module.name} has not rank {r}")
+    tensors = _tensors(modules, r, is_narrow=parts is not None)
+    names = sorted({name.rpartition(".lora_")[0].removeprefix(_PREFIX) for name in tensors})
+    assert names
     make_directory(directory)
     config = _config(
-        sorted(module.name for module in modules),
+        names,
         r=r,
         lora_alpha=lora_alpha,
         base_model_name=base_model_name,
         fan_in_fan_out=fan_in_fan_out,
         invocation=invocation,
     )
-    tensors = {}
-    for module in modules:
-        tensors[f"{_PREFIX}{module.name}.lora_A.weight"] = np.ascontiguousarray(module.lora_A, np.float32)
-        tensors[f"{_PREFIX}{module.name}.lora_B.weight"] = np.ascontiguousarray(module.lora_B, np.float32)
     config_path, weights_path = directory / CONFIG_NAME, directory / WEIGHTS_NAME
     # PEFT and transformers look for this very "format".
     digest = _sha256(safetensors_chunks(tensors, {"format": "pt"}))
@@ -168,9 +165,31 @@ def save_adapter(
     save_parts(directory, parts, digest)
     _write_record(directory, record)
     card = model_card(
-        len(modules), r, lora_alpha, base_model_name, target_modules, acts_on_answers=bool(invocation), record=record
+        len(names), r, lora_alpha, base_model_name, target_modules, acts_on_answers=bool(invocation), record=record
     )
     write_atomically(directory / CARD_NAME, card.encode())
+
+
+def _tensors(modules: Iterable[SavedModule], r: int, *, is_narrow: bool) -> dict[str, npt.NDArray[Any]]:
+    """By the names of PEFT's file; of one group, whose modules have one A, it is in memory once."""
+    tensors: dict[str, npt.NDArray[Any]] = {}
+    given_a: FloatArray | None = None
+    kept_a: npt.NDArray[Any] = np.empty(0)
+    for module in modules:
+        if module.lora_A.shape[0] != r or module.lora_B.shape[1] != r:  # they may be of a file
+            raise ValueError(f"{module.name} has not rank {r}")
+        if module.lora_A is not given_a:
+            given_a, kept_a = module.lora_A, _stored(module.lora_A, is_narrow)
+        tensors[f"{_PREFIX}{module.name}.lora_A.weight"] = kept_a
+        tensors[f"{_PREFIX}{module.name}.lora_B.weight"] = _stored(module.lora_B, is_narrow)
+    return tensors
+
+
+def _stored(values: FloatArray, is_narrow: bool) -> npt.NDArray[Any]:
+    """float16, unless it cannot hold some value, or float32."""
+    if is_narrow and np.abs(values).max(initial=0.0) <= np.finfo(np.float16).max:
+        return np.ascontiguousarray(values, np.float16)
+    return np.ascontiguousarray(values, np.float32)
 
 
 def load_adapter(directory: Path) -> LoadedAdapter:

@@ -109,7 +109,7 @@ class TrainingClient:
             raise UsageError("Settings.of(bundle=...): name a bundle")
         if settings.placement.device_blocks not in ("0", "all"):
             raise UsageError("device_blocks: a client's blocks are all here or all on the server, all or 0")
-        bundle = Bundle.open(settings.device.bundle)
+        bundle = Bundle.open(settings.device.bundle, verify=settings.device.verify)
         init_path = settings.adapter.init_adapter
         init = None if init_path is None else load_adapter(init_path)
         config, dataset = resolve_settings(settings, bundle.manifest, init, datasets_of(settings, bundle, data))

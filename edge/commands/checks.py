@@ -126,7 +126,7 @@ def _executorch() -> str:
 def _bundle(path: Path) -> str:
     from dlora.edge.engine.bundle import Bundle
 
-    manifest = Bundle.open(path).manifest
+    manifest = Bundle.open(path, verify=True).manifest
     engines = " and ".join(manifest.engines)
     return f"{path}: {manifest.base_model.name}, {len(manifest.files)} files, every digest right, for {engines}"
 

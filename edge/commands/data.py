@@ -62,7 +62,7 @@ def data(
     if share and settings.data.eval is not None:
         raise UsageError("--hold-out makes held-out data, and --eval names some: leave one of them out")
     assert settings.device.bundle is not None  # the decorator asks for it
-    opened = Bundle.open(settings.device.bundle)
+    opened = Bundle.open(settings.device.bundle, verify=settings.device.verify)
     display = Display(json_output=json_output)
     with display.reading() as on_tick:
         look = Look(settings.data.eval, out, show, line or ())

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from dlora.edge.wire.recorder import Recorder
 
 MODEL: Final = (
-    "bundle", "server", "token_file", "ca", "client_cert", "client_key", "insecure", "wire_dtype", "send", "passes",
-    "max_retry_s", "device_blocks", "engine", "threads",
+    "bundle", "verify", "server", "token_file", "ca", "client_cert", "client_key", "insecure", "wire_dtype", "send",
+    "passes", "max_retry_s", "device_blocks", "engine", "threads",
 )  # fmt: skip
 """The settings that such a command takes."""
 CHANGES: Final[dict[str, dict[str, Any]]] = {
@@ -93,7 +93,8 @@ class UsedModel:
                 "until the session ends; it could keep it for good (SECURITY.md)"
             )
         assert settings.device.bundle is not None  # every such command asks for it
-        return cls(settings, Bundle.open(settings.device.bundle), credentials, adapter, drafts, lends)
+        bundle = Bundle.open(settings.device.bundle, verify=settings.device.verify)
+        return cls(settings, bundle, credentials, adapter, drafts, lends)
 
     def with_adapter(self, adapter: Path | None) -> UsedModel:
         """The same base model with another adapter."""

@@ -51,7 +51,7 @@ def make_plan(settings: Settings, display: Any) -> dict[str, Any]:
 
     memory = available_memory(settings.placement.memory)
     assert settings.device.bundle is not None
-    bundle = Bundle.open(settings.device.bundle)
+    bundle = Bundle.open(settings.device.bundle, verify=settings.device.verify)
     init = None
     if settings.adapter.init_adapter is not None:
         from dlora.edge.adapters.peft import load_adapter

@@ -28,7 +28,7 @@ def selftest(
 
     from .golden import run_selftest
 
-    result = run_selftest(Bundle.open(bundle), threads, engine)
+    result = run_selftest(Bundle.open(bundle, verify=True), threads, engine)
     print_result(result, show, json_output=json_output)
     if not result["passed"]:
         raise typer.Exit(1)

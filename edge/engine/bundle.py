@@ -13,7 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from dlora.protocol.errors import BundleError
-from dlora.protocol.manifest import GraphKind, GraphSpec, Manifest, check_file, load_manifest
+from dlora.protocol.manifest import GraphKind, GraphSpec, Manifest, load_manifest
+
+from .checked_files import CheckedFiles
 
 _STORED: Final[dict[str, np.dtype[Any]]] = {"<f4": np.dtype("<f4"), "<f2": np.dtype("<f2"), "|i1": np.dtype("i1")}
 _MAGIC: Final = b"\x93NUMPY\x01\x00"
@@ -34,11 +36,15 @@ class Bundle:
         self._weights: dict[str, tuple[npt.NDArray[Any], mmap.mmap]] = {}
 
     @classmethod
-    def open(cls, path: Path) -> Bundle:
-        """Open a bundle and check every file's size and SHA-256. Raises ``BundleError``."""
-        manifest = load_manifest(path)
+    def open(cls, path: Path, *, verify: bool = False) -> Bundle:
+        """Open a bundle and check every file's size and SHA-256. Raises ``BundleError``.
+
+        ``verify``: large files, too, that had the right one before and have not changed since.
+        """
+        manifest, checked = load_manifest(path), CheckedFiles()
         for name, spec in manifest.files.items():
-            check_file(path, name, spec)
+            checked.check(path, name, spec, again=verify)
+        checked.save()
         return cls(path, manifest)
 
     def weight(self, name: str) -> npt.NDArray[Any]:

@@ -79,7 +79,7 @@ def start_run(settings: Settings, start: Start, display: Display, make_watchers:
     key_file = settings.placement.cache_key_file
     cache_key = None if key_file is None else CacheKey.load(key_file, display.warn)
     check_place(out, resume=start.resume)
-    bundle = Bundle.open(bundle_path)
+    bundle = Bundle.open(bundle_path, verify=settings.device.verify)
     manifest = bundle.manifest
     init = _init_adapter(settings, manifest)
     begun, loaded = None, None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -289,18 +289,11 @@ class AdapterTraining:
         where the last signal has not come.
         """
         self.wait_for_signal()
-        modules = []
-        for index, group in enumerate(self.adapters.groups):
-            scale = np.float32(self.adapters.scale(index))
-            if scale > 0:
-                modules += [
-                    replace(module, lora_B=module.lora_B * scale) if scale < 1 else module for module in group.factors()
-                ]
         tensors, config = self.adapters.parts(), self.config
         parts = None
         if tensors:
             parts = Parts(config.adapter.kind, config.adapter.rank, config.scaling, self.adapters.gains, tensors)
-        self._save_modules(directory, modules, parts, training)
+        self._save_modules(directory, self._factors(), parts, training)
 
     def copy_adapter(self, source: Path, directory: Path, **known: Any) -> None:
         """Write an adapter of this run again, elsewhere or there. ``known``: of its ``TrainingRecord``, what is known
@@ -309,7 +302,7 @@ class AdapterTraining:
         training = loaded.record.training if loaded.record is not None else None
         if training is not None:
             training = msgspec.structs.replace(training, **known)
-        self._save_modules(directory, list(loaded.modules.values()), loaded.parts, training)
+        self._save_modules(directory, loaded.modules.values(), loaded.parts, training)
 
     def take_adapter(self, source: Path) -> bool:
         """Go on with the weights of an adapter of this run; False, and nothing is done, where units have been killed:
@@ -321,8 +314,15 @@ class AdapterTraining:
 
     # -- inside ------------------------------------------------------------------------------------------
 
+    def _factors(self) -> Iterator[SavedModule]:
+        """What has an effect, a group at a time."""
+        for index, group in enumerate(self.adapters.groups):
+            scale = np.float32(self.adapters.scale(index))
+            for module in group.factors() if scale > 0 else ():
+                yield replace(module, lora_B=module.lora_B * scale) if scale < 1 else module
+
     def _save_modules(
-        self, directory: Path, modules: list[SavedModule], parts: Parts | None, training: TrainingRecord | None
+        self, directory: Path, modules: Iterable[SavedModule], parts: Parts | None, training: TrainingRecord | None
     ) -> None:
         config, manifest = self.config, self.bundle.manifest
         asked = target_modules_of(config.adapter.target_modules or None) or manifest.defaults.target_modules

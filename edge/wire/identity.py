@@ -5,7 +5,6 @@ The server tells by it which sessions are one device's. It is no secret and prov
 
 from __future__ import annotations
 
-import os
 import secrets
 from collections.abc import Callable
 from contextlib import suppress
@@ -13,14 +12,13 @@ from pathlib import Path
 from typing import Annotated, Final
 
 import msgspec
-import platformdirs
 
 from dlora.edge.files import make_directory, turn_in, write_atomically
+from dlora.edge.state import STATE_VARIABLE, state_directory
 from dlora.protocol.errors import StorageError
 from dlora.protocol.files import read_regular
 from dlora.protocol.structure_words import structure_words
 
-STATE_VARIABLE: Final = "DLORA_EDGE_STATE"
 FILE_NAME: Final = "device.json"
 
 
@@ -39,8 +37,7 @@ def load_device_id(state_dir: Path | None = None, warn: Callable[[str], None] = 
         state_dir: where it is kept; by default ``$DLORA_EDGE_STATE``, else the user's state directory.
         warn: called with one line where a damaged file is replaced, or nothing can be kept.
     """
-    named = state_dir or os.environ.get(STATE_VARIABLE)
-    directory = Path(named) if named else platformdirs.user_state_path("dlora-edge")
+    directory = state_directory(state_dir)
     try:
         make_directory(directory)
         with turn_in(directory):
