@@ -89,6 +89,14 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.fixture
+def exact_factors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adapters are saved with float32 factors, for gradients that are held against torch's."""
+    import numpy as np
+
+    monkeypatch.setattr("dlora.edge.adapters.peft.NARROW", np.float32)
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyFactory]:
     """``tiny().bundle``, ``tiny("gpt2", blocks=3).base``: made once a test run, for tests that only read them."""

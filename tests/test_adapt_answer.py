@@ -191,6 +191,7 @@ def test_uninvoked_adapter_is_the_base_model(runs: Runs, kind: str) -> None:
         assert loss_of(model, list(evaluation_batches(uninvoked, 2))).item() == pytest.approx(loss, abs=1e-5)
 
 
+@pytest.mark.usefixtures("exact_factors")
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_those_of_peft(runs: Runs, kind: str, tmp_path: Path) -> None:
     """Of each module's lora_B, which PEFT has of every kind; of a core by way of it."""

@@ -355,7 +355,7 @@ def test_deadlines_match_the_docs() -> None:
 
 def test_docs_are_short_but_for_the_log() -> None:
     pages = [page for page in DOCS if page.is_relative_to(ROOT / "docs") and not page.is_relative_to(ROOT / "docs/log")]
-    assert sum(len(re.findall(r"\S*\w\S*", page.read_text())) for page in pages) <= 43_500
+    assert sum(len(re.findall(r"\S*\w\S*", page.read_text())) for page in pages) <= 45_500
 
 
 def test_make_targets_in_docs_exist() -> None:

@@ -128,7 +128,7 @@ def test_saved_adapter_has_the_same_loss_in_peft_and_as_what_it_was_trained_as(
     widths = []
     for _ in range(2):
         with runs.open(tmp_path) as model:
-            assert evaluate(model, DATA, 4).loss == pytest.approx(in_peft, abs=1e-5)
+            assert evaluate(model, DATA, 4).loss == pytest.approx(in_peft, abs=1e-4)  # whose factors are float16
             if not widths:
                 kept = {tensor.dtype for group in model.session.adapters.groups for tensor in group.adapter_state}
                 assert kept == stored

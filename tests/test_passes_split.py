@@ -52,6 +52,7 @@ def test_gradients_of_lora_are_those_of_torch(family: str, passes: str, tiny: Ti
 
 
 @pytest.mark.parametrize("passes", PASSES)
+@pytest.mark.usefixtures("exact_factors")
 @pytest.mark.parametrize("family", [*FAMILIES, *(pytest.param(each, marks=pytest.mark.slow) for each in MORE_FAMILIES)])
 def test_gradients_of_the_default_are_those_of_torch(
     family: str, passes: str, tiny: TinyFactory, tmp_path: Path
@@ -81,6 +82,7 @@ def test_gradients_of_the_default_are_those_of_torch(
         assert np.linalg.norm(found - wanted) / np.linalg.norm(wanted) < 1e-4, group.name
 
 
+@pytest.mark.usefixtures("exact_factors")
 def test_gradients_of_frozen_factors_are_those_of_torch(tiny: TinyFactory, tmp_path: Path) -> None:
     bundle, dataset = tiny(head_dtype="fp32").bundle, random_dataset(VOCABULARY)
     run = config(kind="ffa", target_modules=("all-linear",), passes="2,2")

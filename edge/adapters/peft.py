@@ -45,6 +45,8 @@ _MAX_NUMBER: Final = 2**31
 _MAX_NAME: Final = 256
 _MAX_INVOCATION: Final = 256
 _MAX_CONFIG_BYTES: Final = 16 << 20
+NARROW: Final[Any] = np.float16
+"""Of weights whose exact values stand in ``adapter_parts.safetensors``, unless it cannot hold some of them."""
 
 # Settings of PEFT under which B A x is not all that the adapter does: each must be absent or falsy.
 _UNSUPPORTED: Final = {
@@ -186,10 +188,8 @@ def _tensors(modules: Iterable[SavedModule], r: int, *, is_narrow: bool) -> dict
 
 
 def _stored(values: FloatArray, is_narrow: bool) -> npt.NDArray[Any]:
-    """float16, unless it cannot hold some value, or float32."""
-    if is_narrow and np.abs(values).max(initial=0.0) <= np.finfo(np.float16).max:
-        return np.ascontiguousarray(values, np.float16)
-    return np.ascontiguousarray(values, np.float32)
+    is_narrow &= bool(np.abs(values).max(initial=0.0) <= np.finfo(NARROW).max)
+    return np.ascontiguousarray(values, NARROW if is_narrow else np.float32)
 
 
 def load_adapter(directory: Path) -> LoadedAdapter:

@@ -139,7 +139,7 @@ def run_of(out: Path, *, steps: list[int], weight: float, adam_steps: int) -> Pa
     chosen = config()
     run = RunIdentity(
         settings={}, units=chosen.units, device_blocks=0, total_steps=2, part_begins=0, seed=(0,), invocation=(),
-        keeps_outputs=False, base_model="", head="", block_dtype="", groups="", data="",
+        keeps_outputs=False, base_model="", head="", embedding="", block_dtype="", groups="", data="",
     )  # fmt: skip
     state = TrainerState(next_step=2, run=run, ticket=b"", states=[1], fade_ages=[0], adam_steps=[adam_steps], gains={})
     save_checkpoint(out / "checkpoints", 2, {"a": np.full(3, weight, np.float32)}, state)
