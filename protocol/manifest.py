@@ -9,14 +9,14 @@ no path of a manifest that was loaded needs another look; a field that holds one
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from functools import cache
-from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Final, Literal
+from pathlib import Path
+from typing import Annotated, Final, Literal
 
 import msgspec
 import msgspec.inspect
 
+from .bundle_paths import lies_inside, paths_in
 from .errors import BundleError
 from .groups import GroupSpec
 from .limits import MAX_RANK
@@ -294,7 +294,7 @@ def load_manifest(bundle: Path) -> Manifest:
     path = bundle / MANIFEST_NAME
     try:
         root = bundle.resolve()
-        if not _lies_inside(bundle, root, MANIFEST_NAME):
+        if not lies_inside(bundle, root, MANIFEST_NAME):
             raise BundleError(f"{path} is a link to a file outside the bundle; do not use this bundle")
         _check_is_regular_file(path)
         with path.open("rb") as file:
@@ -332,10 +332,10 @@ def load_manifest(bundle: Path) -> Manifest:
         raise BundleError(f"{path}: its device_blocks are not the last ones; export the bundle again")
     if len({block.path for block in blocks}) != len(blocks):
         raise BundleError(f"{path}: two of its device_blocks have the same path; export the bundle again")
-    for field, name in _paths_in(manifest, _type_of_manifest(), "manifest"):
+    for field, name in paths_in(manifest, _type_of_manifest(), "manifest"):
         if name not in manifest.files:
             raise BundleError(f"{path}: {field} is {name!r}, which its files do not list; export the bundle again")
-        if not _lies_inside(bundle, root, name):
+        if not lies_inside(bundle, root, name):
             raise BundleError(f"{path}: {field} names a file outside the bundle: {name!r}; do not use this bundle")
     return manifest
 
@@ -343,41 +343,6 @@ def load_manifest(bundle: Path) -> Manifest:
 @cache
 def _type_of_manifest() -> msgspec.inspect.Type:
     return msgspec.inspect.type_info(Manifest)
-
-
-def _paths_in(value: Any, type_info: msgspec.inspect.Type, field: str) -> Iterator[tuple[str, str]]:
-    """Every path that stands anywhere in ``value``, with the name of its field: what its type calls ``BundlePath``."""
-    match type_info:
-        case msgspec.inspect.Metadata(extra={"path": True}):
-            yield field, value
-        case msgspec.inspect.StructType(fields=fields):
-            for member in fields:
-                yield from _paths_in(getattr(value, member.name), member.type, f"{field}.{member.name}")
-        case msgspec.inspect.UnionType(types=types):
-            for some_type in types if value is not None else ():
-                yield from _paths_in(value, some_type, field)
-        case msgspec.inspect.VarTupleType(item_type=item_type):
-            for item in value:
-                yield from _paths_in(item, item_type, field)
-        case msgspec.inspect.DictType(key_type=key_type, value_type=value_type):
-            for key, item in value.items():
-                yield from _paths_in(key, key_type, field)
-                yield from _paths_in(item, value_type, f"{field}.{key}")
-        case _:
-            pass
-
-
-def _lies_inside(bundle: Path, root: Path, name: str) -> bool:
-    """Whether ``name`` is a path as docs/reference/bundle.md has them, and leads nowhere else, not even by a symbolic
-    link. ``root``: ``bundle`` as it is where no link is left."""
-    path = PurePosixPath(name)
-    is_plain = bool(path.parts) and str(path) == name and not {"\\", "\0"} & set(name)
-    if not is_plain or path.is_absolute() or ".." in path.parts:
-        return False
-    try:
-        return (bundle / name).resolve().is_relative_to(root)
-    except (OSError, RuntimeError):  # links in a circle
-        return False
 
 
 def _check_is_regular_file(path: Path) -> None:
