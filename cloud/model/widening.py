@@ -49,6 +49,12 @@ def stored_weight(module: nn.Embedding | nn.Linear) -> nn.Parameter:
     return weight
 
 
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """A module's class, as it was before ``compute_in_float32``."""
+    found: type[nn.Module] = getattr(type(module), "_dlora_class", type(module))
+    return found
+
+
 @contextmanager
 def widened_again() -> Iterator[None]:
     """While what a backward pass keeps of a widened weight is the weight itself, which it then widens again."""
@@ -85,7 +91,8 @@ def _widening(kind: type[nn.Module], narrow: tuple[str, ...]) -> type[nn.Module]
         return property(lambda module: _wide(module._parameters[name]))
 
     members: dict[str, Any] = {name: read(name) for name in narrow}
-    return type(kind.__name__, (kind,), {**members, "__module__": kind.__module__, "__qualname__": kind.__qualname__})
+    members |= {"_dlora_class": kind, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    return type(kind.__name__, (kind,), members)
 
 
 def _wide(stored: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ GROUP_SIZES: Final = (32, 16)
 """Values that share a scale: the first of these that divides a row."""
 
 LOWEST: Final = -8
+_PIECE_VALUES: Final = 1 << 18  # of a weight at a time: 1 MB when wide, which a core's caches hold
 _TRIED: Final = tuple(step / 20 for step in range(14, 23))  # scales, of the one that wastes no value
 
 
@@ -30,21 +31,30 @@ def quantise_groups(weight: Tensor, size: int) -> tuple[Tensor, Tensor]:
     Each group has the scale with the least squared error of those around the one that makes its largest value -8. It is
     infinite where fp16 cannot hold any.
     """
-    groups = weight.float().reshape(weight.shape[0], -1, size)
+    pieces = weight.split(max(1, _PIECE_VALUES // weight.shape[1]))
+    packed, scales = zip(*(_quantise(piece.float().reshape(len(piece), -1, size)) for piece in pieces), strict=True)
+    return torch.cat(packed), torch.cat(scales)
+
+
+def _quantise(groups: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of a few rows (rows, groups, size)."""
     extremes = groups.gather(2, groups.abs().argmax(2, keepdim=True))
     usual = extremes / LOWEST
     best = torch.full_like(usual, torch.inf)
-    values, scales = torch.zeros_like(groups), torch.full_like(usual, torch.inf).half()
+    scales = torch.full_like(usual, torch.inf).half()
     for factor in _TRIED:
         tried = (usual * factor).half()
         tried[tried == 0] = 1.0
-        rounded = torch.round(groups / tried.float()).clamp(LOWEST, -LOWEST - 1)
-        error = (rounded * tried.float() - groups).square().sum(2, keepdim=True)
+        rounded = _rounded(groups, tried)
+        error = rounded.mul_(tried.float()).sub_(groups).square_().sum(2, keepdim=True)
         better = error < best
-        best = torch.where(better, error, best)
-        values, scales = torch.where(better, rounded, values), torch.where(better, tried, scales)
-    first, second = values.split(size // 2, 2)
+        best, scales = torch.where(better, error, best), torch.where(better, tried, scales)
+    first, second = _rounded(groups, scales).chunk(2, 2)
     return (16 * second + first - LOWEST).to(torch.int8), scales
+
+
+def _rounded(groups: Tensor, scales: Tensor) -> Tensor:
+    return torch.div(groups, scales.float()).round_().clamp_(LOWEST, -LOWEST - 1)
 
 
 def widened(packed: Tensor, scales: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.stateless import _reparametrize_module
 from transformers.pytorch_utils import Conv1D
 
+from dlora.cloud.model.widening import class_of
 from dlora.protocol.manifest import StoredDtype
 
 from .int4 import group_size, quantise_groups, widen_int4
@@ -39,7 +40,7 @@ def linears(block: nn.Module) -> dict[str, nn.Linear | Conv1D]:
 
 def _is_plain(module: nn.Linear | Conv1D) -> bool:
     """Whether a linear module does what its name says, whatever class of its own a family has for it."""
-    if type(module) in (nn.Linear, Conv1D):
+    if class_of(module) in (nn.Linear, Conv1D):
         return True
     features = module.weight.shape[0 if isinstance(module, Conv1D) else 1]
     x = torch.linspace(-1, 1, features, device=module.weight.device)[None]
