@@ -22,11 +22,12 @@ _FIELD: Final = re.compile(r"^(Pss|Pss_Anon):\s+(\d+) kB$", re.MULTILINE)
 
 @dataclass
 class Sample:
-    """At one time, in MB of 10**6 bytes: all of it, and what of it no file has."""
+    """At one time, in MB of 10**6 bytes: all of it, what of it no file has, and what disks were asked for so far."""
 
     at: float
     pss_mb: float
     anonymous_mb: float
+    read_mb: float = 0.0
 
 
 @dataclass
@@ -36,7 +37,6 @@ class Ran:
     Attributes:
         lines: of stderr, each with the time at which it came.
         cpu_s: processor seconds of the command and its children.
-        read_bytes: that disks were asked for.
     """
 
     output: str
@@ -45,12 +45,16 @@ class Ran:
     began: float = 0.0
     ended: float = 0.0
     cpu_s: float = 0.0
-    read_bytes: int = 0
 
     def time_of(self, words: str, *, last: bool = False) -> float:
         """When a line with these words came, the first or the last of them; the end where none did."""
         found = [at for at, line in self.lines if words in line]
         return (found[-1] if last else found[0]) if found else self.ended
+
+    def read_mb(self, begin: float = 0.0, end: float = float("inf")) -> float:
+        """What disks were asked for in a time."""
+        during = [each.read_mb for each in self.samples if begin <= each.at <= end]
+        return max(during) - min(during) if during else 0.0
 
     def peak(self, begin: float = 0.0, end: float = float("inf")) -> Sample:
         """The largest sample of a time."""
@@ -83,7 +87,6 @@ def run_measured(command: Sequence[object], *, cgroup: Path | None = None, may_f
         sample = sample_tree(process.pid)
         if sample is not None:
             ran.samples.append(sample)
-        ran.read_bytes = max(ran.read_bytes, _read_bytes(process.pid))
         time.sleep(SAMPLE_S)
     for thread in threads:
         thread.join()
@@ -110,7 +113,7 @@ def sample_tree(process: int) -> Sample | None:
         except OSError:  # it has just ended
             continue
         total = {name: total[name] + int(found.get(name, 0)) for name in total}
-    return Sample(time.time(), total["Pss"] * 1024 / 1e6, total["Pss_Anon"] * 1024 / 1e6)
+    return Sample(time.time(), total["Pss"] * 1024 / 1e6, total["Pss_Anon"] * 1024 / 1e6, _read_bytes(process) / 1e6)
 
 
 def _read_bytes(process: int) -> int:

@@ -31,7 +31,8 @@ class Embedding:
         if not keep_table:
             release_freed_memory()  # what the last step left free, else the table comes on top of it
         weights = {name: self._bundle.weight(file) for name, file in self._files.items()}
-        (hidden_states,) = self._graph({**weights, "ids": ids})
+        with self._bundle.reading_rows(self._files.values()):
+            (hidden_states,) = self._graph({**weights, "ids": ids})
         if not keep_table:
             # The system maps the neighbours of each page that is touched: a few steps would bring in the whole table.
             for file in self._files.values():
