@@ -300,9 +300,10 @@ def test_without_onnxruntime_its_engine_names_the_extra(bundle: Path, tmp_path: 
     assert "dlora[edge]" in done.stderr
 
 
-@pytest.mark.parametrize("choice", ["auto", "executorch"])
-def test_bundle_for_executorch_alone_works(tiny: TinyFactory, choice: str, tmp_path: Path) -> None:
-    model = tiny(rank=2, head_dtype="int8", engine="executorch", num_key_value_heads=4, **FEW_SHAPES)
+@pytest.mark.parametrize(("choice", "ends"), [("auto", "int8"), ("executorch", "int4")])
+def test_bundle_for_executorch_alone_works(tiny: TinyFactory, choice: str, ends: Any, tmp_path: Path) -> None:
+    shapes = {"num_key_value_heads": 4, **FEW_SHAPES}
+    model = tiny(rank=2, head_dtype=ends, embedding_dtype=ends, engine="executorch", **shapes)
     assert not list(model.bundle.rglob("*.onnx"))
     assert load_manifest(model.bundle).engines == ("executorch",)
     data = tmp_path / "data.jsonl"

@@ -50,16 +50,22 @@ def _files(directory: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("family", "head_dtype", "target_modules"),
+    ("family", "head_dtype", "embedding_dtype", "target_modules"),
     [
-        ("llama", "fp16", None),
-        ("gemma2", "fp16", ("all-linear",)),
-        ("gpt2", "fp32", None),
-        ("cohere", "int8", ("q_proj", "down_proj")),
+        ("llama", "fp16", None, None),
+        ("gemma2", "fp16", None, ("all-linear",)),
+        ("gpt2", "fp32", None, None),
+        ("cohere", "int8", None, ("q_proj", "down_proj")),
+        ("gemma2", "int4", "int4", None),
+        ("llama", "int4", "int8", None),
+        ("gemma2", "int8", "int8", None),
     ],
 )
-def test_a_bundle_is_complete(tmp_path: Path, family: str, head_dtype: Any, target_modules: Any) -> None:
-    settings = _settings(tmp_path, family, rank=4, alpha=8.0, head_dtype=head_dtype, target_modules=target_modules)
+def test_a_bundle_is_complete(
+    tmp_path: Path, family: str, head_dtype: Any, embedding_dtype: Any, target_modules: Any
+) -> None:
+    dtypes = {"head_dtype": head_dtype, "embedding_dtype": embedding_dtype}
+    settings = _settings(tmp_path, family, rank=4, alpha=8.0, target_modules=target_modules, **dtypes)
     made = export_bundle(settings)
     manifest = load_manifest(settings.out)
     assert manifest == made
@@ -71,7 +77,9 @@ def test_a_bundle_is_complete(tmp_path: Path, family: str, head_dtype: Any, targ
     names = [target.name for group in manifest.groups for target in group.targets]
     assert without_gains(manifest.groups) == base.groups(names)
     assert manifest.head.tied == (family != "llama")
-    assert (manifest.head.weight == manifest.embedding.weight) == (manifest.head.tied and head_dtype != "int8")
+    is_shared = manifest.head.tied and manifest.head.dtype == manifest.embedding.dtype
+    assert (manifest.head.weight == manifest.embedding.weight) == is_shared
+    assert ("weights/head.npy" in manifest.files) != is_shared
     assert manifest.tokenizer.stop_token_ids == (2,)
     assert manifest.tokenizer.chat_template
     tokenizer = Tokenizer.from_file(str(settings.out / manifest.tokenizer.file))
@@ -80,13 +88,24 @@ def test_a_bundle_is_complete(tmp_path: Path, family: str, head_dtype: Any, targ
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
+@pytest.mark.parametrize("ends", [{"head_dtype": "int4"}, {"embedding_dtype": "int4"}])
+def test_rows_without_groups_cannot_be_int4(tmp_path: Path, ends: dict[str, Any]) -> None:
+    save_tiny(tmp_path / "model", hidden_size=24, head_dim=6)
+    settings = _settings(tmp_path, **ends)
+    (option,) = ends
+    with pytest.raises(
+        ExportError, match=f"rows of 24 numbers cannot be stored in int4.* --{option.replace('_', '-')} int8"
+    ):
+        export_bundle(settings)
+    assert not settings.out.exists()
+
+
 def _run_golden(bundle: Path, manifest: Manifest) -> None:
     """What a device's self-test does: every graph on its golden inputs and the mapped weights."""
     golden = safetensors.numpy.load_file(bundle / manifest.golden)
-    head_files = {"weight": manifest.head.weight, "row_scales": manifest.head.row_scales, "bias": manifest.head.bias}
     for graph in manifest.graphs:
         stem = f"{graph.kind}.{graph.key}" if graph.key else graph.kind
-        files = {"weight": manifest.embedding.weight} if graph.kind == "embedding" else head_files
+        files = manifest.embedding.weight_files if graph.kind == "embedding" else manifest.head.weight_files
         session = start_session((bundle / graph.files["onnx"]).read_bytes())
         inputs = {
             spec.name: golden[f"{stem}.in.{spec.name}"]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import weakref
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from families import FAMILIES, MORE_FAMILIES, save_tiny
 
+from dlora.cloud.model import widening
 from dlora.cloud.model.base_model import BaseModel, find_embedding, find_source, load_model
-from dlora.cloud.model.widening import compute_in_float32
+from dlora.cloud.model.widening import compute_in_float32, widened_again
 
 HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -48,25 +51,27 @@ def test_so_it_is_of_other_families(family: str, tmp_path: Path) -> None:
         assert torch.equal(wide.model(input_ids=ids).logits, narrow.model(input_ids=ids).logits)
 
 
-def test_gradients_keep_no_wide_weight(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_widened_again", [True, False])
+def test_gradients_keep_no_wide_weight(is_widened_again: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a backward pass, weights are widened again: all of them at once would be twice the files."""
-    from dlora.cloud.model.widening import widened_again
-
     wide, narrow = _both(tmp_path, "llama", "bfloat16")
-    found, kept = [], 0
+    made: list[weakref.ref[torch.Tensor]] = []
+    original = widening._wide
 
-    def count(tensor: torch.Tensor) -> torch.Tensor:
-        nonlocal kept
-        kept += tensor.dtype == torch.float32 and tensor.shape[-2:] in shapes
-        return tensor
+    def counted(stored: torch.Tensor) -> torch.Tensor:
+        found = original(stored)
+        if found.ndim == 2:
+            made.append(weakref.ref(found))
+        return found
 
-    shapes = {target.weight.shape for target in narrow.targets.values()}
-    shapes |= {shape[::-1] for shape in shapes}
+    monkeypatch.setattr(widening, "_wide", counted)
+    found = []
     for base in (wide, narrow):
         embeds = find_embedding(base)(torch.arange(6)[None]).requires_grad_()
-        with widened_again(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            pass
-        with widened_again():
+        with widened_again() if is_widened_again else nullcontext():
             hidden = base.last_hidden_state(embeds)
+        alive = [each for each in made if each() is not None]
+        assert bool(alive) == (base is narrow and not is_widened_again)
         found.append(torch.autograd.grad(hidden.square().sum(), embeds)[0])
+    assert len(made) >= len(narrow.targets)
     assert torch.equal(*found)

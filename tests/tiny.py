@@ -107,6 +107,7 @@ class TinyFactory:
         rank: int = 4,
         alpha: float = 8.0,
         head_dtype: StoredDtype = "fp16",
+        embedding_dtype: StoredDtype | None = None,
         target_modules: tuple[str, ...] | None = None,
         engine: Literal["onnx", "executorch", "both"] = "onnx",
         device_blocks: int = 0,
@@ -123,7 +124,7 @@ class TinyFactory:
             self._weights[model] = Weights(directory, family, seed, changes)
         settings = {
             "rank": rank, "alpha": alpha, "head_dtype": head_dtype, "target_modules": target_modules, "engine": engine,
-            "device_blocks": device_blocks, "block_dtype": block_dtype,
+            "device_blocks": device_blocks, "block_dtype": block_dtype, "embedding_dtype": embedding_dtype,
         }  # fmt: skip
         key = model, *settings.values()
         if key not in self._made:

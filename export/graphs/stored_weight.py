@@ -34,7 +34,7 @@ def weight_inputs(dtype: StoredDtype, rows: int, width: int) -> tuple[TensorSpec
     if dtype == "int4":
         size = group_size(width)
         if size is None:
-            raise ExportError(f"rows of {width} numbers cannot be stored in int4; use int8")
+            raise ExportError(f"rows of {width} numbers cannot be stored in int4")
         groups = width // size
         return (
             TensorSpec("weight", "int8", (rows, groups, size // 2)),
