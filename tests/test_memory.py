@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,9 @@ import pytest
 from tiny import TinyFactory
 
 from dlora.cloud.model.memory import machine_bytes
+from dlora.edge.engine.bundle import Bundle
+from dlora.edge.engine.onnx_engine import OnnxEngine
+from dlora.edge.model.ends import Embedding
 
 
 def printed(code: str) -> str:
@@ -99,3 +103,20 @@ def test_machine_bytes_respects_control_groups(
         (tmp_path / "own").write_text(own)
     found = machine_bytes(tmp_path / "cgroup", tmp_path / "own")
     assert found == (wanted or psutil.virtual_memory().total)
+
+
+def test_rows_are_read_without_their_neighbours(tiny: TinyFactory) -> None:
+    """While a table is looked up in, the system is told so, and told the opposite for who reads it whole."""
+    bundle = Bundle.open(tiny().bundle)
+    file = bundle.manifest.embedding.weight
+    weight, told = bundle.weight(file), list[int]()
+
+    class Mapping:
+        """Notes what is advised."""
+
+        def madvise(self, advice: int) -> None:
+            told.append(advice)
+
+    bundle._weights[file] = weight, Mapping()  # type: ignore[assignment]
+    Embedding(bundle, OnnxEngine(bundle))(np.array([1, 2, 3]))
+    assert told == [mmap.MADV_RANDOM, mmap.MADV_NORMAL, mmap.MADV_DONTNEED]

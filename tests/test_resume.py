@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from processes import finish, run_edge, start_edge
 from safetensors.numpy import load_file
@@ -96,6 +97,7 @@ def wait_for_lines(path: Path, count: int) -> None:
 def test_stopped_run_resumes_with_the_same_bits(place: Place, whole: dict[str, Path], kr: str, tmp_path: Path) -> None:
     process = start_edge(*place.train(tmp_path, *KR[kr]))
     wait_for_lines(tmp_path / "metrics.jsonl", SAVE_EVERY + 3)
+    assert not psutil.Process(process.pid).children()  # whose tokenizer would take as much memory as training
     process.send_signal(signal.SIGINT)
     stopped = finish(process)
     assert stopped.code == 130, stopped.stderr

@@ -45,6 +45,7 @@ def _describe_bundle(path: Path) -> dict[str, Any]:
         **_defaults("default", DEFAULT_KIND, manifest),
         **_defaults("lora", "lora", manifest),
         "head_dtype": manifest.head.dtype,
+        "embedding_dtype": manifest.embedding.dtype,
         **_device_blocks(manifest),
         "graphs": len(manifest.graphs),
         "engines": ", ".join(manifest.engines),
