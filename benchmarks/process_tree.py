@@ -40,6 +40,7 @@ class Ran:
     """
 
     output: str
+    code: int = 0
     lines: list[tuple[float, str]] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     began: float = 0.0
@@ -95,7 +96,8 @@ def run_measured(command: Sequence[object], *, cgroup: Path | None = None, may_f
     ended = os.times()
     ran.ended = time.time()
     ran.cpu_s = ended.children_user + ended.children_system - began.children_user - began.children_system
-    if process.returncode and not may_fail:
+    ran.code = process.returncode
+    if ran.code and not may_fail:
         log("\n".join(line for _, line in ran.lines[-5:]))
         raise SystemExit(f"error: {' '.join(map(str, command[:5]))} … failed; its error is above")
     return ran

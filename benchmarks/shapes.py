@@ -108,10 +108,11 @@ def _measure(place: Place, *, keep: bool) -> dict[str, Any]:
             found["server_rest_mb"] = round(_settled(server), 1)
             for ends, bundle in bundles.items():
                 found[f"device_{ends}"] = _train(place, bundle, url, server)
+            found["device_executorch"] = _on_executorch(place, url, server)
             found["answer"] = _answer(place, bundles["int4"], url)
             found["trunk"] = {"blocks": blocks} | _train(place, trunk, url, server, "--device-blocks", blocks)
             for ends in ENDS:
-                if (place.name, ends) in DEVICE_MB and place.name == "llama-3.2-1b":
+                if place.name == "llama-3.2-1b":
                     limit = DEVICE_MB[place.name, ends] * 1.1
                     found[f"in_cgroup_{ends}"] = _train_in_cgroup(place, bundles[ends], url, limit)
     finally:
@@ -147,11 +148,11 @@ def _settled(server: int) -> float:
     return sample.pss_mb
 
 
-def _train(place: Place, bundle: Path, url: str, server: int, *options: object) -> dict[str, Any]:
+def _train(place: Place, bundle: Path, url: str, server: int, *options: object, engine: str = "onnx") -> dict[str, Any]:
     log(f"  training with {bundle.name}")
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
-        command = _train_command(place, bundle, url, out, *options)
+        command = _train_command(place, bundle, url, out, *options, "--engine", engine)
         highest, ran = _with_server(server, command)
         set_up, training, saving = (
             ran.time_of("adapters: "), ran.time_of("held-out loss before"), ran.time_of("step ", last=True)
@@ -177,6 +178,20 @@ def _train(place: Place, bundle: Path, url: str, server: int, *options: object) 
             "parts_mb": round(_file_mb(out / "adapter_parts.safetensors"), 1),
             "plan_mb": _planned(place, bundle, *options),
         }
+
+
+def _on_executorch(place: Place, url: str, server: int) -> dict[str, Any]:
+    """The same as with the int8 head on ONNX Runtime, or why not."""
+    bundle = place.work / f"{place.name}-executorch"
+    try:
+        command = [sys.executable, "-m", "dlora.export", place.model, "--out", bundle, "--force", *ENDS["int8"]]
+        log("  exporting for ExecuTorch")
+        ran = run_measured([*command, "--engine", "executorch"], may_fail=True)
+        if not ran.code:
+            return _train(place, bundle, url, server, engine="executorch")
+        return {"not_run": ran.lines[-1][1] if ran.lines else "the export failed"}
+    finally:
+        shutil.rmtree(bundle, ignore_errors=True)
 
 
 def _train_command(place: Place, bundle: Path, url: str, out: Path, *options: object) -> list[object]:
