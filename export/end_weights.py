@@ -3,10 +3,9 @@ be larger than ten blocks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from dlora.cloud.model.base_model import EmbeddingEnd, HeadEnd
 from dlora.export.graphs.arrays import Arrays
 from dlora.export.graphs.head import CALL_ROWS
 from dlora.export.graphs.stored_weight import weight_inputs
-from dlora.export.tracing.int4 import quantise_groups
+from dlora.export.tracing.int4 import group_size, quantise_groups
 from dlora.export.tracing.modules import quantise_rows
 from dlora.protocol.errors import ExportError
 from dlora.protocol.manifest import EmbeddingSpec, HeadSpec, StoredDtype
@@ -59,34 +58,24 @@ def _save_weight(bundle: Path, end: str, weight: Tensor, dtype: StoredDtype) -> 
         raise ExportError(f"the {end} cannot be stored so: {error}; use --{end}-dtype int8") from None
     files = {spec.name: f"{FOLDER}/{end}{'' if spec.name == 'weight' else f'_{spec.name}'}.npy" for spec in inputs}
     shapes = {files[spec.name]: [int(size) for size in spec.shape] for spec in inputs}
-    narrow = _narrowing(end, dtype, width // shapes[files["weight"]][1])
-    pieces = ([tensor.numpy() for tensor in narrow(piece)] for piece in weight.split(max(1, _PIECE_VALUES // width)))
-    saved = save_pieces(bundle, shapes, pieces)
+
+    def pieces() -> Iterator[list[Any]]:
+        for rows_of_piece in weight.split(max(1, _PIECE_VALUES // width)):
+            narrow = _narrow(rows_of_piece, dtype)
+            if not bool(torch.isfinite(narrow[-1]).all()):
+                advice = "" if dtype == "fp32" else f"; use --{end}-dtype fp32"
+                raise ExportError(f"the {end} has values that {dtype} cannot hold{advice}")
+            yield [tensor.numpy() for tensor in narrow]
+
+    saved = save_pieces(bundle, shapes, pieces())
     return files, {name: saved[file] for name, file in files.items()}
 
 
-def _narrowing(end: str, dtype: StoredDtype, size: int) -> Callable[[Tensor], tuple[Tensor, ...]]:
-    """What makes graph inputs of rows; ``size``: of groups."""
+def _narrow(rows: Tensor, dtype: StoredDtype) -> tuple[Tensor, ...]:
+    """The graph inputs that rows (rows, width) are, those whose values may be infinite last."""
     if dtype == "int8":
-        return quantise_rows
-    if dtype == "int4":
-        return partial(_checked_groups, end, size)
-    return partial(_checked_floats, end, torch.float16 if dtype == "fp16" else torch.float32)
-
-
-def _checked_groups(end: str, size: int, rows: Tensor) -> tuple[Tensor, ...]:
-    values, scales = quantise_groups(rows, size)
-    _check(end, "int4", scales)
-    return values, scales
-
-
-def _checked_floats(end: str, dtype: torch.dtype, rows: Tensor) -> tuple[Tensor, ...]:
-    values = rows.to(dtype)
-    _check(end, "fp16" if dtype == torch.float16 else "fp32", values)
-    return (values,)
-
-
-def _check(end: str, dtype: StoredDtype, values: Tensor) -> None:
-    if not bool(torch.isfinite(values).all()):
-        advice = "" if dtype == "fp32" else f"; use --{end}-dtype fp32"
-        raise ExportError(f"the {end} has values that {dtype} cannot hold{advice}")
+        return quantise_rows(rows)
+    size = group_size(rows.shape[1])
+    if dtype == "int4" and size is not None:
+        return quantise_groups(rows, size)
+    return (rows.to(torch.float16 if dtype == "fp16" else torch.float32),)

@@ -30,21 +30,18 @@ def save_pieces(
         for each in pieces:
             if not opened:
                 for (name, shape), piece in zip(shapes.items(), each, strict=True):
-                    with _disk_errors(bundle / name):
-                        (bundle / name).parent.mkdir(parents=True, exist_ok=True)
-                        opened.append(files.enter_context((bundle / name).open("wb")))
-                        about = {
-                            "descr": np.lib.format.dtype_to_descr(piece.dtype),
-                            "fortran_order": False,
-                            "shape": tuple(shape),
-                        }
-                        np.lib.format.write_array_header_1_0(opened[-1], about)
+                    files.enter_context(_disk_errors(bundle / name))  # of closing it, too, which writes
+                    (bundle / name).parent.mkdir(parents=True, exist_ok=True)
+                    opened.append(files.enter_context((bundle / name).open("wb")))
+                    about = {
+                        "descr": np.lib.format.dtype_to_descr(piece.dtype),
+                        "fortran_order": False,
+                        "shape": tuple(shape),
+                    }
+                    np.lib.format.write_array_header_1_0(opened[-1], about)
             for file, piece in zip(opened, each, strict=True):
                 with _disk_errors(Path(file.name)):
                     file.write(np.ascontiguousarray(piece).data)
-        for file in opened:
-            with _disk_errors(Path(file.name)):
-                file.flush()
     return {name: np.load(bundle / name, mmap_mode="c") for name in shapes}
 
 

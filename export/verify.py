@@ -146,6 +146,6 @@ def _check_rounding(graph: TrainingGraph, exact: Arrays, rounding: Rounding) -> 
         if not error <= rounding.bounds[name]:
             finer = {"int4": "int8, fp16 or fp32", "int8": "fp16 or fp32"}.get(rounding.dtype, "fp32")
             raise ExportError(
-                f"{rounding.dtype} is too coarse for the head of this model: {name} of {graph.name} is off by "
-                f"{error:.1e}, allowed is {rounding.bounds[name]:.0e}; use --head-dtype {finer}"
+                f"{rounding.dtype} is too coarse for the {rounding.end} of this model: {name} of {graph.name} is off "
+                f"by {error:.1e}, allowed is {rounding.bounds[name]:.0e}; use --{rounding.end}-dtype {finer}"
             )

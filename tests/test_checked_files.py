@@ -44,6 +44,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
         check_file(bundle, name, spec)
 
     monkeypatch.setattr(checked_files, "check_file", counted)
+    monkeypatch.setattr(checked_files, "SETTLED_S", 0.0)
     return made
 
 
@@ -75,6 +76,29 @@ def test_a_copy_in_its_place_is_read(place: Place) -> None:
     copy.write_bytes(place.file.read_bytes())
     copy.replace(place.file)
     assert [place.check(), place.check()] == [1, 0]
+
+
+def test_a_file_that_has_just_changed_is_not_remembered_yet(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may change once more within the same tick of the file system's clock."""
+    monkeypatch.setattr(checked_files, "SETTLED_S", 60.0)
+    assert [place.check(), place.check()] == [1, 1]
+
+
+def test_another_size_in_the_manifest_is_refused(place: Place) -> None:
+    place.check()
+    place.spec = FileSpec(9 * LEAST_BYTES, place.spec.sha256)
+    with pytest.raises(BundleError, match="its size is not the manifest's"):
+        place.check()
+
+
+def test_two_processes_remember_both_files(place: Place, tmp_path: Path) -> None:
+    other = Place(tmp_path / "other", LEAST_BYTES)
+    one, two = CheckedFiles(), CheckedFiles()
+    one.check(place.bundle, NAME, place.spec, again=False)
+    two.check(other.bundle, NAME, other.spec, again=False)
+    one.save()
+    two.save()
+    assert [place.check(), CheckedFiles()._digests.keys() == {*one._found, *two._found}] == [0, True]
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b'{"1:2:3:4:5": 6}', b"\xff\xfe", b"[" * 100_000])

@@ -25,6 +25,7 @@ from tokenizers import Tokenizer
 
 from dlora.cloud.model.base_model import BaseModel, find_source
 from dlora.export.bundle import export_bundle
+from dlora.export.npy_files import save_array
 from dlora.export.settings import ExportSettings
 from dlora.export.verify import start_session
 from dlora.protocol.errors import ExportError, StorageError, UsageError
@@ -98,6 +99,14 @@ def test_rows_without_groups_cannot_be_int4(tmp_path: Path, ends: dict[str, Any]
     ):
         export_bundle(settings)
     assert not settings.out.exists()
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    """Also where the last bytes are written as the file is closed."""
+    (tmp_path / "head.npy").symlink_to("/dev/full")
+    for rows in (1, 1 << 20):
+        with pytest.raises(StorageError, match=r"head\.npy: No space left on device; free space or"):
+            save_array(tmp_path, "head.npy", np.zeros(rows))
 
 
 def _run_golden(bundle: Path, manifest: Manifest) -> None:

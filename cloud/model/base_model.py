@@ -28,7 +28,7 @@ from .gradients import check_causality, trace_gradients
 from .hub import reach
 from .loading import load_model, quiet
 from .source import ModelSource, find_source, public_name
-from .widening import dtype_of_computing
+from .widening import dtype_of_computing, weight_as_loaded
 
 __all__ = [
     "BaseModel",
@@ -356,7 +356,7 @@ def _trace(
         if name in refused:
             continue
         block, module = linears[name]
-        rows, columns = module.weight.shape
+        rows, columns = weight_as_loaded(module).shape
         in_features, out_features = (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
         if tensor.shape[:-1].numel() != TRACE_TOKENS:
             # A router that sends only some tokens through an expert calls it once, but not with all of them.

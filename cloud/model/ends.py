@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dlora.protocol.errors import ExportError
 
-from .widening import multiply_by_slabs, stored_weight
+from .widening import multiply_by_slabs, weight_as_loaded
 
 if TYPE_CHECKING:
     from .base_model import BaseModel
@@ -81,13 +81,13 @@ def find_head(base: BaseModel) -> HeadEnd:
     module = base.lm_head
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
     softcap = getattr(config, "final_logit_softcapping", None)
-    weight = stored_weight(module)
+    weight = weight_as_loaded(module)
     return HeadEnd(
         weight=weight.detach(),
         bias=None if module.bias is None else module.bias.detach(),
         logit_scale=scale,
         softcap=None if softcap is None else float(softcap),
-        tied=weight is stored_weight(base.token_embedding),
+        tied=weight is weight_as_loaded(base.token_embedding),
     )
 
 

@@ -9,11 +9,15 @@ from contextlib import contextmanager, redirect_stderr
 from functools import cache
 from pathlib import Path
 
+import msgspec
+import safetensors
 import torch
 import transformers
 from huggingface_hub.utils import logging as hub_logging
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import cached_file
 
 from dlora.protocol.errors import DloraError, ExportError
 from dlora.protocol.text import first_line
@@ -24,7 +28,7 @@ from .source import ModelSource
 def load_model(source: ModelSource, dtype: torch.dtype | None = torch.float32) -> PreTrainedModel:
     """Load the causal language model of ``source``.
 
-    ``dtype``: None: that of its files, which are mapped into memory then; float32 for a GGUF file, which has none.
+    ``dtype``: None: that of its files where all of them have one, which are mapped into memory then; else float32.
 
     Raises ``ExportError`` where it cannot be had, is not decoder-only, or is not a language model.
     """
@@ -37,7 +41,8 @@ def load_model(source: ModelSource, dtype: torch.dtype | None = torch.float32) -
                         f"{source.name} is an encoder-decoder model ({config.model_type}); "
                         "only decoder-only models are supported"
                     )
-                return AutoModelForCausalLM.from_pretrained(source.location, dtype=dtype or "auto")
+                dtype = dtype or _dtype_of_files(source.location)
+                return AutoModelForCausalLM.from_pretrained(source.location, dtype=dtype)
             with _gguf_once():
                 return AutoModelForCausalLM.from_pretrained(
                     source.location, gguf_file=source.gguf_file, dtype=dtype or torch.float32
@@ -53,6 +58,34 @@ def load_model(source: ModelSource, dtype: torch.dtype | None = torch.float32) -
                 f"check the name and the network ({reason})"
             )
             raise ExportError(f"{source.name} {text}") from None
+
+
+def _dtype_of_files(location: str) -> torch.dtype:
+    """bfloat16 or float16 where all floats of the safetensors files are, whatever the config says; else float32.
+
+    Raises as transformers' ``cached_file``.
+    """
+    names = [SAFE_WEIGHTS_NAME]
+    index = cached_file(location, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
+    if index is not None:
+        names = sorted(set(msgspec.json.decode(Path(index).read_bytes(), type=_Index).weight_map.values()))
+    found = set[str]()
+    for name in names:
+        path = cached_file(location, name, _raise_exceptions_for_missing_entries=False)
+        if path is None:
+            return torch.float32
+        with safetensors.safe_open(path, "pt") as file:
+            found |= {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118  # it is no dict
+    floats = {each for each in found if each.startswith(("F", "BF"))}
+    if len(floats) != 1:
+        return torch.float32
+    return {"BF16": torch.bfloat16, "F16": torch.float16}.get(floats.pop(), torch.float32)
+
+
+class _Index(msgspec.Struct):
+    """Of a model whose weights are in several files: the file of each."""
+
+    weight_map: dict[str, str]
 
 
 @contextmanager

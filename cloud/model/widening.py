@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -20,7 +21,8 @@ _HALVES: Final = (torch.bfloat16, torch.float16)
 
 
 def compute_in_float32(model: PreTrainedModel) -> None:
-    """Let ``model`` compute as if it had been loaded in float32; its parameters keep their dtype. Not undone."""
+    """Let ``model`` compute as if it had been loaded in float32; its parameters keep their dtype. It is not undone, and
+    such a model is not to be copied: what was changed looks at this one's weights."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     for module in model.modules():
         _widen_buffers(model, module)
@@ -31,7 +33,7 @@ def compute_in_float32(model: PreTrainedModel) -> None:
             module.__dict__["forward"] = _of_rows(module, module.forward)
             continue
         module.__class__ = _widening(type(module), narrow)
-        if module is head and isinstance(module, nn.Linear):
+        if module is head and class_of(module).forward is nn.Linear.forward:
             module.__dict__["forward"] = _by_slabs(module)
     model._dlora_computes_in = torch.float32  # type: ignore[assignment]
 
@@ -42,7 +44,7 @@ def dtype_of_computing(model: PreTrainedModel) -> torch.dtype:
     return dtype
 
 
-def stored_weight(module: nn.Embedding | nn.Linear) -> nn.Parameter:
+def weight_as_loaded(module: nn.Module) -> nn.Parameter:
     """A module's weight in the dtype of its file."""
     weight = module._parameters["weight"]
     assert weight is not None
@@ -59,20 +61,27 @@ def class_of(module: nn.Module) -> type[nn.Module]:
 def widened_again() -> Iterator[None]:
     """While what a backward pass keeps of a widened weight is the weight itself, which it then widens again."""
 
-    def pack(tensor: Tensor) -> Tensor | tuple[Tensor, torch.Size, tuple[int, ...]]:
+    def pack(tensor: Tensor) -> Callable[[], Tensor]:
         whole = tensor if tensor._base is None else tensor._base
         stored = getattr(whole, "_dlora_stored", None)
-        is_all = whole.is_contiguous() and tensor.numel() == whole.numel()
-        return tensor if stored is None or not is_all else (stored, tensor.shape, tensor.stride())
+        if stored is None or not stored.is_contiguous() or tensor.dtype != torch.float32:
+            return partial(_unchanged, tensor, tensor._version)
+        # The same part of the stored weight, an expert's say: the wide one lies as this does.
+        offset = stored.storage_offset() + tensor.storage_offset()
+        part: Tensor = stored.detach().as_strided(tensor.shape, tensor.stride(), offset)
+        return part.float
 
-    def unpack(kept: Tensor | tuple[Tensor, torch.Size, tuple[int, ...]]) -> Tensor:
-        if isinstance(kept, Tensor):
-            return kept
-        stored, shape, stride = kept
-        return _wide(stored).as_strided(shape, stride)
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda unpack: unpack()):
         yield
+
+
+def _unchanged(tensor: Tensor, version: int) -> Tensor:
+    """As autograd looks at it where there are no hooks."""
+    if tensor._version != version:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation"
+        )
+    return tensor
 
 
 def multiply_by_slabs(x: Tensor, weight: Tensor) -> Tensor:
@@ -107,7 +116,9 @@ def _widen_buffers(model: PreTrainedModel, module: nn.Module) -> None:
     """Those that are in no file were computed in half precision: compute them again."""
     halves = {name: buffer for name, buffer in module.named_buffers(recurse=False) if buffer.dtype in _HALVES}
     for name, buffer in halves.items():
-        module._buffers[name] = buffer.float()
+        wide = buffer.float()
+        wide._is_hf_initialized = name not in module._non_persistent_buffers_set  # type: ignore[attr-defined]
+        module._buffers[name] = wide
     if halves.keys() & module._non_persistent_buffers_set:
         for parameter in module.parameters():
             parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers leaves alone what says so
@@ -135,7 +146,7 @@ def _by_slabs(module: nn.Linear) -> Callable[[Tensor], Tensor]:
     """``x W^T + bias`` in float32, of a weight that is widened slab by slab."""
 
     def multiply(x: Tensor) -> Tensor:
-        products = multiply_by_slabs(x, stored_weight(module).detach())
+        products = multiply_by_slabs(x, weight_as_loaded(module).detach())
         return products if module.bias is None else products + module.bias.float()
 
     return multiply

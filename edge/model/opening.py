@@ -19,6 +19,7 @@ from dlora.protocol import interrupts
 from dlora.protocol import messages as m
 from dlora.protocol.choices import Send, TableDtype
 from dlora.protocol.errors import BundleError, NonFiniteError, UsageError
+from dlora.protocol.manifest import StoredDtype
 from dlora.protocol.wire_codecs import Codecs
 
 from .decode_blocks import DecodeBlocks
@@ -67,8 +68,8 @@ class Opening:
 
     @property
     def table(self) -> TableDtype | None:
-        """Of the embedding, where a server is to guess: it has no table that is narrower."""
-        dtype = self.bundle.manifest.embedding.dtype
+        """Of the embedding, where a server is to guess. It has none of integers, and needs none for token ids."""
+        dtype: StoredDtype = "fp16" if self.send == "token-ids" else self.bundle.manifest.embedding.dtype
         return dtype if self.drafts and (dtype == "fp32" or dtype == "fp16") else None
 
     def connect(self) -> Connection:

@@ -90,7 +90,7 @@ class HeadShape:
 
 def head_graphs(head: HeadShape) -> tuple[TrainingGraph, ...]:
     """``head_train``, ``head_loss`` and ``head_logits``."""
-    weights = [*weight_inputs(head.dtype, head.vocabulary_size, head.hidden_size)]
+    weights = list(weight_inputs(head.dtype, head.vocabulary_size, head.hidden_size))
     if head.bias:
         weights.append(TensorSpec("bias", "fp32", (head.vocabulary_size,)))
     hidden = TensorSpec("hidden_states", "fp32", ("rows", head.hidden_size))
@@ -299,7 +299,7 @@ def head_tests(
     if graph.kind == "head_loss":  # logits are no output of it, but say which predictions are right
         choose = partial(_predictions, exact["logits"], tolerances["logits"])
         golden, exact = ({"losses": each["losses"]} for each in (golden, exact))
-    yield GoldenCase(inputs, exact, tolerances, Rounding(dtype, golden, ROUNDING[dtype]), choose)
+    yield GoldenCase(inputs, exact, tolerances, Rounding(dtype, "head", golden, ROUNDING[dtype]), choose)
 
 
 def _predictions(logits: npt.NDArray[np.generic], tolerance: float, found: Mapping[str, Arrays]) -> Arrays:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +25,7 @@ CEILING: Final = 1e-3  # whatever torch's own error is, more is no rounding
 
 @dataclass(frozen=True)
 class Rounding:
-    """What it costs to store a weight as ``dtype``.
+    """What it costs to store the weight of an end as ``dtype``.
 
     Attributes:
         golden: the outputs of the weight as it was.
@@ -33,6 +33,7 @@ class Rounding:
     """
 
     dtype: StoredDtype
+    end: Literal["head", "embedding"]
     golden: Arrays
     bounds: Mapping[str, float]
 

@@ -33,9 +33,15 @@ STEPS = 4
 RUN = config(total_steps=STEPS, kill_revive={"active_fraction": 0.5, "warmup_steps": 0})
 YEAR_S = 366 * 86_400.0
 WALL_CLOCK = re.compile(r"\btime\.(time|gmtime|localtime)\b|from time import|\bdatetime\.(now|today|utcnow)\b")
-MAY_READ_IT = {  # on the device for dates that are shown
+MAY_READ_IT = {  # on the device for dates that are shown, and beside the times of files
     "cloud": {"admission/tokens.py", "commands/tokens.py"},
-    "edge": {"report/tensorboard.py", "data/chat.py", "endpoint/formats.py", "endpoint/responses.py"},
+    "edge": {
+        "report/tensorboard.py",
+        "data/chat.py",
+        "endpoint/formats.py",
+        "endpoint/responses.py",
+        "engine/checked_files.py",
+    },
     "protocol": set(),
 }
 
