@@ -15,7 +15,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,25 +100,37 @@ def _measure(place: Place, *, keep: bool) -> dict[str, Any]:
     blocks = math.ceil(0.4 * place.shape.config["num_hidden_layers"])
     bundles = {ends: place.work / f"{place.name}-{ends}" for ends in ENDS}
     trunk = place.work / f"{place.name}-trunk"
+    kept = place.work / f"{place.name}.json"  # so that an hour's work is not done again
+    found |= json.loads(kept.read_text()) if kept.exists() else {}
+
+    def once(name: str, measure: Callable[..., Any], *arguments: Any) -> None:
+        if name not in found:
+            found[name] = measure(*arguments)
+            kept.write_text(json.dumps(found))
+
     try:
         for ends, bundle in bundles.items():
-            found[f"export_{ends}"] = _export(place, bundle, *ENDS[ends])
-        found["export_trunk"] = _export(place, trunk, *ENDS["int4"], "--device-blocks", blocks, "--block-dtype", "int4")
+            once(f"export_{ends}", _export, place, bundle, *ENDS[ends])
+        of_trunk = "--device-blocks", blocks, "--block-dtype", "int4"
+        once("export_trunk", _export, place, trunk, *ENDS["int4"], *of_trunk)
         with _server(place) as (url, server):
-            found["server_rest_mb"] = round(_settled(server), 1)
+            once("server_rest_mb", _settled, server)
             for ends, bundle in bundles.items():
-                found[f"device_{ends}"] = _train(place, bundle, url, server)
-            found["device_executorch"] = _on_executorch(place, url, server)
-            found["answer"] = _answer(place, bundles["int4"], url)
-            found["trunk"] = {"blocks": blocks} | _train(place, trunk, url, server, "--device-blocks", blocks)
+                once(f"device_{ends}", _train, place, bundle, url, server)
+            once("device_executorch", _on_executorch, place, url, server)
+            once("answer", _answer, place, bundles["int4"], url)
+            once("trunk", _train, place, trunk, url, server, *of_trunk[:2])
             for ends in ENDS:
                 if place.name == "llama-3.2-1b":
                     limit = DEVICE_MB[place.name, ends] * 1.1
-                    found[f"in_cgroup_{ends}"] = _train_in_cgroup(place, bundles[ends], url, limit)
-    finally:
-        for path in (*bundles.values(), trunk, *([] if keep else [place.model])):
-            shutil.rmtree(path, ignore_errors=True)
-    return found
+                    once(f"in_cgroup_{ends}", _train_in_cgroup, place, bundles[ends], url, limit)
+    except BaseException:
+        log(f"  what is measured so far is kept in {kept}, and {place.name} goes on from there with the same --work")
+        raise
+    for path in (*bundles.values(), trunk, *([] if keep else [place.model])):
+        shutil.rmtree(path, ignore_errors=True)
+    kept.unlink()
+    return {**found, "trunk_blocks": blocks}
 
 
 def _export(place: Place, bundle: Path, *options: object) -> dict[str, float]:
@@ -137,7 +149,10 @@ def _export(place: Place, bundle: Path, *options: object) -> dict[str, float]:
 @contextmanager
 def _server(place: Place) -> Iterator[tuple[str, int]]:
     log("  starting the server")
-    with cloud_process(str(place.model), place.threads, "--dtype", "bfloat16") as server:
+    # A session sketches its data while it is set up: of an 8B model 2 GB of the server's memory.
+    most = round((psutil.virtual_memory().total - weight_bytes(place.shape)) / 2e6)
+    limits = "--live-mb", str(most), "--quota-live-mb", str(most)
+    with cloud_process(str(place.model), place.threads, "--dtype", "bfloat16", *limits) as server:
         yield server
 
 
@@ -145,7 +160,7 @@ def _settled(server: int) -> float:
     time.sleep(2)
     sample = sample_tree(server)
     assert sample is not None
-    return sample.pss_mb
+    return round(sample.pss_mb, 1)
 
 
 def _train(place: Place, bundle: Path, url: str, server: int, *options: object, engine: str = "onnx") -> dict[str, Any]:
