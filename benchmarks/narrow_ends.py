@@ -1,8 +1,9 @@
 """What a narrower LM head and token embedding cost in loss, after training with them.
 
 Each set is trained with a bundle of each kind, with the default recipe, and tested with the adapter and the bundle that
-it was trained with: what a device has. Prints one JSON object and puts bars into ``docs/log/benchmarks/shapes.json``:
-the mean over sets and seeds of what is lost to fp16.
+it was trained with: what a device has. Losses are kept in ``docs/log/benchmarks/narrow-ends.json``, where a run that is
+there is not made again; the mean over seeds of what is lost to fp16 stands as bars in ``shapes.json`` beside it. Prints
+one JSON object.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from economy_data import load
 
 from dlora.edge.data.tokenizer import EdgeTokenizer
 from dlora.edge.engine.bundle import Bundle
+from dlora.edge.files import make_directory, write_atomically
 
 SETS: Final = ("b10", "b20", "dialogue")
 ENDS: Final[dict[str, tuple[str, ...]]] = {
@@ -40,7 +42,9 @@ def main() -> None:
     parser.add_argument("--ends", default=",".join(ENDS), help="fp16 is what the others are compared with")
     options = parser.parse_args()
     ends = options.ends.split(",")
-    found: dict[str, dict[str, list[float]]] = {}
+    make_directory(options.docs / "benchmarks")
+    kept = options.docs / "benchmarks" / "narrow-ends.json"
+    found: dict[str, dict[str, dict[str, float]]] = json.loads(kept.read_text()) if kept.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         for each in ends:
@@ -52,22 +56,24 @@ def main() -> None:
                 load(name, options.data, work, tokenizer)
                 for seed in range(options.seeds):
                     for each in ends:
+                        losses = found.setdefault(name, {}).setdefault(each, {})
+                        if str(seed) in losses:
+                            continue
                         loss = _test_loss(work, name, each, seed, url, options.steps, options.threads)
                         log(f"{name}, seed {seed}, {each}: {loss:.4f}")
-                        found.setdefault(name, {}).setdefault(each, []).append(loss)
-    lost = {
-        each: {
-            name: [loss - base for loss, base in zip(of_set[each], of_set["fp16"], strict=True)]
-            for name, of_set in found.items()
-        }
-        for each in ends
-        if each != "fp16"
-    }
+                        losses[str(seed)] = round(loss, 4)
+                        write_atomically(kept, json.dumps(found, indent=1).encode() + b"\n")
+    lost: dict[str, dict[str, list[float]]] = {}
+    for name, of_set in found.items():
+        for each in of_set.keys() - {"fp16"}:
+            both = of_set[each].keys() & of_set["fp16"].keys()
+            lost.setdefault(each, {})[name] = [of_set[each][seed] - of_set["fp16"][seed] for seed in sorted(both)]
     command = f"python benchmarks/narrow_ends.py --steps {options.steps} --seeds {options.seeds} --data DATA"
     bars = {
         f"lost_with_{each.replace(' ', '_')}_{name}": at_most(MOST_LOST, mean(losses), command)
         for each, of_sets in lost.items()
         for name, losses in of_sets.items()
+        if len(losses) >= options.seeds
     }
     write_bars(options.docs / "benchmarks" / "shapes.json", bars)
     print(json.dumps({"losses": found, "lost": lost}, indent=1))

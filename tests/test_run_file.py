@@ -185,7 +185,7 @@ def identity(run: Resolved) -> RunIdentity:
     return RunIdentity(
         settings={"optimizer.lr": run.optimizer.lr}, units=run.units, device_blocks=0, total_steps=run.total_steps,
         part_begins=run.part_begins, seed=run.seed, invocation=(), keeps_outputs=False, base_model="b", head="fp16",
-        block_dtype="", groups="g", data="d",
+        embedding="fp16", block_dtype="", groups="g", data="d",
     )  # fmt: skip
 
 

@@ -68,6 +68,7 @@ def run_first_step(trainer: Trainer) -> tuple[list[MicroBatch], float]:
     return batches, float(sum(part.sum() for part in losses)) / labelled
 
 
+@pytest.mark.usefixtures("exact_factors")
 @in_every_family("kind", ["bottleneck", "ffa"])
 def test_gradients_of_the_other_kinds_match_the_whole_model_in_every_family(
     family: str, kind: str, tiny: TinyFactory, tmp_path: Path

@@ -45,9 +45,8 @@ _MAX_NUMBER: Final = 2**31
 _MAX_NAME: Final = 256
 _MAX_INVOCATION: Final = 256
 _MAX_CONFIG_BYTES: Final = 16 << 20
-NARROW: Final[Any] = np.float16
-"""Of weights whose exact values stand in ``adapter_parts.safetensors``."""
-_NEAR: Final = 1e-3  # of a matrix's norm; what rounding takes is less, but for numbers below 6e-5
+NARROW: Final[Any] = np.float16  # of weights whose exact values stand in adapter_parts.safetensors
+_NEAR: Final = 1e-3  # of a matrix's norm; rounding takes less, but of numbers below 6e-5
 
 # Settings of PEFT under which B A x is not all that the adapter does: each must be absent or falsy.
 _UNSUPPORTED: Final = {
@@ -176,8 +175,7 @@ def save_adapter(
 def _tensors(modules: Iterable[SavedModule], r: int, *, is_narrow: bool) -> dict[str, npt.NDArray[Any]]:
     """By the names of PEFT's file; of one group, whose modules have one A, it is in memory once."""
     tensors: dict[str, npt.NDArray[Any]] = {}
-    given_a: FloatArray | None = None
-    kept_a: npt.NDArray[Any] = np.empty(0)
+    given_a = kept_a = np.empty(0, np.float32)
     for module in modules:
         if module.lora_A.shape[0] != r or module.lora_B.shape[1] != r:  # they may be of a file
             raise ValueError(f"{module.name} has not rank {r}")
@@ -189,12 +187,11 @@ def _tensors(modules: Iterable[SavedModule], r: int, *, is_narrow: bool) -> dict
 
 
 def _stored(values: FloatArray, is_narrow: bool) -> npt.NDArray[Any]:
-    """In ``NARROW`` where that is asked for and near enough: it is too short for large values and for small ones."""
-    if is_narrow:
-        with np.errstate(over="ignore"):
-            narrow = np.ascontiguousarray(values, NARROW)
-        if np.linalg.norm(narrow.astype(np.float32) - values) <= _NEAR * np.linalg.norm(values):
-            return narrow
+    """In ``NARROW`` where asked and near enough: it is too short for large values and for small ones."""
+    with np.errstate(over="ignore"):
+        narrow = np.ascontiguousarray(values, NARROW)
+    if is_narrow and np.linalg.norm(narrow.astype(np.float32) - values) <= _NEAR * np.linalg.norm(values):
+        return narrow
     return np.ascontiguousarray(values, np.float32)
 
 
