@@ -104,6 +104,13 @@ def log(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def write_texts(path: Path) -> None:
+    """Twenty texts of 140 words, of this repository's licence, as data to train on."""
+    words = (Path(__file__).parents[1] / "LICENSE").read_text().split()
+    rows = [" ".join(words[start : start + 140]) for start in range(0, 1400, 70)]
+    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+
+
 def need_bundle(path: Path) -> Path:
     """The bundle, or one line that says how to make it."""
     if not (path / "manifest.json").exists():

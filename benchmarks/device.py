@@ -18,13 +18,12 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
-from children import cloud_server, log, need_bundle
+from children import cloud_server, log, need_bundle, write_texts
 
 from dlora.edge.run.footprint import training_mb
 from dlora.protocol.choices import KindChoice
 from dlora.protocol.manifest import load_manifest
 
-LICENSE: Final = Path(__file__).parents[1] / "LICENSE"
 KINDS: Final[tuple[KindChoice, ...]] = ("lora", "bottleneck")
 SAMPLE_S: Final = 0.005
 
@@ -41,9 +40,7 @@ def main() -> None:
     found: dict[str, Any] = {"machine": platform.machine(), "tokens": options.tokens}
     with tempfile.TemporaryDirectory() as folder, cloud_server(options.model, options.threads) as url:
         data = Path(folder) / "text.jsonl"
-        words = LICENSE.read_text().split()
-        rows = [" ".join(words[start : start + 140]) for start in range(0, 1400, 70)]
-        data.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+        write_texts(data)
         for number, bundle in enumerate(map(need_bundle, options.bundle)):
             for kind in KINDS:
                 log(f"training {kind} with {bundle}")

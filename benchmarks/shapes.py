@@ -23,11 +23,10 @@ from typing import Any, Final
 
 import psutil
 from bars import Entry, at_least, at_most, write_bars
-from children import cloud_process, log, new_parser
+from children import cloud_process, log, new_parser, write_texts
 from process_tree import Ran, run_measured, sample_tree
 from shape_models import SHAPES, Shape, make_model, weight_bytes
 
-LICENSE: Final = Path(__file__).parents[1] / "LICENSE"
 TOKENS: Final = 128  # of a sequence; two are a step
 STEPS: Final = 4
 ANSWER_TOKENS: Final = 32
@@ -71,9 +70,7 @@ def main() -> None:
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "text.jsonl"
-        words = LICENSE.read_text().split()
-        rows = [" ".join(words[start : start + 140]) for start in range(0, 1400, 70)]
-        data.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+        write_texts(data)
         for name in names:
             place = Place(name, SHAPES[name], options.work or Path(folder), data, options.threads)
             log(f"{place.shape.title}: {weight_bytes(place.shape) / 1e9:.2f} GB")

@@ -127,13 +127,9 @@ def save_adapter(
     assert names
     make_directory(directory)
     config = _config(
-        names,
-        r=r,
-        lora_alpha=lora_alpha,
-        base_model_name=base_model_name,
-        fan_in_fan_out=fan_in_fan_out,
+        names, r=r, lora_alpha=lora_alpha, base_model_name=base_model_name, fan_in_fan_out=fan_in_fan_out,
         invocation=invocation,
-    )
+    )  # fmt: skip
     config_path, weights_path = directory / CONFIG_NAME, directory / WEIGHTS_NAME
     # PEFT and transformers look for this very "format".
     digest = _sha256(safetensors_chunks(tensors, {"format": "pt"}))
@@ -188,10 +184,11 @@ def _tensors(modules: Iterable[SavedModule], r: int, *, is_narrow: bool) -> dict
 
 def _stored(values: FloatArray, is_narrow: bool) -> npt.NDArray[Any]:
     """In ``NARROW`` where asked and near enough: it is too short for large values and for small ones."""
-    with np.errstate(over="ignore"):
-        narrow = np.ascontiguousarray(values, NARROW)
-    if is_narrow and np.linalg.norm(narrow.astype(np.float32) - values) <= _NEAR * np.linalg.norm(values):
-        return narrow
+    if is_narrow:
+        with np.errstate(over="ignore"):
+            narrow = np.ascontiguousarray(values, NARROW)
+        if np.linalg.norm(narrow.astype(np.float32) - values) <= _NEAR * np.linalg.norm(values):
+            return narrow
     return np.ascontiguousarray(values, np.float32)
 
 

@@ -201,14 +201,14 @@ class UsedModel:
                 recorder=recorder,
             )
         assert server.wire_dtype is not None
-        table = manifest.embedding.dtype
-        if self.drafts == "server" and server.send == "embeddings" and table in ("int8", "int4"):
-            raise UsageError(
-                f"--draft server needs a token embedding that the server has, too, and the bundle's is {table}: export "
-                "it with --embedding-dtype fp16, or give --send token-ids"
-            )
-        return Opening(
+        opening = Opening(
             self.bundle, None if is_all else server.server, adapter, None if is_open else count, server.wire_dtype,
             server.send, device.threads, device.engine, connecting, server.passes or "auto",
             self.drafts in ("auto", "server"), lends,
         )  # fmt: skip
+        if self.drafts == "server" and opening.table is None:
+            raise UsageError(
+                "--draft server needs a token embedding that the server has, too, and the bundle's is "
+                f"{manifest.embedding.dtype}: export it with --embedding-dtype fp16, or give --send token-ids"
+            )
+        return opening
