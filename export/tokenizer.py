@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, Final
 
@@ -30,7 +31,11 @@ def load_tokenizer(source: ModelSource, base: BaseModel) -> Any:
             "convert it to a fast tokenizer"
         )
     rows = base.token_embedding.weight.shape[0]
-    if len(tokenizer) > rows:
+    beyond = _beyond(tokenizer, rows)
+    template = str(tokenizer.chat_template or "")
+    words = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
+    ends = {_text(tokenizer.bos_token), _text(tokenizer.eos_token)}
+    if any(token in words or token in ends or token in template for token in beyond):
         raise ExportError(
             f"the tokenizer of {source.name} has {len(tokenizer)} tokens but the embedding only {rows} rows; "
             "they do not belong together"
@@ -38,12 +43,22 @@ def load_tokenizer(source: ModelSource, base: BaseModel) -> Any:
     return tokenizer
 
 
+def _beyond(tokenizer: Any, rows: int) -> list[str]:
+    """Tokens without a row of the embedding, such as Gemma 3's for images, in the models that have none."""
+    return [token for token, number in tokenizer.backend_tokenizer.get_vocab().items() if number >= rows]
+
+
 def save_tokenizer(bundle: Path, tokenizer: Any, base: BaseModel) -> TokenizerSpec:
-    """Write ``tokenizer.json`` and the chat template, where there is one."""
+    """Write ``tokenizer.json``, without tokens that have no row, and the chat template, where there is one."""
     folder = bundle / FOLDER
     folder.mkdir()
     # A copy: truncation and padding are the caller's business, and may be set on the original.
-    plain = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    text = tokenizer.backend_tokenizer.to_str()
+    if beyond := _beyond(tokenizer, base.token_embedding.weight.shape[0]):
+        parsed = json.loads(text)  # the library can add tokens and cannot remove them
+        parsed["added_tokens"] = [token for token in parsed["added_tokens"] if token["content"] not in beyond]
+        text = json.dumps(parsed)
+    plain = Tokenizer.from_str(text)
     plain.no_truncation()
     plain.no_padding()
     (folder / "tokenizer.json").write_text(plain.to_str(), encoding="utf-8")

@@ -22,6 +22,7 @@ from families import VOCABULARY, save_tiny, tiny_model
 from processes import END_TIMEOUT_S, run_export
 from small_disk import remount_read_only, small_disk
 from tokenizers import Tokenizer
+from transformers import AutoTokenizer
 
 from dlora.cloud.model.base_model import BaseModel, find_source
 from dlora.export.bundle import export_bundle
@@ -221,6 +222,23 @@ def test_failed_export_leaves_only_the_old_bundle(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="cannot hold"):
         export_bundle(_settings(tmp_path, force=True))
     assert _files(tmp_path) == before
+
+
+def test_a_token_without_a_row_is_left_out_unless_the_model_needs_it(tmp_path: Path) -> None:
+    """Gemma 3's tokenizer has one for images, which its text models have no row for."""
+    save_tiny(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.save_pretrained(tmp_path / "model")
+    assert len(tokenizer) == VOCABULARY + 1
+    export_bundle(_settings(tmp_path))
+    plain = Tokenizer.from_file(str(tmp_path / "bundle/tokenizer/tokenizer.json"))
+    assert plain.get_vocab_size() == VOCABULARY
+    assert plain.encode("w5 <image> w6").ids[0] == tokenizer("w5")["input_ids"][0]
+    tokenizer.chat_template = "{{ messages[0].content }}<image>"
+    tokenizer.save_pretrained(tmp_path / "model")
+    with pytest.raises(ExportError, match="they do not belong together"):
+        export_bundle(_settings(tmp_path, force=True))
 
 
 def test_a_tokenizer_of_another_model_or_none_is_refused(tmp_path: Path) -> None:
