@@ -1,0 +1,169 @@
+"""Linear modules whose weights are held in eight or four bits, and are made anew wherever they are used.
+
+What is held stands for bfloat16 weights, exactly: a code times a bfloat16 scale, rounded to bfloat16. So a server that
+holds int8 is a server of an ordinary bfloat16 model, bit for bit, whose bundle, fingerprint and gradients are of those
+weights; an export, a merge and PEFT take them as they are.
+
+The weights are not kept for the backward pass, as autograd would keep them: it makes them once more.
+
+int8: round(127 w / max|w|) of each row. nf4: the sixteen levels of NormalFloat4, in groups of 64 weights, and
+smaller ones where a row cannot be divided so (Dettmers et al. 2023, QLoRA, arXiv 2305.14314, appendix E).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dlora.protocol.choices import LowBits
+from dlora.protocol.errors import ExportError
+
+_NF4: Final = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+_GROUP: Final = 64
+_LARGEST: Final = 127
+_SMALLEST_SCALE: Final = 1e-30  # of a row of zeros
+
+
+class Held(NamedTuple):
+    """A weight (out_features, in_features) in few bits.
+
+    Attributes:
+        codes: int8 (out_features, in_features); or uint8 (out_features, in_features / 2), two levels of NF4 each, the
+            first in the lower half.
+        scales: bfloat16 (out_features, groups): int8 has one for each row.
+    """
+
+    codes: Tensor
+    scales: Tensor
+
+    def weight(self) -> Tensor:
+        """What is held, bfloat16."""
+        if self.codes.dtype == torch.int8:
+            return self.codes.to(torch.bfloat16).mul_(self.scales)
+        pairs = _pairs(self.codes.device).index_select(0, self.codes.flatten().int()).view(torch.bfloat16)
+        return pairs.view(*self.scales.shape, -1).mul_(self.scales[..., None]).view(len(self.codes), -1)
+
+
+class LowBitLinear(nn.Linear):
+    """A frozen linear module that holds its weight as ``Held``; ``weight`` is made anew for each who reads it."""
+
+    held_codes: Tensor
+    held_scales: Tensor
+    computes_in: torch.dtype
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """(out_features, in_features), in the dtype that the model computes in."""
+        return Held(self.held_codes, self.held_scales).weight().to(self.computes_in)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x W^T + bias``."""
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return nn.functional.linear(x, self.weight, self.bias)
+        product: Tensor = _Product.apply(x, self)  # type: ignore[no-untyped-call]
+        return product
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, module: LowBitLinear) -> Tensor:
+        ctx.module = module
+        return nn.functional.linear(x, module.weight, module.bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad @ ctx.module.weight, None
+
+
+def hold_in_low_bits(model: PreTrainedModel, bits: LowBits) -> None:
+    """Hold the weights of the linear modules, all but the LM head's, in ``bits``. The model is frozen for good.
+
+    Raises ``ExportError`` where it has no such module.
+    """
+    for module in _linears(model):
+        weight = module.weight.detach()
+        held = _encode(weight, bits)
+        del module._parameters["weight"]
+        module.__class__ = LowBitLinear
+        assert isinstance(module, LowBitLinear)
+        # In no state_dict: they are no weights, but what weights are made of.
+        module.register_buffer("held_codes", held.codes, persistent=False)
+        module.register_buffer("held_scales", held.scales, persistent=False)
+        module.computes_in = weight.dtype
+
+
+def round_to_low_bits(model: PreTrainedModel, bits: LowBits) -> None:
+    """Give the same modules the weights that ``hold_in_low_bits`` would, as ordinary ones. Raises likewise."""
+    for module in _linears(model):
+        module.weight.data = _encode(module.weight.detach(), bits).weight().to(module.weight.dtype)
+
+
+def weights_of(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...], Callable[[], Tensor]]]:
+    """Name, shape and a function that gives the value of each parameter, those that are held in few bits included."""
+    for name, parameter in model.named_parameters():
+        yield name, tuple(parameter.shape), parameter.detach
+    for name, module in model.named_modules():
+        if isinstance(module, LowBitLinear):
+            yield f"{name}.weight", (module.out_features, module.in_features), lambda module=module: module.weight
+
+
+def bytes_of_weights(model: nn.Module) -> int:
+    """What the weights take in memory as they are held."""
+    held = (
+        tensor
+        for module in model.modules()
+        if isinstance(module, LowBitLinear)
+        for tensor in (module.held_codes, module.held_scales)
+    )
+    return sum(tensor.nbytes for tensor in [*model.parameters(), *held])
+
+
+def _linears(model: PreTrainedModel) -> list[nn.Linear]:
+    """The modules that can be held in few bits: of the same class, for others may do more than multiply."""
+    head = model.get_output_embeddings()
+    found = [module for module in model.modules() if type(module) is nn.Linear and module is not head]
+    if not found:
+        raise ExportError(
+            f"no weights of this model ({model.config.model_type}) can be held in fewer bits: it has no linear modules "
+            "of the ordinary kind; give --weights full"
+        )
+    return found
+
+
+def _encode(weight: Tensor, bits: LowBits) -> Held:
+    """Of a weight (out_features, in_features); what it is in bfloat16 counts, whatever it is loaded as."""
+    wide = weight.to(torch.bfloat16).float()
+    size = wide.shape[1] if bits == "int8" else _group_size(wide.shape[1])
+    groups = wide.reshape(len(wide), -1, size)
+    largest = groups.abs().amax(2)
+    steps = _LARGEST if bits == "int8" else 1
+    scales = (largest / steps).clamp_min(_SMALLEST_SCALE).to(torch.bfloat16)
+    groups = groups / scales.float()[..., None]
+    if bits == "int8":
+        return Held(groups.round_().clamp_(-_LARGEST, _LARGEST).to(torch.int8).view_as(wide), scales)
+    levels = torch.tensor(_NF4, device=wide.device)
+    codes = torch.bucketize(groups, (levels[1:] + levels[:-1]) / 2, out_int32=True).to(torch.uint8).view_as(wide)
+    return Held(codes[:, ::2] | codes[:, 1::2] << 4, scales)
+
+
+def _group_size(width: int) -> int:
+    """64, or the largest power of two below it that divides a row; an odd row has none."""
+    size = math.gcd(width, _GROUP)
+    if size < 2:
+        raise ExportError(f"nf4 holds two weights in a byte, and this model has rows of {width}; give --weights int8")
+    return size
+
+
+def _pairs(device: torch.device) -> Tensor:
+    """int32 (256,): the two bfloat16 levels of each code."""
+    levels, codes = torch.tensor(_NF4, device=device).to(torch.bfloat16), torch.arange(256, device=device)
+    return torch.stack([levels[codes & 15], levels[codes >> 4]], 1).view(torch.int32).flatten()
