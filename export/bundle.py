@@ -10,8 +10,10 @@ from typing import Final
 import msgspec
 import numpy as np
 import safetensors.numpy
+import torch
 
 from dlora.cloud.model.base_model import BaseModel, find_embedding, find_head, find_source, load_model, reach
+from dlora.cloud.model.low_bits import round_to_low_bits
 from dlora.cloud.model.widening import compute_in_float32
 from dlora.export.graphs.block_materials import DeviceBlocks
 from dlora.export.graphs.golden_case import Materials
@@ -64,9 +66,11 @@ def export_bundle(
     settings.check()
     say(f"loading {settings.model}")
     source = reach(find_source(settings.model), tell)
-    model = load_model(source, dtype=None)
+    model = load_model(source, dtype=None if settings.weights == "full" else torch.bfloat16)
+    if settings.weights != "full":
+        round_to_low_bits(model, settings.weights)
     compute_in_float32(model)
-    base = BaseModel.from_model(model, settings.model)
+    base = BaseModel.from_model(model, settings.model, settings.weights)
     tokenizer = load_tokenizer(source, base)
     name = one_line(settings.base_model_name or source.hub_id or settings.model)
     if name == settings.model and Path(name).exists():

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 import typer
 from typer.core import TyperCommand
 
+from dlora.protocol.choices import Weights
 from dlora.protocol.sizes import parse_size
 from dlora.protocol.version import SOFTWARE_VERSION
 
@@ -129,6 +130,14 @@ def export(
             "are stored: int8 only where memory forbids fp16, and int4 only where it forbids int8.",
         ),
     ] = "fp16",
+    weights: Annotated[
+        Weights,
+        typer.Option(
+            metavar="WEIGHTS",
+            help="For a server that runs with the same option: full, int8 or nf4. The bundle and its adapters are for "
+            "the weights as such a server holds them.",
+        ),
+    ] = "full",
     engine: Annotated[
         Engine, typer.Option(metavar="ENGINE", help="What the device runs graphs with: onnx, executorch or both.")
     ] = "onnx",
@@ -169,6 +178,7 @@ def export(
         block_dtype,
         memory,
         embedding_dtype=embedding_dtype,
+        weights=weights,
     )
     settings.check()
     # Not before: torch takes seconds, which --help, the shell's completion and mistakes need not wait for.

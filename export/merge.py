@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from torch import nn
 
 from dlora.cloud.model.base_model import BaseModel, find_source, load_model, quiet, reach
+from dlora.cloud.model.low_bits import round_to_low_bits
 from dlora.protocol import interrupts
 from dlora.protocol.adapter_record import WEIGHTS_NAME
 from dlora.protocol.errors import CheckpointError, DloraError, ExportError, ModelMismatchError, StorageError
@@ -59,6 +60,8 @@ def merge_adapter(
     # In float32 whatever comes out: a sum is rounded once.
     base = BaseModel.from_model(load_model(source), settings.model)
     _forget_quantisation(base)
+    if adapter.record is not None and adapter.record.base_weights != "full":
+        round_to_low_bits(base.model, adapter.record.base_weights)
     fingerprint = base.fingerprint
     if adapter.record is not None and adapter.record.base_fingerprint != fingerprint:
         raise ModelMismatchError(

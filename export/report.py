@@ -32,7 +32,10 @@ def print_json(manifest: Manifest, out: Path, notes: Sequence[str], wall_s: floa
             {
                 "bundle": str(out),
                 "base_model": base.name,
-                **{name: getattr(base, name) for name in ("architecture", "fingerprint", "parameters", "blocks")},
+                **{
+                    name: getattr(base, name)
+                    for name in ("architecture", "fingerprint", "weights", "parameters", "blocks")
+                },
                 "rank": defaults.r,
                 "alpha": defaults.lora_alpha,
                 "target_modules": list(defaults.target_modules),
@@ -64,7 +67,7 @@ def print_table(manifest: Manifest, out: Path, wall_s: float) -> None:
     base, defaults, groups = manifest.base_model, manifest.defaults, choose_groups(manifest)
     console.print(
         f"[bold]{base.name}[/bold] ({base.architecture}): {base.parameters:,} parameters, {base.blocks} blocks, "
-        f"fingerprint {base.fingerprint[:12]}\n"
+        f"{base.weights} weights, fingerprint {base.fingerprint[:12]}\n"
         f"--kind lora: rank {defaults.r}, alpha {defaults.lora_alpha:g} on {', '.join(defaults.target_modules)}: "
         f"{_modules(groups)} adapters in {len(groups)} exchange groups, "
         f"{parameter_count(AdapterSpec(r=defaults.r), groups):,} parameters\n"

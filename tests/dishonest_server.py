@@ -57,6 +57,7 @@ class DishonestServer:
             software="dishonest",
             base_model=base.name,
             base_fingerprint=base.fingerprint,
+            base_weights=base.weights,
             embedding_size=base.embedding_size,
             hidden_size=base.hidden_size,
             max_sequence_length=base.max_sequence_length,

@@ -99,7 +99,11 @@ def _attack(
         seen = observe(recording)
         true = load_truth(truth, recording.id, seen, tokenizer)
         progress.update(task, description=f"loading {model}")
-        base = load_base_model(model, say=lambda line: progress.console.print(line, markup=False, highlight=False))
+
+        def tell(line: str) -> None:
+            progress.console.print(line, markup=False, highlight=False)
+
+        base = load_base_model(model, say=tell, weights=seen.welcome.base_weights)
 
         def on_attack(what: str) -> None:
             progress.update(task, description=f"attacking: {what}")

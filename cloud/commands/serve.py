@@ -22,13 +22,14 @@ from dlora.cloud.model.source import find_source
 from dlora.cloud.serving.listening import check_address
 from dlora.cloud.serving.ticket_key import load_key
 from dlora.cloud.serving.timeouts import SessionTimeouts
+from dlora.protocol.choices import Weights
 from dlora.protocol.connections import raise_file_limit
 from dlora.protocol.errors import UsageError
 from dlora.protocol.limits import MAX_WINDOW
 
 from .log_lines import LogFormat, log_to_stderr
 from .shared_ledger import LedgerOption, open_ledger
-from .torch_start import start_torch
+from .torch_start import computes_bfloat16, start_torch
 
 if TYPE_CHECKING:  # torch is loaded when a server starts
     from dlora.cloud.model.base_model import BaseModel
@@ -43,7 +44,7 @@ limit = partial(typer.Option, rich_help_panel="Limits of the whole server")
 timeout = partial(typer.Option, rich_help_panel="Timeouts")
 watching = partial(typer.Option, rich_help_panel="Watching")
 
-Dtype = Literal["float32", "bfloat16"]
+Dtype = Literal["auto", "float32", "bfloat16"]
 
 
 # Long, and with many parameters: each is an option, with its default and its help beside it.
@@ -51,7 +52,20 @@ def serve(
     model: Annotated[str, typer.Argument(help="Local directory, hub id, .gguf file, or smollm2-135m.")],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)] = 8765,
-    dtype: Annotated[Dtype, typer.Option(help="The base model's dtype here.")] = "float32",
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(
+            help="What the base model computes in; auto: bfloat16 where the processor has it, else float32. By default "
+            "float32, and auto with --weights."
+        ),
+    ] = None,
+    weights: Annotated[
+        Weights,
+        typer.Option(
+            help="How the weights of the blocks are held: as they are computed with, or in eight or four bits. Devices "
+            "need a bundle of the same: dlora-export MODEL --weights int8."
+        ),
+    ] = "full",
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     threads: Annotated[int, typer.Option(help="Torch threads; 0: one for each core.", min=0, max=1024)] = 0,
     state_dir: Annotated[
@@ -163,7 +177,7 @@ def serve(
     from dlora.cloud.serving.server import CloudServer
     from dlora.cloud.serving.service import ServerSettings
 
-    base = _load(model, dtype, device)
+    base = _load(model, dtype or ("float32" if weights == "full" else "auto"), device, weights)
     quota_live_bytes = round(quota_live_mb * 1e6) if quota_live_mb else None
     live_limit = round(live_mb * 1e6) if live_mb else default_live_limit(base)
     settings = ServerSettings(
@@ -215,19 +229,23 @@ def _tls(certificate: Path | None, key: Path | None, client_ca: Path | None) -> 
     return None
 
 
-def _load(model: str, dtype: Dtype, device: str) -> BaseModel:
+def _load(model: str, dtype: Dtype, device: str, weights: Weights) -> BaseModel:
     import torch
 
     from dlora.cloud.model.base_model import load_base_model
+    from dlora.cloud.model.low_bits import bytes_of_weights
 
     logger.info("loading %s", model)
     started = time.monotonic()
-    base = load_base_model(model, dtype=getattr(torch, dtype), device=device, say=logger.info)
+    if dtype == "auto":
+        dtype = "bfloat16" if computes_bfloat16(device) else "float32"
+    base = load_base_model(model, getattr(torch, dtype), device, logger.info, weights)
     logger.info(
         "loaded %s: %s, %d blocks, %.0fM parameters, fingerprint %s…, in %.1f s",
         base.name, base.architecture, base.blocks, base.parameters / 1e6, base.fingerprint[:12],
         time.monotonic() - started,
     )  # fmt: skip
+    logger.info("%s weights take %.0f MB; computing in %s", weights, bytes_of_weights(base.model) / 1e6, dtype)
     return base
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 
 from dlora.protocol.errors import UsageError
 
@@ -23,6 +24,16 @@ def start_torch(device: str, threads: int) -> int:
     threads = threads or torch.get_num_threads()
     torch.set_num_threads(threads)
     return threads
+
+
+def computes_bfloat16(device: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether ``device`` has instructions for products in bfloat16; without them they are slower than in float32."""
+    if device != "cpu":
+        import torch
+
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    words = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
+    return not words.isdisjoint({"amx_bf16", "avx512_bf16", "bf16"})  # the last is ARM's
 
 
 def check_device(device: str, gpus: int) -> None:

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from dlora.cloud.model.base_model import BaseModel
+from dlora.cloud.model.base_model import BaseModel, widths_of
+from dlora.cloud.model.low_bits import LowBitLinear
 
 _ROWS: Final = 4
 
@@ -37,14 +38,13 @@ class SingleRows:
         """Of what two rows put right; none in float32, where that does not."""
         if base.dtype == torch.float32:
             return cls()
-        found: dict[tuple[torch.Size, bool], bool] = {}
+        found: dict[tuple[tuple[int, int], bool], bool] = {}
 
         def differs(module: torch.nn.Module) -> bool:
-            weight = module.weight
-            assert isinstance(weight, Tensor)
-            key = weight.shape, isinstance(module, Conv1D)
+            assert isinstance(module, torch.nn.Linear | Conv1D)
+            key = widths_of(module), isinstance(module, Conv1D)
             if key not in found:
-                found[key] = _differs(module, weight)
+                found[key] = _differs(module, module.weight)
             return found[key]
 
         names = (name for name, target in base.targets.items() if differs(target.module))
@@ -71,6 +71,8 @@ def _differs(module: torch.nn.Module, weight: Tensor) -> bool:
     weights = (output[:, None].expand(width, outputs) if is_turned else output.expand(outputs, width)).contiguous()
 
     def product(x: Tensor) -> Tensor:
+        if isinstance(module, LowBitLinear):
+            return torch.nn.functional.linear(x, weights, module.bias)
         found: Tensor = functional_call(module, {"weight": weights}, (x,))
         return found
 

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dlora.cloud.model.base_model import BaseModel
+from dlora.cloud.model.base_model import BaseModel, TargetModule
 from dlora.protocol.groups import GroupSpec
 
 
@@ -82,7 +82,7 @@ class GroupRunner(ABC):
         original, target = original_forward(self._base, name), self._base.targets[name]
         if self._graded is None or not (torch.is_grad_enabled() and x.requires_grad and target.sees_sequences):
             return original(x)
-        output: Tensor = _GradedRows.apply(x, original, target.weight, self._graded)  # type: ignore[no-untyped-call]
+        output: Tensor = _GradedRows.apply(x, original, target, self._graded)  # type: ignore[no-untyped-call]
         return output
 
     def forget(self) -> None:
@@ -126,15 +126,17 @@ class _GradedRows(torch.autograd.Function):
     """A frozen module; of its input's gradient only some rows are computed, and the others are zero."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, original: Callable[[Tensor], Tensor], weight: Tensor, graded: Tensor) -> Tensor:
-        ctx.shape, ctx.weight, ctx.graded = x.shape, weight, graded
+    def forward(
+        ctx: Any, x: Tensor, original: Callable[[Tensor], Tensor], target: TargetModule, graded: Tensor
+    ) -> Tensor:
+        ctx.shape, ctx.target, ctx.graded = x.shape, target, graded
         output = original(x)
         # A biased linear gives a view, which nobody could change in place after it left here, as some models do.
         return output.clone() if output._is_view() else output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        packed = chosen_rows(grad, ctx.graded) @ ctx.weight
+        packed = chosen_rows(grad, ctx.graded) @ ctx.target.weight
         return among_all(packed, ctx.graded, ctx.shape), None, None, None
 
 

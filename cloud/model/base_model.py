@@ -7,10 +7,12 @@ watching which tensor each of them is given.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from typing import Any, Self
 
 import torch
@@ -18,17 +20,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from dlora.protocol.choices import Weights
 from dlora.protocol.errors import DloraError, ExportError
 from dlora.protocol.groups import GroupSpec, TargetSpec
 from dlora.protocol.text import first_line
 
 from .ends import EmbeddingEnd, HeadEnd, check_cut, find_embedding, find_head
 from .fingerprint import fingerprint
-from .gradients import check_causality, trace_gradients
+from .gradients import check_causality, check_gradients, trace_gradients
 from .hub import reach
 from .loading import load_model, quiet
+from .low_bits import hold_in_low_bits, weights_of
 from .source import ModelSource, find_source, public_name
-from .widening import dtype_of_computing, weight_as_loaded
+from .widening import dtype_of_computing
 
 __all__ = [
     "BaseModel",
@@ -79,6 +83,11 @@ class TargetModule:
         assert isinstance(weight, Tensor)
         return weight.detach().T if isinstance(self.module, Conv1D) else weight.detach()
 
+    @property
+    def device(self) -> torch.device:
+        """Where the module is."""
+        return next(chain(self.module.parameters(), self.module.buffers())).device
+
 
 @dataclass(frozen=True)
 class BaseModel:
@@ -92,6 +101,7 @@ class BaseModel:
         targets: all modules that can be targets, by name, in execution order.
         refused: linear modules of the blocks that cannot, and why.
         choosing: those of them that no gradient reaches, because they only choose what others look at.
+        weights: how those of linear modules are held, or, in an export, what they were rounded to.
     """
 
     name: str
@@ -108,9 +118,10 @@ class BaseModel:
     targets: dict[str, TargetModule]
     refused: dict[str, str]
     choosing: tuple[str, ...] = ()
+    weights: Weights = "full"
 
     @classmethod
-    def from_model(cls, model: PreTrainedModel, name: str) -> Self:
+    def from_model(cls, model: PreTrainedModel, name: str, weights: Weights = "full") -> Self:
         """Freeze ``model``, trace it, and check the cut and that no token sees a later one.
 
         Raises ``ExportError`` where it is not a decoder-only language model, its own code fails, no module of it can
@@ -154,13 +165,15 @@ class BaseModel:
             hidden_size=head.in_features,
             vocabulary_size=head.out_features,
             max_sequence_length=int(getattr(text, "max_position_embeddings", None) or _NO_LIMIT),
-            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            parameters=sum(math.prod(weight.shape) for weight in weights_of(model)),
             targets=targets,
             refused=refused,
+            weights=weights,
         )
         with model_code(name, config.model_type):
             check_cut(base, find_embedding(base), find_head(base))
         with model_code(name, config.model_type, "trained"):
+            check_gradients(base)
             gradients = trace_gradients(base)
         check_causality(base, gradients)
         reason = "gets no gradient (as what only chooses which tokens are looked at)"
@@ -254,16 +267,21 @@ def load_base_model(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     say: Callable[[str], None] = lambda _: None,
+    weights: Weights = "full",
 ) -> BaseModel:
     """Load a base model from a directory, a ``.gguf`` file, a hub id or an alias (``smollm2-135m``).
 
-    ``say`` is called with a line where the Hugging Face hub is asked.
+    ``say`` is called with a line where the Hugging Face hub is asked; ``weights``: how those of the linear modules are
+    held.
 
     Raises ``UsageError`` where the path does not exist, ``MissingExtraError`` where an alias's package is not
     installed and ``ExportError`` where the model cannot be downloaded or is not supported.
     """
-    model = load_model(reach(find_source(name), say), dtype).to(device)  # type: ignore[arg-type]  # its decorator loses self
-    return BaseModel.from_model(model, name)
+    model = load_model(reach(find_source(name), say), dtype)
+    if weights != "full":
+        hold_in_low_bits(model, weights)
+    model = model.to(device)  # type: ignore[arg-type]  # its decorator loses self
+    return BaseModel.from_model(model, name, weights)
 
 
 def _find_decoder(model: PreTrainedModel) -> nn.Module:
@@ -314,6 +332,11 @@ def _given_embeddings(model: PreTrainedModel, name: str) -> Iterator[None]:
         ) from None
 
 
+def widths_of(module: nn.Linear | Conv1D) -> tuple[int, int]:
+    """in_features and out_features."""
+    return (module.nx, module.nf) if isinstance(module, Conv1D) else (module.in_features, module.out_features)
+
+
 def _trace(
     model: PreTrainedModel, decoder: nn.Module, block_list: list[tuple[str, nn.Module]], width: int
 ) -> tuple[dict[str, TargetModule], dict[str, str]]:
@@ -356,8 +379,7 @@ def _trace(
         if name in refused:
             continue
         block, module = linears[name]
-        rows, columns = weight_as_loaded(module).shape
-        in_features, out_features = (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
+        in_features, out_features = widths_of(module)
         if tensor.shape[:-1].numel() != TRACE_TOKENS:
             # A router that sends only some tokens through an expert calls it once, but not with all of them.
             refused[name] = "does not see every token (as experts of a mixture do)"

@@ -6,26 +6,29 @@ import hashlib
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from .low_bits import NamedWeight, weights_of
 
 
 def fingerprint(model: nn.Module) -> str:
     """Hex SHA-256 over name, shape and bfloat16 value of every parameter and persistent floating-point buffer.
 
     Sorted by name; a tied parameter counts once, under its first name. A model that was loaded in float32 and
-    one that was loaded in bfloat16 give the same.
+    one that was loaded in bfloat16 give the same, and one whose weights are held in few bits gives that of the weights
+    that these stand for.
     """
     digest = hashlib.sha256()
-    for name, tensor in sorted(_weights(model), key=lambda item: item[0]):
-        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
-        values = tensor.detach().to(torch.bfloat16).cpu().contiguous()
+    for name, shape, value in sorted(_weights(model), key=lambda weight: weight.name):
+        digest.update(f"{name} {shape}\n".encode())
+        values = value().to(torch.bfloat16).cpu().contiguous()
         digest.update(values.view(torch.int16).numpy().data)
     return digest.hexdigest()
 
 
-def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
+def _weights(model: nn.Module) -> Iterator[NamedWeight]:
+    yield from weights_of(model)
     persistent = model.state_dict(keep_vars=True).keys()
     for name, buffer in model.named_buffers():
         if name in persistent and buffer.is_floating_point():
-            yield name, buffer
+            yield NamedWeight(name, tuple(buffer.shape), buffer.detach)

@@ -1,4 +1,5 @@
-"""What one short backward pass says of a base model: whether it is causal, and which target modules have a gradient.
+"""What a short backward pass says of a base model: whether gradients pass, whether it is causal, and which target
+modules have a gradient.
 
 *Causal*: what it computes for a token depends on that token and earlier ones only. Gradients are asked and not values:
 what attention masks has a gradient of exactly zero in every dtype, where values may change by rounding with the number
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dlora.protocol.errors import ExportError
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from .base_model import BaseModel
 
 LARGEST_SHARE: Final = 1e-4  # of a causal model it is 0, of nine tiny ones that are not .03 and more
+_TOLERANCE: Final = 0.2
 _LENGTH: Final = 6
 _EARLIER: Final = 3
 _DECODER_SETTINGS: Final = ("is_decoder", "causal")  # of BERT's kin and of XLM
@@ -64,6 +66,43 @@ def trace_gradients(base: BaseModel) -> Gradients:
     sizes = grad[0].float().abs().amax(-1)
     share = float(sizes[_EARLIER:].max() / sizes[:_EARLIER].max().clamp_min(1e-30))
     return Gradients(share, tuple(name for name in base.targets if name not in found))
+
+
+def check_gradients(base: BaseModel) -> None:
+    """Try the target modules whose weights are held in another way than as ordinary floats, one of each shape.
+
+    Some give a product without a gradient, and say nothing: those that quantise what they are given, too (int8
+    *dynamic*). What a gradient says of a step is held against what the step does, and may be a fifth off.
+
+    Raises ``ExportError``.
+    """
+    tried = set[tuple[object, ...]]()
+    for name, target in base.targets.items():
+        module, stored = target.module, target.module._parameters.get("weight")
+        key = type(module), type(stored), target.in_features, target.out_features
+        if key in tried or (type(stored) is nn.Parameter and stored.is_floating_point() and stored.dtype.itemsize > 1):
+            continue
+        tried.add(key)
+        share = _predicted_share(module, target.in_features, base)
+        if not abs(share - 1) < _TOLERANCE:
+            raise ExportError(
+                f"{base.name} cannot be trained: gradients do not pass its module {name} ({type(stored).__name__}), as "
+                "through weights whose inputs are quantised, too (int8 dynamic); give the model that it was made from, "
+                "with --weights int8"
+            )
+
+
+def _predicted_share(module: nn.Module, width: int, base: BaseModel) -> float:
+    """How much of the squared length of a step's effect on a product the gradient predicts: 1 where it is right."""
+    generator = torch.Generator().manual_seed(0)
+    x, step = (torch.randn(1, _LENGTH, width, generator=generator).to(base.device, base.dtype) for _ in range(2))
+    with torch.enable_grad():
+        product = module(x.requires_grad_())
+        effect = (module(x.detach() + step) - product).detach().float()
+        if not product.requires_grad:
+            return 0.0
+        (grad,) = torch.autograd.grad((product.float() * effect).sum(), x, allow_unused=True)
+    return 0.0 if grad is None else float((grad.float() * step.float()).sum() / effect.square().sum().clamp_min(1e-30))
 
 
 def check_causality(base: BaseModel, gradients: Gradients) -> None:

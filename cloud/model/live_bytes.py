@@ -26,6 +26,7 @@ from dlora.protocol.groups import GroupSpec
 
 from .base_model import BaseModel, model_code
 from .layout import Layout, random_embeds
+from .low_bits import bytes_of_weights
 from .memory import machine_bytes
 from .row_blocks import DividedTexts, RowBlocks
 
@@ -51,8 +52,7 @@ def default_live_limit(base: BaseModel) -> int:
         machine = torch.cuda.get_device_properties(base.device).total_memory
     else:
         machine = machine_bytes()
-    weights = sum(parameter.nbytes for parameter in base.model.parameters())
-    return max(_LEAST_LIMIT, (machine - weights) // 2)
+    return max(_LEAST_LIMIT, (machine - bytes_of_weights(base.model)) // 2)
 
 
 @dataclass(frozen=True)

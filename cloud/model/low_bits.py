@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -107,13 +108,22 @@ def round_to_low_bits(model: PreTrainedModel, bits: LowBits) -> None:
         module.weight.data = _encode(module.weight.detach(), bits).weight().to(module.weight.dtype)
 
 
-def weights_of(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...], Callable[[], Tensor]]]:
-    """Name, shape and a function that gives the value of each parameter, those that are held in few bits included."""
+class NamedWeight(NamedTuple):
+    """A parameter of a model, or what would be one; ``value`` makes it."""
+
+    name: str
+    shape: tuple[int, ...]
+    value: Callable[[], Tensor]
+
+
+def weights_of(model: nn.Module) -> Iterator[NamedWeight]:
+    """All parameters of a model, those that are held in few bits included; a tied one once."""
     for name, parameter in model.named_parameters():
-        yield name, tuple(parameter.shape), parameter.detach
+        yield NamedWeight(name, tuple(parameter.shape), parameter.detach)
     for name, module in model.named_modules():
         if isinstance(module, LowBitLinear):
-            yield f"{name}.weight", (module.out_features, module.in_features), lambda module=module: module.weight
+            shape = module.out_features, module.in_features
+            yield NamedWeight(f"{name}.weight", shape, partial(getattr, module, "weight"))
 
 
 def bytes_of_weights(model: nn.Module) -> int:
@@ -130,7 +140,11 @@ def bytes_of_weights(model: nn.Module) -> int:
 def _linears(model: PreTrainedModel) -> list[nn.Linear]:
     """The modules that can be held in few bits: of the same class, for others may do more than multiply."""
     head = model.get_output_embeddings()
-    found = [module for module in model.modules() if type(module) is nn.Linear and module is not head]
+    found = [
+        module
+        for module in model.modules()
+        if type(module) is nn.Linear and module is not head and type(module.weight) is nn.Parameter
+    ]
     if not found:
         raise ExportError(
             f"no weights of this model ({model.config.model_type}) can be held in fewer bits: it has no linear modules "

@@ -173,7 +173,7 @@ class ModelParts:
     @cached_property
     def largest_product(self) -> int:
         """Weights of the largest module that can be a target."""
-        return max((target.weight.numel() for target in self.base.targets.values()), default=0)
+        return max((target.in_features * target.out_features for target in self.base.targets.values()), default=0)
 
     def run_calls(
         self,

@@ -298,6 +298,7 @@ class CloudServer:
             "base_model": base.public_name,
             "base_fingerprint": base.fingerprint,
             "dtype": str(base.dtype).removeprefix("torch."),
+            "weights": base.weights,
             "device": str(base.device),
             "sessions": len(sessions),
             "parked_sessions": sessions.parked,

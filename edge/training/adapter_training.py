@@ -337,6 +337,7 @@ class AdapterTraining:
             parts=parts,
             invocation=config.invocation,
             base_fingerprint=manifest.base_model.fingerprint,
+            base_weights=manifest.base_model.weights,
             training=training,
         )
 
