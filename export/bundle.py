@@ -10,7 +10,6 @@ from typing import Final
 import msgspec
 import numpy as np
 import safetensors.numpy
-import torch
 
 from dlora.cloud.model.base_model import BaseModel, find_embedding, find_head, find_source, load_model, reach
 from dlora.cloud.model.low_bits import round_to_low_bits
@@ -66,7 +65,7 @@ def export_bundle(
     settings.check()
     say(f"loading {settings.model}")
     source = reach(find_source(settings.model), tell)
-    model = load_model(source, dtype=None if settings.weights == "full" else torch.bfloat16)
+    model = load_model(source, dtype=None)
     if settings.weights != "full":
         round_to_low_bits(model, settings.weights)
     compute_in_float32(model)

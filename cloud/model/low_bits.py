@@ -103,9 +103,11 @@ def hold_in_low_bits(model: PreTrainedModel, bits: LowBits) -> None:
 
 
 def round_to_low_bits(model: PreTrainedModel, bits: LowBits) -> None:
-    """Give the same modules the weights that ``hold_in_low_bits`` would, as ordinary ones. Raises likewise."""
+    """Give the same modules the weights that ``hold_in_low_bits`` would, as ordinary ones: in float32 where they were,
+    else in bfloat16, whose range float16 has not. Raises likewise."""
     for module in _linears(model):
-        module.weight.data = _encode(module.weight.detach(), bits).weight().to(module.weight.dtype)
+        dtype = torch.float32 if module.weight.dtype == torch.float32 else torch.bfloat16
+        module.weight.data = _encode(module.weight.detach(), bits).weight().to(dtype)
 
 
 class NamedWeight(NamedTuple):
