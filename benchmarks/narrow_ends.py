@@ -12,17 +12,12 @@ import json
 import tempfile
 from pathlib import Path
 from statistics import mean
-from typing import Any, Final
+from typing import Final
 
 from bars import at_most, write_bars
 from children import cloud_server, log, new_parser, run_json
-from economy_data import load
+from trained_losses import SETS, TrainedLosses
 
-from dlora.edge.data.tokenizer import EdgeTokenizer
-from dlora.edge.engine.bundle import Bundle
-from dlora.edge.files import make_directory, write_atomically
-
-SETS: Final = ("b10", "b20", "dialogue")
 ENDS: Final[dict[str, tuple[str, ...]]] = {
     "fp16": ("--head-dtype", "fp16"),
     "int8": ("--head-dtype", "int8", "--embedding-dtype", "int8"),
@@ -41,54 +36,29 @@ def main() -> None:
     parser.add_argument("--sets", default=",".join(SETS))
     parser.add_argument("--ends", default=",".join(ENDS), help="fp16 is what the others are compared with")
     options = parser.parse_args()
-    ends = options.ends.split(",")
-    make_directory(options.docs / "benchmarks")
-    kept = options.docs / "benchmarks" / "narrow-ends.json"
-    found: dict[str, dict[str, dict[str, float]]] = json.loads(kept.read_text()) if kept.exists() else {}
+    ends, kept = options.ends.split(","), options.docs / "benchmarks" / "narrow-ends.json"
     with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        for each in ends:
-            log(f"exporting {each}")
-            run_json("-m", "dlora.export", options.model, "--out", work / each, *ENDS[each], "--json")
-        tokenizer = EdgeTokenizer.open(Bundle.open(work / "fp16"))
+        work, sets = Path(folder), options.sets.split(",")
+        losses = TrainedLosses(kept, options.data, work, sets, options.seeds, options.steps, options.threads)
         with cloud_server(options.model, options.threads) as url:
-            for name in options.sets.split(","):
-                load(name, options.data, work, tokenizer)
-                for seed in range(options.seeds):
-                    for each in ends:
-                        losses = found.setdefault(name, {}).setdefault(each, {})
-                        if str(seed) in losses:
-                            continue
-                        loss = _test_loss(work, name, each, seed, url, options.steps, options.threads)
-                        log(f"{name}, seed {seed}, {each}: {loss:.4f}")
-                        losses[str(seed)] = round(loss, 4)
-                        write_atomically(kept, json.dumps(found, indent=1).encode() + b"\n")
-    lost: dict[str, dict[str, list[float]]] = {}
-    for name, of_set in found.items():
-        for each in of_set.keys() - {"fp16"}:
-            both = of_set[each].keys() & of_set["fp16"].keys()
-            lost.setdefault(each, {})[name] = [of_set[each][seed] - of_set["fp16"][seed] for seed in sorted(both)]
+            for each in filter(losses.missing, ends):
+                bundle = work / each.replace(" ", "-")
+                log(f"exporting {each}")
+                run_json("-m", "dlora.export", options.model, "--out", bundle, *ENDS[each], "--json")
+                losses.measure(each, bundle, url)
+    lost = {
+        each: {name: [ours - fp16 for ours, fp16 in both] for name, both in losses.pairs(each, "fp16").items()}
+        for each in ends
+        if each != "fp16"
+    }
     command = f"python benchmarks/narrow_ends.py --steps {options.steps} --seeds {options.seeds} --data DATA"
     bars = {
-        f"lost_with_{each.replace(' ', '_')}_{name}": at_most(MOST_LOST, mean(losses), command)
+        f"lost_with_{each.replace(' ', '_')}_{name}": at_most(MOST_LOST, mean(of_set), command)
         for each, of_sets in lost.items()
-        for name, losses in of_sets.items()
-        if len(losses) >= options.seeds
+        for name, of_set in of_sets.items()
     }
     write_bars(options.docs / "benchmarks" / "shapes.json", bars)
-    print(json.dumps({"losses": found, "lost": lost}, indent=1))
-
-
-def _test_loss(work: Path, name: str, ends: str, seed: int, url: str, steps: int, threads: int) -> float:
-    """Nats a label of the test part, with the adapter that was trained."""
-    out = work / f"{name}-{ends}-{seed}".replace(" ", "-")
-    shared: list[Any] = ["--bundle", work / ends, "--server", url, "--threads", threads, "--json"]
-    run_json(
-        "-m", "dlora.edge", "train", "--data", work / f"{name}-train.jsonl", "--hold-out", 0, "--out", out,
-        "--batch-size", 8, "--steps", steps, "--seed", seed, *shared,
-    )  # fmt: skip
-    result = run_json("-m", "dlora.edge", "evaluate", "--adapter", out, "--data", work / f"{name}-test.jsonl", *shared)
-    return float(result["loss"])
+    print(json.dumps({"losses": losses.found, "lost": lost}, indent=1))
 
 
 if __name__ == "__main__":
