@@ -108,7 +108,8 @@ def measure_steps(options: Any, bundles: dict[Weights, Path]) -> dict[str, Any]:
             for weights, (url, process) in running.items():
                 before, out = cpu_seconds(process), Path(folder) / f"{weights}-{number}"
                 run_json(
-                    "-m", "dlora.edge", "train", "--data", data, "--hold-out", 0, "--out", out, "--steps", SESSION_STEPS,
+                    "-m", "dlora.edge", "train", "--data", data, "--hold-out", 0, "--out", out,
+                    "--steps", SESSION_STEPS,
                     "--bundle", bundles[weights], "--server", url, "--threads", options.threads, "--json",
                 )  # fmt: skip
                 seconds[weights].append((cpu_seconds(process) - before) / SESSION_STEPS)
