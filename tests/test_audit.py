@@ -273,7 +273,16 @@ def test_a_full_recording_goes_no_further(
     assert finding(run_audit(seen, truth, model.base), "text").verdict is Verdict.EXPOSED  # and its last one is torn
 
 
-def test_the_commands_from_recording_to_page(model: Tiny, url: str, tmp_path: Path) -> None:
+@pytest.fixture(params=["full", "int8"])
+def served(request: pytest.FixtureRequest, tiny: TinyFactory) -> Iterator[tuple[Tiny, str]]:
+    """A model whose weights are held in one way or another, and its server's address."""
+    model = tiny(blocks=BLOCKS, device_blocks=3, head_dtype="fp32", weights=request.param)
+    with serving(model.base) as server:
+        yield model, server.url
+
+
+def test_the_commands_from_recording_to_page(served: tuple[Tiny, str], tmp_path: Path) -> None:
+    model, url = served
     data, record = tmp_path / "data.jsonl", tmp_path / "record"
     data.write_text(records(8))
     common = ("--bundle", model.bundle, "--server", url)
