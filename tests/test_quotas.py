@@ -93,6 +93,15 @@ def test_quota_is_checked_again_after_waiting_for_memory() -> None:
     assert not quotas._line
 
 
+def test_what_is_too_large_says_what_would_help() -> None:
+    session = Quotas(QuotaLimits(live_bytes=1000)).open_session("a")
+    session.hold(300)
+    for micro_batch, advice in ((800, "lower --batch-size"), (1100, "lower --batch-size")):
+        assert advice in str(refused(lambda size=micro_batch: session.charge(1, size)))
+    session.hold(500)
+    assert "train fewer --blocks, or have the server started" in str(refused(lambda: session.charge(1, 300)))
+
+
 def test_unread_frames_count_in_the_quota() -> None:
     """One finds room in any case, so that a session can always go on; more only where there is room."""
     for quotas in (

@@ -155,6 +155,9 @@ class SessionQuota:
         if limits.live_bytes is not None and live_bytes and live_bytes + self.held_bytes > limits.live_bytes:
             kept = f", beside {_mb(self.held_bytes)} that it keeps for the session" if self.held_bytes else ""
             text = f"a micro-batch takes {_mb(live_bytes)} of the server{kept}; the quota is {_mb(limits.live_bytes)}"
+            if self.held_bytes > live_bytes:  # a smaller one would not help much
+                advice = "train fewer --blocks, or have the server started with a higher --quota-live-mb"
+                raise RefusedError(f"{text}; {advice}", ErrorCode.QUOTA_LIVE_BYTES)
             raise _refused_for_good(text, ErrorCode.QUOTA_LIVE_BYTES)
         if total is not None and live_bytes > total:
             text = f"a micro-batch takes {_mb(live_bytes)} of the server, which has {_mb(total)} for all of them"
