@@ -67,6 +67,13 @@ def serve(
         ),
     ] = "full",
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    device_map: Annotated[
+        Literal["auto"] | None,
+        typer.Option(
+            help="auto: spread the blocks over all GPUs, and what they have no room for over memory and disk; in place "
+            "of --device.",
+        ),
+    ] = None,
     threads: Annotated[int, typer.Option(help="Torch threads; 0: one for each core.", min=0, max=1024)] = 0,
     state_dir: Annotated[
         Path | None,
@@ -168,6 +175,8 @@ def serve(
     find_source(model)
     raise_file_limit()
     limit_arenas()
+    if device_map is not None and device != "cpu":
+        raise UsageError("--device and --device-map both say where the model is to be; give one")
     key = load_key(state)
     threads = start_torch(device, threads)
 
@@ -177,7 +186,7 @@ def serve(
     from dlora.cloud.serving.server import CloudServer
     from dlora.cloud.serving.service import ServerSettings
 
-    base = _load(model, dtype or ("float32" if weights == "full" else "auto"), device, weights)
+    base = _load(model, dtype or ("float32" if weights == "full" else "auto"), device, weights, device_map)
     quota_live_bytes = round(quota_live_mb * 1e6) if quota_live_mb else None
     live_limit = round(live_mb * 1e6) if live_mb else default_live_limit(base)
     settings = ServerSettings(
@@ -229,23 +238,28 @@ def _tls(certificate: Path | None, key: Path | None, client_ca: Path | None) -> 
     return None
 
 
-def _load(model: str, dtype: Dtype, device: str, weights: Weights) -> BaseModel:
+def _load(model: str, dtype: Dtype, device: str, weights: Weights, device_map: Literal["auto"] | None) -> BaseModel:
     import torch
 
     from dlora.cloud.model.base_model import load_base_model
     from dlora.cloud.model.low_bits import bytes_of_weights
+    from dlora.cloud.model.placement import placed_on
 
     logger.info("loading %s", model)
     started = time.monotonic()
+    if device_map is not None and torch.cuda.is_available():
+        device = "cuda"  # what computes
     if dtype == "auto":
         dtype = "bfloat16" if computes_bfloat16(device) else "float32"
-    base = load_base_model(model, getattr(torch, dtype), device, logger.info, weights)
+    base = load_base_model(model, getattr(torch, dtype), device, logger.info, weights, device_map)
     logger.info(
         "loaded %s: %s, %d blocks, %.0fM parameters, fingerprint %s…, in %.1f s",
         base.name, base.architecture, base.blocks, base.parameters / 1e6, base.fingerprint[:12],
         time.monotonic() - started,
     )  # fmt: skip
     logger.info("%s weights take %.0f MB; computing in %s", weights, bytes_of_weights(base.model) / 1e6, dtype)
+    if parts := placed_on(base.model):
+        logger.info("parts of the model on each device: %s", ", ".join(f"{name} {n}" for name, n in parts.items()))
     return base
 
 

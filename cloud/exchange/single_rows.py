@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dlora.cloud.model.base_model import BaseModel, widths_of
 from dlora.cloud.model.low_bits import LowBitLinear
+from dlora.cloud.model.placement import parameter_of
 
 _ROWS: Final = 4
 
@@ -44,7 +45,7 @@ class SingleRows:
             assert isinstance(module, torch.nn.Linear | Conv1D)
             key = widths_of(module), isinstance(module, Conv1D)
             if key not in found:
-                found[key] = _differs(module, module.weight)
+                found[key] = _differs(module, parameter_of(module))
             return found[key]
 
         names = (name for name, target in base.targets.items() if differs(target.module))

@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +30,7 @@ from .gradients import check_causality, check_gradients, trace_gradients
 from .hub import reach
 from .loading import load_model, quiet
 from .low_bits import hold_in_low_bits, weights_of
+from .placement import DeviceMap, device_of, parameter_of, place
 from .source import ModelSource, find_source, public_name
 from .widening import dtype_of_computing
 
@@ -79,14 +79,13 @@ class TargetModule:
     @property
     def weight(self) -> Tensor:
         """(out_features, in_features), a view."""
-        weight = self.module.weight
-        assert isinstance(weight, Tensor)
-        return weight.detach().T if isinstance(self.module, Conv1D) else weight.detach()
+        weight = parameter_of(self.module)
+        return weight.T if isinstance(self.module, Conv1D) else weight
 
     @property
     def device(self) -> torch.device:
         """Where the module is."""
-        return next(chain(self.module.parameters(), self.module.buffers())).device
+        return device_of(self.module)
 
 
 @dataclass(frozen=True)
@@ -268,11 +267,12 @@ def load_base_model(
     device: str | torch.device = "cpu",
     say: Callable[[str], None] = lambda _: None,
     weights: Weights = "full",
+    device_map: DeviceMap | Literal["auto"] | None = None,
 ) -> BaseModel:
     """Load a base model from a directory, a ``.gguf`` file, a hub id or an alias (``smollm2-135m``).
 
     ``say`` is called with a line where the Hugging Face hub is asked; ``weights``: how those of the linear modules are
-    held.
+    held; ``device_map``: where its parts are, in place of ``device``; auto: as accelerate balances them.
 
     Raises ``UsageError`` where the path does not exist, ``MissingExtraError`` where an alias's package is not
     installed and ``ExportError`` where the model cannot be downloaded or is not supported.
@@ -280,7 +280,10 @@ def load_base_model(
     model = load_model(reach(find_source(name), say), dtype)
     if weights != "full":
         hold_in_low_bits(model, weights)
-    model = model.to(device)  # type: ignore[arg-type]  # its decorator loses self
+    if device_map is None:
+        model = model.to(device)  # type: ignore[arg-type]  # its decorator loses self
+    else:
+        place(model, None if device_map == "auto" else device_map)
     return BaseModel.from_model(model, name, weights)
 
 

@@ -52,7 +52,7 @@ def default_live_limit(base: BaseModel) -> int:
         machine = torch.cuda.get_device_properties(base.device).total_memory
     else:
         machine = machine_bytes()
-    return max(_LEAST_LIMIT, (machine - bytes_of_weights(base.model)) // 2)
+    return max(_LEAST_LIMIT, (machine - bytes_of_weights(base.model, base.device)) // 2)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,8 @@ from transformers import PreTrainedModel
 from dlora.protocol.choices import LowBits
 from dlora.protocol.errors import ExportError
 
+from .placement import parameter_of
+
 _NF4: Final = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
@@ -121,22 +123,24 @@ class NamedWeight(NamedTuple):
 def weights_of(model: nn.Module) -> Iterator[NamedWeight]:
     """All parameters of a model, those that are held in few bits included; a tied one once."""
     for name, parameter in model.named_parameters():
-        yield NamedWeight(name, tuple(parameter.shape), parameter.detach)
+        owner, _, leaf = name.rpartition(".")
+        yield NamedWeight(name, tuple(parameter.shape), partial(parameter_of, model.get_submodule(owner), leaf))
     for name, module in model.named_modules():
         if isinstance(module, LowBitLinear):
             shape = module.out_features, module.in_features
             yield NamedWeight(f"{name}.weight", shape, partial(getattr, module, "weight"))
 
 
-def bytes_of_weights(model: nn.Module) -> int:
-    """What the weights take in memory as they are held."""
+def bytes_of_weights(model: nn.Module, device: torch.device | None = None) -> int:
+    """What the weights take in memory as they are held, on ``device`` or on all; those on disk take nothing."""
     held = (
         tensor
         for module in model.modules()
         if isinstance(module, LowBitLinear)
         for tensor in (module.held_codes, module.held_scales)
     )
-    return sum(tensor.nbytes for tensor in [*model.parameters(), *held])
+    in_memory = (tensor for tensor in [*model.parameters(), *held] if not tensor.is_meta)
+    return sum(tensor.nbytes for tensor in in_memory if device in (None, tensor.device))
 
 
 def _linears(model: PreTrainedModel) -> list[nn.Linear]:
