@@ -27,9 +27,9 @@ from transformers import PreTrainedModel
 from dlora.cloud.model.loading import load_model
 from dlora.cloud.model.low_bits import bytes_of_weights, hold_in_low_bits
 from dlora.cloud.model.source import find_source
-from dlora.protocol.choices import LowBits, Weights
+from dlora.protocol.choices import LowBits, WeightFormat
 
-WEIGHTS: Final[tuple[Weights, ...]] = ("full", "int8", "nf4")
+WEIGHTS: Final[tuple[WeightFormat, ...]] = ("full", "int8", "nf4")
 BARS: Final[dict[LowBits, dict[str, float]]] = {
     "int8": {"weights": 0.65, "step": 1.15, "passes_256_tokens": 1.15, "loss": 1.01},
     "nf4": {"weights": 0.45, "loss": 1.05},
@@ -92,7 +92,7 @@ def measure_passes(model: str, threads: int) -> dict[str, Any]:
     return found
 
 
-def measure_steps(options: Any, bundles: dict[Weights, Path]) -> dict[str, Any]:
+def measure_steps(options: Any, bundles: dict[WeightFormat, Path]) -> dict[str, Any]:
     """A server of each kind, all in bfloat16: its memory at rest, and the processor's seconds of steps of a device that
     trains with the default recipe, in turns."""
     with ExitStack() as servers, tempfile.TemporaryDirectory() as folder:
@@ -103,7 +103,7 @@ def measure_steps(options: Any, bundles: dict[Weights, Path]) -> dict[str, Any]:
             for weights in WEIGHTS
         }
         memory = {weights: pss_mb(process) for weights, (_, process) in running.items()}
-        seconds: dict[Weights, list[float]] = {weights: [] for weights in WEIGHTS}
+        seconds: dict[WeightFormat, list[float]] = {weights: [] for weights in WEIGHTS}
         for number in range(SESSIONS):
             for weights, (url, process) in running.items():
                 before, out = cpu_seconds(process), Path(folder) / f"{weights}-{number}"
@@ -121,7 +121,7 @@ def measure_steps(options: Any, bundles: dict[Weights, Path]) -> dict[str, Any]:
     }
 
 
-def measure_losses(options: Any, bundles: dict[Weights, Path]) -> TrainedLosses:
+def measure_losses(options: Any, bundles: dict[WeightFormat, Path]) -> TrainedLosses:
     """Train with each."""
     kept = options.docs / "benchmarks" / f"{options.name}low-bits-losses.json"
     with tempfile.TemporaryDirectory() as folder:
@@ -133,21 +133,23 @@ def measure_losses(options: Any, bundles: dict[Weights, Path]) -> TrainedLosses:
     return losses
 
 
-def serve(weights: Weights) -> tuple[str, ...]:
+def serve(weights: WeightFormat) -> tuple[str, ...]:
     """Options of a server."""
     return "--weights", weights, "--dtype", "bfloat16"
 
 
-def _model(name: str, weights: Weights) -> PreTrainedModel:
+def _model(name: str, weights: WeightFormat) -> PreTrainedModel:
     model = load_model(find_source(name), torch.bfloat16).eval().requires_grad_(False)
     if weights != "full":
         hold_in_low_bits(model, weights)
     return model
 
 
-def _compared(models: dict[Weights, PreTrainedModel], work: Callable[[PreTrainedModel], None]) -> dict[Weights, float]:
+def _compared(
+    models: dict[WeightFormat, PreTrainedModel], work: Callable[[PreTrainedModel], None]
+) -> dict[WeightFormat, float]:
     """The processor's seconds of ``work`` in rounds, as ratios."""
-    seconds: dict[Weights, list[float]] = {name: [] for name in models}
+    seconds: dict[WeightFormat, list[float]] = {name: [] for name in models}
     for number in range(ROUNDS):
         for name, model in models.items():
             before = time.process_time()
@@ -157,7 +159,7 @@ def _compared(models: dict[Weights, PreTrainedModel], work: Callable[[PreTrained
     return _ratios(seconds)
 
 
-def _ratios(seconds: dict[Weights, list[float]]) -> dict[Weights, float]:
+def _ratios(seconds: dict[WeightFormat, list[float]]) -> dict[WeightFormat, float]:
     return {
         name: median(ours / full for ours, full in zip(each, seconds["full"], strict=True))
         for name, each in seconds.items()

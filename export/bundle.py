@@ -66,10 +66,10 @@ def export_bundle(
     say(f"loading {settings.model}")
     source = reach(find_source(settings.model), tell)
     model = load_model(source, dtype=None)
-    if settings.weights != "full":
-        round_to_low_bits(model, settings.weights)
+    if settings.weight_format != "full":
+        round_to_low_bits(model, settings.weight_format)
     compute_in_float32(model)
-    base = BaseModel.from_model(model, settings.model, settings.weights)
+    base = BaseModel.from_model(model, settings.model, settings.weight_format)
     tokenizer = load_tokenizer(source, base)
     name = one_line(settings.base_model_name or source.hub_id or settings.model)
     if name == settings.model and Path(name).exists():

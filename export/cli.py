@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 import typer
 from typer.core import TyperCommand
 
-from dlora.protocol.choices import Weights
+from dlora.protocol.choices import WeightFormat
 from dlora.protocol.sizes import parse_size
 from dlora.protocol.version import SOFTWARE_VERSION
 
@@ -131,7 +131,7 @@ def export(
         ),
     ] = "fp16",
     weights: Annotated[
-        Weights,
+        WeightFormat,
         typer.Option(
             metavar="WEIGHTS",
             help="For a server that runs with the same option: full, int8 or nf4. The bundle and its adapters are for "
@@ -178,7 +178,7 @@ def export(
         block_dtype,
         memory,
         embedding_dtype=embedding_dtype,
-        weights=weights,
+        weight_format=weights,
     )
     settings.check()
     # Not before: torch takes seconds, which --help, the shell's completion and mistakes need not wait for.

@@ -60,8 +60,8 @@ def merge_adapter(
     # In float32 whatever comes out: a sum is rounded once.
     base = BaseModel.from_model(load_model(source), settings.model)
     _forget_quantisation(base)
-    if adapter.record is not None and adapter.record.base_weights != "full":
-        round_to_low_bits(base.model, adapter.record.base_weights)
+    if adapter.record is not None and adapter.record.base_weight_format != "full":
+        round_to_low_bits(base.model, adapter.record.base_weight_format)
     fingerprint = base.fingerprint
     if adapter.record is not None and adapter.record.base_fingerprint != fingerprint:
         raise ModelMismatchError(

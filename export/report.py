@@ -34,7 +34,7 @@ def print_json(manifest: Manifest, out: Path, notes: Sequence[str], wall_s: floa
                 "base_model": base.name,
                 **{
                     name: getattr(base, name)
-                    for name in ("architecture", "fingerprint", "weights", "parameters", "blocks")
+                    for name in ("architecture", "fingerprint", "weight_format", "parameters", "blocks")
                 },
                 "rank": defaults.r,
                 "alpha": defaults.lora_alpha,
@@ -67,7 +67,7 @@ def print_table(manifest: Manifest, out: Path, wall_s: float) -> None:
     base, defaults, groups = manifest.base_model, manifest.defaults, choose_groups(manifest)
     console.print(
         f"[bold]{base.name}[/bold] ({base.architecture}): {base.parameters:,} parameters, {base.blocks} blocks, "
-        f"{base.weights} weights, fingerprint {base.fingerprint[:12]}\n"
+        f"{base.weight_format} weights, fingerprint {base.fingerprint[:12]}\n"
         f"--kind lora: rank {defaults.r}, alpha {defaults.lora_alpha:g} on {', '.join(defaults.target_modules)}: "
         f"{_modules(groups)} adapters in {len(groups)} exchange groups, "
         f"{parameter_count(AdapterSpec(r=defaults.r), groups):,} parameters\n"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from dlora.cloud.model.source import find_source
-from dlora.protocol.choices import Weights
+from dlora.protocol.choices import WeightFormat
 from dlora.protocol.errors import UsageError
 from dlora.protocol.limits import MAX_RANK
 from dlora.protocol.manifest import StoredDtype
@@ -46,7 +46,7 @@ class ExportSettings:
         device_memory: bytes of a device that is to train with as many of the last blocks as it holds; None: none.
         embedding_dtype: of the token embedding; None: fp32 with a head of fp32, else fp16.
         block_dtype: how the blocks' weights are stored.
-        weights: how the server holds those of its linear modules; the bundle is of what they are then.
+        weight_format: how the server holds those of its linear modules; the bundle is of what they are then.
     """
 
     model: str
@@ -62,7 +62,7 @@ class ExportSettings:
     block_dtype: StoredDtype = "fp16"
     device_memory: float | None = None
     embedding_dtype: StoredDtype | None = None
-    weights: Weights = "full"
+    weight_format: WeightFormat = "full"
 
     @property
     def dtype_of_embedding(self) -> StoredDtype:

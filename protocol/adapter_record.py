@@ -11,7 +11,7 @@ from typing import Annotated, Final
 
 import msgspec
 
-from .choices import Weights
+from .choices import WeightFormat
 from .errors import CheckpointError
 from .structure_words import structure_words
 from .version import ADAPTER_FORMAT
@@ -62,7 +62,7 @@ class AdapterRecord(msgspec.Struct, frozen=True, kw_only=True):
     """The whole file; what nobody knows is None.
 
     Attributes:
-        base_weights: how the server held those of the base model: what was trained is for these.
+        base_weight_format: how the server held those of the base model: what was trained is for these.
         kind: what it was trained as.
         weights_sha256: of ``adapter_model.safetensors``.
         replaces_sha256: of the weights that are being replaced: a save that was cut short may have left these.
@@ -77,7 +77,7 @@ class AdapterRecord(msgspec.Struct, frozen=True, kw_only=True):
     weights_sha256: Digest
     replaces_sha256: Digest | None = None
     training: TrainingRecord | None = None
-    base_weights: Weights = "full"
+    base_weight_format: WeightFormat = "full"
 
     def check_weights(self, directory: Path, digest: str) -> None:
         """Raise ``CheckpointError`` where ``digest`` is not that of the weights that this is written about."""

@@ -24,7 +24,7 @@ Send = Literal["embeddings", "token-ids"]
 """What a micro-batch begins with on the wire: embeddings that the device has looked up, or the tokens themselves."""
 
 LowBits = Literal["int8", "nf4"]
-Weights = Literal["full", "int8", "nf4"]
+WeightFormat = Literal["full", "int8", "nf4"]
 """How the base model's linear weights are held: as they are computed with, or in eight or four bits."""
 
 ActiveFrom = Literal["start", "answer"]

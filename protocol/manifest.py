@@ -17,7 +17,7 @@ import msgspec
 import msgspec.inspect
 
 from .bundle_paths import lies_inside, paths_in
-from .choices import Weights
+from .choices import WeightFormat
 from .errors import BundleError
 from .groups import GroupSpec
 from .limits import MAX_RANK
@@ -51,12 +51,12 @@ class BaseModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
             loads the model in float32 or bfloat16 computes the same.
         embedding_size: width of ``inputs_embeds``; hidden_size: of ``last_hidden_state``.
         parameters: how many, tied ones once.
-        weights: how the server holds those of the linear modules: the bundle is of what they are then.
+        weight_format: how the server holds those of the linear modules: the bundle is of what they are then.
     """
 
     name: str
     architecture: str
-    weights: Weights
+    weight_format: WeightFormat
     fingerprint: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
     blocks: Positive
     embedding_size: Positive

@@ -11,7 +11,7 @@ from typing import Annotated
 import msgspec
 
 from .adapters import AdapterSpec
-from .choices import Weights
+from .choices import WeightFormat
 from .errors import ErrorCode as ErrorCode
 from .groups import GroupSpec
 from .limits import MAX_WINDOW
@@ -69,7 +69,7 @@ class Welcome(Message, frozen=True):
 
     Attributes:
         base_fingerprint: hex SHA-256, see docs/reference/bundle.md.
-        base_weights: how C holds the weights of its linear modules, which the fingerprint is of.
+        base_weight_format: how C holds the weights of its linear modules, which the fingerprint is of.
         embedding_size: width of the hidden states that E sends; hidden_size: of those that C returns.
         max_sequence_length: in tokens; max_tokens: of one micro-batch, as ``counting.py`` counts them.
         packs: whether C runs sequences end to end; otherwise each counts as the longest of its micro-batch.
@@ -81,7 +81,7 @@ class Welcome(Message, frozen=True):
     software: ShortText
     base_model: ShortText
     base_fingerprint: ShortText
-    base_weights: Weights
+    base_weight_format: WeightFormat
     embedding_size: Width
     hidden_size: Width
     max_sequence_length: Width

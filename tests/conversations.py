@@ -55,7 +55,7 @@ def welcome(version: int = PROTOCOL_VERSIONS[-1], *, packs: bool = True) -> m.We
         software="a server",
         base_model="tiny",
         base_fingerprint="ab" * 32,
-        base_weights="full",
+        base_weight_format="full",
         embedding_size=WIDTH,
         hidden_size=WIDTH,
         max_sequence_length=MAX_LENGTH,

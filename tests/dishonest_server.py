@@ -57,7 +57,7 @@ class DishonestServer:
             software="dishonest",
             base_model=base.name,
             base_fingerprint=base.fingerprint,
-            base_weights=base.weights,
+            base_weight_format=base.weight_format,
             embedding_size=base.embedding_size,
             hidden_size=base.hidden_size,
             max_sequence_length=base.max_sequence_length,

@@ -276,7 +276,7 @@ def test_a_full_recording_goes_no_further(
 @pytest.fixture(params=["full", "int8"])
 def served(request: pytest.FixtureRequest, tiny: TinyFactory) -> Iterator[tuple[Tiny, str]]:
     """A model whose weights are held in one way or another, and its server's address."""
-    model = tiny(blocks=BLOCKS, device_blocks=3, head_dtype="fp32", weights=request.param)
+    model = tiny(blocks=BLOCKS, device_blocks=3, head_dtype="fp32", weight_format=request.param)
     with serving(model.base) as server:
         yield model, server.url
 

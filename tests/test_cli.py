@@ -243,9 +243,8 @@ def fake_server(answer: Callable[[ServerConnection], None]) -> Iterator[str]:
 
 
 NEWER = m.Welcome(
-    protocol_version=PROTOCOL_VERSIONS[-1] + 1, software="x", base_model="x", base_fingerprint="x", base_weights="full",
-    embedding_size=1,
-    hidden_size=1, max_sequence_length=1, max_tokens=1, packs=True,
+    protocol_version=PROTOCOL_VERSIONS[-1] + 1, software="x", base_model="x", base_fingerprint="x",
+    base_weight_format="full", embedding_size=1, hidden_size=1, max_sequence_length=1, max_tokens=1, packs=True,
 )  # fmt: skip
 ANSWERS: dict[str, tuple[bytes | str | None, type[DloraError], tuple[str, ...]]] = {
     "refuses the version": (

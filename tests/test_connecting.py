@@ -40,9 +40,8 @@ HOST = "127.0.0.1"
 PATIENT = Retry(max_s=None, at_start=True, first_s=0.01, ceiling_s=0.01)
 LONG_AGO = datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)
 WELCOME = m.Welcome(
-    protocol_version=PROTOCOL_VERSIONS[-1], software="x", base_model="x", base_fingerprint="x", base_weights="full",
-    embedding_size=1,
-    hidden_size=1, max_sequence_length=1, max_tokens=1, packs=True,
+    protocol_version=PROTOCOL_VERSIONS[-1], software="x", base_model="x", base_fingerprint="x",
+    base_weight_format="full", embedding_size=1, hidden_size=1, max_sequence_length=1, max_tokens=1, packs=True,
 )  # fmt: skip
 
 

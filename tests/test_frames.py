@@ -61,7 +61,7 @@ EXAMPLES: dict[str, m.AnyMessage] = {
     "hello": m.Hello(protocol_versions=[2], software="dlora-edge 0.1.0", device="5eed" * 8),
     "welcome": m.Welcome(
         protocol_version=4, software="dlora-cloud 0.1.0", base_model="smollm2-135m", base_fingerprint="ab" * 32,
-        base_weights="full",
+        base_weight_format="full",
         embedding_size=6, hidden_size=6, max_sequence_length=128, max_tokens=512, packs=False, max_context_length=2048,
     ),
     "open_session": open_session(_TRAIN, "lora", 8, _INT8),

@@ -177,9 +177,9 @@ def test_bytes_of_weights_are_those_that_are_held() -> None:
 @both_bits
 @pytest.mark.parametrize("family", ["llama", "phi3"])
 def test_split_equals_peft_on_the_same_weights(family: str, bits: LowBits, tiny: TinyFactory) -> None:
-    bundle = tiny(family, head_dtype="fp32", weights=bits).bundle
+    bundle = tiny(family, head_dtype="fp32", weight_format=bits).bundle
     dataset, run = random_dataset(VOCABULARY), config(grad_accum=2, target_modules=("all-linear",))
-    base = tiny(family, weights=bits).base
+    base = tiny(family, weight_format=bits).base
     with serving(base) as server, training(bundle, server.url, run, dataset) as trainer:
         randomize(trainer)
         batches, split_loss = run_first_step(trainer)
@@ -200,11 +200,11 @@ def test_split_equals_peft_on_the_same_weights(family: str, bits: LowBits, tiny:
 def test_device_blocks_are_of_the_same_weights(tiny: TinyFactory, tmp_path: Path) -> None:
     settings = ExportSettings(
         str(tiny().model), tmp_path / "bundle", head_dtype="fp32", device_blocks="all", block_dtype="fp32",
-        weights="int8",
+        weight_format="int8",
     )  # fmt: skip
     manifest = export_bundle(settings)
-    assert manifest.base_model.weights == "int8"
-    assert manifest.base_model.fingerprint == tiny(weights="int8").base.fingerprint
+    assert manifest.base_model.weight_format == "int8"
+    assert manifest.base_model.fingerprint == tiny(weight_format="int8").base.fingerprint
     rounded = model_of("llama", torch.float32, round_to_low_bits, "int8")
     for name, weight in rounded.base_model.layers.named_parameters():
         file = tmp_path / "bundle" / "blocks" / f"{name.replace('.', '/', 1)}.npy"
@@ -212,7 +212,7 @@ def test_device_blocks_are_of_the_same_weights(tiny: TinyFactory, tmp_path: Path
 
 
 def test_merge_takes_the_weights_that_the_adapter_was_trained_for(tiny: TinyFactory, tmp_path: Path) -> None:
-    held = tiny(weights="int8")
+    held = tiny(weight_format="int8")
     with (
         serving(held.base) as server,
         training(held.bundle, server.url, config(), random_dataset(VOCABULARY)) as trainer,
@@ -221,7 +221,7 @@ def test_merge_takes_the_weights_that_the_adapter_was_trained_for(tiny: TinyFact
         trainer.save_adapter(tmp_path / "adapter")
     record = load_record(tmp_path / "adapter")
     assert record is not None
-    assert record.base_weights == "int8"
+    assert record.base_weight_format == "int8"
     assert "| its linear weights | int8 |" in (tmp_path / "adapter" / "README.md").read_text()
     result = merge_adapter(MergeSettings(str(tiny().model), tmp_path / "adapter", tmp_path / "merged"))
     assert result.fingerprint == held.base.fingerprint
@@ -244,7 +244,7 @@ def test_commands_train_on_int8_and_name_both_commands_where_it_differs(tiny: Ti
     bundle = tmp_path / "bundle"
     done = run_export(tiny().model, "--out", bundle, "--weights", "int8", "--json")
     assert done.code == 0, done.stderr
-    assert json.loads(done.stdout)["weights"] == "int8"
+    assert json.loads(done.stdout)["weight_format"] == "int8"
     words = ("train", "--data", data, "--steps", 3, "--bundle")
     with cloud_process(tiny().model, tmp_path / "int8", "--weights", "int8") as cloud:
         done = run_edge(*words, bundle, "--out", tmp_path / "run", "--server", cloud.url)
@@ -252,14 +252,14 @@ def test_commands_train_on_int8_and_name_both_commands_where_it_differs(tiny: Ti
         done = run_edge(*words, tiny().bundle, "--out", tmp_path / "other", "--server", cloud.url)
         commands = "dlora-cloud serve MODEL --weights full", "dlora-export MODEL --weights int8"
         assert_fails(done, ModelMismatchError.exit_code, *commands)
-        assert (cloud.hello["weights"], cloud.hello["base_fingerprint"]) == (
+        assert (cloud.hello["weight_format"], cloud.hello["base_fingerprint"]) == (
             "int8",
             load_manifest(bundle).base_model.fingerprint,
         )
     assert "int8 weights take" in (tmp_path / "int8" / "log").read_text()
     record = load_record(tmp_path / "run")
     assert record is not None
-    assert record.base_weights == "int8"
+    assert record.base_weight_format == "int8"
 
 
 def test_bfloat16_is_taken_where_the_processor_has_it(tmp_path: Path) -> None:
@@ -276,7 +276,7 @@ def test_bfloat16_is_taken_where_the_processor_has_it(tmp_path: Path) -> None:
 @both_bits
 def test_a_model_without_ordinary_linear_modules_is_refused(bits: LowBits, tiny: TinyFactory) -> None:
     with pytest.raises(ExportError, match="no linear modules of the ordinary kind; give --weights full"):
-        load_base_model(str(tiny("gpt2").model), weights=bits)
+        load_base_model(str(tiny("gpt2").model), weight_format=bits)
 
 
 class DynamicLinear(nn.Linear):

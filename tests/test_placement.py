@@ -22,7 +22,7 @@ from dlora.cloud.model.low_bits import bytes_of_weights
 from dlora.cloud.model.placement import device_of, parameter_of, placed_on
 from dlora.edge.data.examples import Dataset
 from dlora.edge.engine.bundle import Bundle
-from dlora.protocol.choices import Weights
+from dlora.protocol.choices import WeightFormat
 from dlora.protocol.errors import UsageError
 
 BLOCKS = 4
@@ -40,11 +40,11 @@ RUNS: dict[str, Run] = {
 }
 
 
-def placed(tiny: TinyFactory, family: str = "llama", weights: Weights = "full") -> BaseModel:
+def placed(tiny: TinyFactory, family: str = "llama", weight_format: WeightFormat = "full") -> BaseModel:
     ends = dict.fromkeys(["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"], "cpu")
     blocks = {f"model.layers.{block}": "disk" if block in ON_DISK else "cpu" for block in range(BLOCKS)}
     model = str(tiny(family, blocks=BLOCKS).model)
-    return load_base_model(model, weights=weights, device_map={**ends, **blocks})
+    return load_base_model(model, weight_format=weight_format, device_map={**ends, **blocks})
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "gemma2", "stablelm"])
@@ -87,8 +87,8 @@ def test_answers_are_the_same(tiny: TinyFactory) -> None:
 
 
 def test_few_bits_are_placed_too(tiny: TinyFactory) -> None:
-    bundle = tiny(blocks=BLOCKS, head_dtype="fp32", weights="int8").bundle
-    base, plain = placed(tiny, weights="int8"), tiny(blocks=BLOCKS, weights="int8").base
+    bundle = tiny(blocks=BLOCKS, head_dtype="fp32", weight_format="int8").bundle
+    base, plain = placed(tiny, weight_format="int8"), tiny(blocks=BLOCKS, weight_format="int8").base
     assert base.fingerprint == plain.fingerprint
     assert answers(base, bundle) == answers(plain, bundle)
 

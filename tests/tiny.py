@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from filelock import FileLock
 
-from dlora.protocol.choices import Weights as HeldAs
+from dlora.protocol.choices import WeightFormat
 from dlora.protocol.manifest import load_manifest
 
 # torch is loaded by the first test that needs a model: this module comes with every test, and most need none.
@@ -32,7 +32,7 @@ class Weights:
     family: str
     seed: int
     changes: dict[str, Any]
-    held_as: HeldAs = "full"
+    weight_format: WeightFormat = "full"
 
     @cached_property
     def base(self) -> BaseModel:
@@ -42,9 +42,9 @@ class Weights:
         from dlora.cloud.model.low_bits import hold_in_low_bits
 
         model = tiny_model(self.family, self.seed, **self.changes)
-        if self.held_as != "full":
-            hold_in_low_bits(model, self.held_as)
-        return BaseModel.from_model(model, "tiny", self.held_as)
+        if self.weight_format != "full":
+            hold_in_low_bits(model, self.weight_format)
+        return BaseModel.from_model(model, "tiny", self.weight_format)
 
     @cached_property
     def model(self) -> Path:
@@ -119,21 +119,21 @@ class TinyFactory:
         device_blocks: int = 0,
         block_dtype: StoredDtype = "fp32",
         seed: int = 0,
-        weights: HeldAs = "full",
+        weight_format: WeightFormat = "full",
         **changes: Any,
     ) -> Tiny:
         """``changes`` go to the config of the model."""
         if blocks != 2:
             changes["num_hidden_layers"] = blocks
         on_disk = (family, seed, *sorted(changes.items()))
-        model = (*on_disk, weights)
+        model = (*on_disk, weight_format)
         if model not in self._weights:
             directory = self._directory / f"weights-{_digest(on_disk)}" / "model"
-            self._weights[model] = Weights(directory, family, seed, changes, weights)
+            self._weights[model] = Weights(directory, family, seed, changes, weight_format)
         settings = {
             "rank": rank, "alpha": alpha, "head_dtype": head_dtype, "target_modules": target_modules, "engine": engine,
             "device_blocks": device_blocks, "block_dtype": block_dtype, "embedding_dtype": embedding_dtype,
-            "weights": weights,
+            "weight_format": weight_format,
         }  # fmt: skip
         key = model, *settings.values()
         if key not in self._made:

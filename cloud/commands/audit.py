@@ -103,7 +103,7 @@ def _attack(
         def tell(line: str) -> None:
             progress.console.print(line, markup=False, highlight=False)
 
-        base = load_base_model(model, say=tell, weights=seen.welcome.base_weights)
+        base = load_base_model(model, say=tell, weight_format=seen.welcome.base_weight_format)
 
         def on_attack(what: str) -> None:
             progress.update(task, description=f"attacking: {what}")

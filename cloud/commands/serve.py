@@ -22,7 +22,7 @@ from dlora.cloud.model.source import find_source
 from dlora.cloud.serving.listening import check_address
 from dlora.cloud.serving.ticket_key import load_key
 from dlora.cloud.serving.timeouts import SessionTimeouts
-from dlora.protocol.choices import Weights
+from dlora.protocol.choices import WeightFormat
 from dlora.protocol.connections import raise_file_limit
 from dlora.protocol.errors import UsageError
 from dlora.protocol.limits import MAX_WINDOW
@@ -60,7 +60,7 @@ def serve(
         ),
     ] = None,
     weights: Annotated[
-        Weights,
+        WeightFormat,
         typer.Option(
             help="How the weights of the blocks are held: as they are computed with, or in eight or four bits. Devices "
             "need a bundle of the same: dlora-export MODEL --weights int8."
@@ -238,7 +238,9 @@ def _tls(certificate: Path | None, key: Path | None, client_ca: Path | None) -> 
     return None
 
 
-def _load(model: str, dtype: Dtype, device: str, weights: Weights, device_map: Literal["auto"] | None) -> BaseModel:
+def _load(
+    model: str, dtype: Dtype, device: str, weights: WeightFormat, device_map: Literal["auto"] | None
+) -> BaseModel:
     import torch
 
     from dlora.cloud.model.base_model import load_base_model

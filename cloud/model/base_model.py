@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from dlora.protocol.choices import Weights
+from dlora.protocol.choices import WeightFormat
 from dlora.protocol.errors import DloraError, ExportError
 from dlora.protocol.groups import GroupSpec, TargetSpec
 from dlora.protocol.text import first_line
@@ -100,7 +100,7 @@ class BaseModel:
         targets: all modules that can be targets, by name, in execution order.
         refused: linear modules of the blocks that cannot, and why.
         choosing: those of them that no gradient reaches, because they only choose what others look at.
-        weights: how those of linear modules are held, or, in an export, what they were rounded to.
+        weight_format: how those of linear modules are held, or, in an export, what they were rounded to.
     """
 
     name: str
@@ -117,10 +117,10 @@ class BaseModel:
     targets: dict[str, TargetModule]
     refused: dict[str, str]
     choosing: tuple[str, ...] = ()
-    weights: Weights = "full"
+    weight_format: WeightFormat = "full"
 
     @classmethod
-    def from_model(cls, model: PreTrainedModel, name: str, weights: Weights = "full") -> Self:
+    def from_model(cls, model: PreTrainedModel, name: str, weight_format: WeightFormat = "full") -> Self:
         """Freeze ``model``, trace it, and check the cut and that no token sees a later one.
 
         Raises ``ExportError`` where it is not a decoder-only language model, its own code fails, no module of it can
@@ -167,7 +167,7 @@ class BaseModel:
             parameters=sum(math.prod(weight.shape) for weight in weights_of(model)),
             targets=targets,
             refused=refused,
-            weights=weights,
+            weight_format=weight_format,
         )
         with model_code(name, config.model_type):
             check_cut(base, find_embedding(base), find_head(base))
@@ -266,25 +266,25 @@ def load_base_model(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     say: Callable[[str], None] = lambda _: None,
-    weights: Weights = "full",
+    weight_format: WeightFormat = "full",
     device_map: DeviceMap | Literal["auto"] | None = None,
 ) -> BaseModel:
     """Load a base model from a directory, a ``.gguf`` file, a hub id or an alias (``smollm2-135m``).
 
-    ``say`` is called with a line where the Hugging Face hub is asked; ``weights``: how those of the linear modules are
-    held; ``device_map``: where its parts are, in place of ``device``; auto: as accelerate balances them.
+    ``say`` is called with a line where the Hugging Face hub is asked; ``weight_format``: how the weights of the
+    linear modules are held; ``device_map``: where the parts are, in place of ``device``; auto: as accelerate balances.
 
     Raises ``UsageError`` where the path does not exist, ``MissingExtraError`` where an alias's package is not
     installed and ``ExportError`` where the model cannot be downloaded or is not supported.
     """
     model = load_model(reach(find_source(name), say), dtype)
-    if weights != "full":
-        hold_in_low_bits(model, weights)
+    if weight_format != "full":
+        hold_in_low_bits(model, weight_format)
     if device_map is None:
         model = model.to(device)  # type: ignore[arg-type]  # its decorator loses self
     else:
         place(model, None if device_map == "auto" else device_map)
-    return BaseModel.from_model(model, name, weights)
+    return BaseModel.from_model(model, name, weight_format)
 
 
 def _find_decoder(model: PreTrainedModel) -> nn.Module:

@@ -135,7 +135,7 @@ class _Handshake:
             software=f"dlora-cloud {SOFTWARE_VERSION}",
             base_model=base.public_name,
             base_fingerprint=base.fingerprint,
-            base_weights=base.weights,
+            base_weight_format=base.weight_format,
             embedding_size=base.embedding_size,
             hidden_size=base.hidden_size,
             max_sequence_length=min(base.max_sequence_length, max_tokens),

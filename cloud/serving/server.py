@@ -298,7 +298,7 @@ class CloudServer:
             "base_model": base.public_name,
             "base_fingerprint": base.fingerprint,
             "dtype": str(base.dtype).removeprefix("torch."),
-            "weights": base.weights,
+            "weight_format": base.weight_format,
             "device": str(base.device),
             "sessions": len(sessions),
             "parked_sessions": sessions.parked,

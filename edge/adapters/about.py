@@ -29,8 +29,8 @@ class AdapterAbout:
         rank, alpha: the configuration's; single modules may differ.
         modules: how many have an adapter; blocks: in which blocks, ``0,3,26-29``; parameters: numbers in A and B.
         acts_on: ``everything``, or ``answers`` (activated LoRA).
-        base_model: its name; base_fingerprint: of its weights; base_weights: how a server holds them; each None where
-            nobody knows.
+        base_model: its name; base_fingerprint: of its weights; base_weight_format: how a server holds these; each None
+            where nobody knows.
         bytes: of its files.
         weights_sha256, config_sha256: of PEFT's two files.
         training: what it learnt and what that took; None where nobody knows.
@@ -46,7 +46,7 @@ class AdapterAbout:
     acts_on: str
     base_model: str | None
     base_fingerprint: str | None
-    base_weights: str | None
+    base_weight_format: str | None
     bytes: int
     weights_sha256: str
     config_sha256: str
@@ -78,7 +78,7 @@ def about_loaded(loaded: LoadedAdapter, path: Path) -> AdapterAbout:
         acts_on="answers" if loaded.invocation else "everything",
         base_model=loaded.base_model_name or (record.base_model if record is not None else None),
         base_fingerprint=record.base_fingerprint if record is not None else None,
-        base_weights=record.base_weights if record is not None else None,
+        base_weight_format=record.base_weight_format if record is not None else None,
         bytes=size,
         weights_sha256=loaded.weights_sha256,
         config_sha256=config,

@@ -21,11 +21,11 @@ from .units import AdapterSet
 def check_base_model(bundle: Bundle, welcome: m.Welcome) -> None:
     """Raise ``ModelMismatchError`` unless the server serves the base model that the bundle pins."""
     base = bundle.manifest.base_model
-    if welcome.base_weights != base.weights:
+    if welcome.base_weight_format != base.weight_format:
         raise ModelMismatchError(
-            f"the server holds the weights of {welcome.base_model} in {welcome.base_weights}, the bundle is of "
-            f"{base.weights} ones: serve {base.name} with dlora-cloud serve MODEL --weights {base.weights}, or export "
-            f"a bundle with dlora-export MODEL --weights {welcome.base_weights}"
+            f"the server holds {welcome.base_weight_format} weights of {welcome.base_model}, the bundle is of "
+            f"{base.weight_format} ones of {base.name}: serve it with dlora-cloud serve MODEL --weights "
+            f"{base.weight_format}, or export a bundle with dlora-export MODEL --weights {welcome.base_weight_format}"
         )
     if welcome.base_fingerprint != base.fingerprint:
         raise ModelMismatchError(
@@ -51,11 +51,11 @@ def check_sequence_length(longest: int, welcome: m.Welcome) -> None:
 def check_adapter(manifest: Manifest, loaded: LoadedAdapter) -> None:
     """Raise ``ModelMismatchError`` where an adapter says that it is of other weights than those the bundle is of."""
     base, record = manifest.base_model, loaded.record
-    if record is not None and record.base_weights != base.weights:
+    if record is not None and record.base_weight_format != base.weight_format:
         raise ModelMismatchError(
-            f"the adapter was trained for {record.base_weights} weights of {record.base_model}, the bundle is of "
-            f"{base.weights} ones: export one with dlora-export MODEL --weights {record.base_weights}, and serve it "
-            f"with dlora-cloud serve MODEL --weights {record.base_weights}"
+            f"the adapter was trained for {record.base_weight_format} weights of {record.base_model}, the bundle is of "
+            f"{base.weight_format} ones: export one with dlora-export MODEL --weights {record.base_weight_format}, and "
+            f"serve it with dlora-cloud serve MODEL --weights {record.base_weight_format}"
         )
     if record is not None and record.base_fingerprint != base.fingerprint:
         raise ModelMismatchError(

@@ -97,7 +97,7 @@ def _about(record: AdapterRecord | None, *, acts_on_answers: bool) -> list[str]:
             "|---|---|",
             f"| trained as | {_code(record.kind)} |",
             f"| base model's fingerprint | `{record.base_fingerprint}` |",
-            f"| its linear weights | {record.base_weights} |",
+            f"| its linear weights | {record.base_weight_format} |",
             f"| SHA-256 of the weights | `{record.weights_sha256}` |",
         ]
     return lines

@@ -29,7 +29,7 @@ from dlora.protocol.adapter_record import (
     encode_record,
     load_record,
 )
-from dlora.protocol.choices import Weights
+from dlora.protocol.choices import WeightFormat
 from dlora.protocol.errors import CheckpointError
 from dlora.protocol.limits import MAX_RANK
 from dlora.protocol.module_patterns import check_matching_time, first_match, read_patterns
@@ -103,7 +103,7 @@ def save_adapter(
     parts: Parts | None = None,
     invocation: tuple[int, ...] = (),
     base_fingerprint: str | None = None,
-    base_weights: Weights = "full",
+    base_weight_format: WeightFormat = "full",
     training: TrainingRecord | None = None,
 ) -> None:
     """Write an adapter that ``PeftModel.from_pretrained`` loads.
@@ -115,7 +115,7 @@ def save_adapter(
         fan_in_fan_out: whether the targets are ``Conv1D`` (GPT-2).
         parts: what it was trained as, where that is another kind than ``lora``.
         invocation: the tokens from which on it acts; none: everywhere.
-        base_fingerprint, base_weights: of the base model, for ``dlora_adapter.json``; None: there will be no such file.
+        base_fingerprint, base_weight_format: of the base model, for ``dlora_adapter.json``; None: there will be none.
         training: what it learnt, for the same.
 
     PEFT's two files cannot change at one instant, so for the moment between, the configuration names the old and
@@ -146,7 +146,7 @@ def save_adapter(
             rank=r,
             weights_sha256=digest,
             training=training,
-            base_weights=base_weights,
+            base_weight_format=base_weight_format,
         )
 
     old = _replaced_config(config_path)

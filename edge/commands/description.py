@@ -91,7 +91,7 @@ def _describe_adapter(path: Path) -> dict[str, Any]:
         "lora_alpha": loaded.lora_alpha,
         "base_model": loaded.base_model_name,
         "base_fingerprint": loaded.record.base_fingerprint if loaded.record is not None else "unknown",
-        "base_weights": loaded.record.base_weights if loaded.record is not None else "unknown",
+        "base_weight_format": loaded.record.base_weight_format if loaded.record is not None else "unknown",
         "modules": len(loaded.modules),
         "blocks": number_ranges(blocks),
         "parameters": sum(module.lora_A.size + module.lora_B.size for module in loaded.modules.values()),

@@ -337,7 +337,7 @@ class AdapterTraining:
             parts=parts,
             invocation=config.invocation,
             base_fingerprint=manifest.base_model.fingerprint,
-            base_weights=manifest.base_model.weights,
+            base_weight_format=manifest.base_model.weight_format,
             training=training,
         )
 

@@ -94,7 +94,7 @@ def manifest_of(files: dict[str, bytes]) -> bytes:
     base = schema.BaseModelSpec(
         name="tiny",
         architecture="llama",
-        weights="full",
+        weight_format="full",
         fingerprint="ab" * 32,
         blocks=1,
         embedding_size=4,
