@@ -35,7 +35,9 @@ def load_tokenizer(source: ModelSource, base: BaseModel) -> Any:
     template = str(tokenizer.chat_template or "")
     words = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
     ends = {_text(tokenizer.bos_token), _text(tokenizer.eos_token)}
-    if any(token in words or token in ends or token in template for token in beyond):
+    added = tokenizer.backend_tokenizer.encode("").ids  # by the tokenizer itself, to every text
+    is_needed = any(token in words or token in ends or token in template for token in beyond)
+    if is_needed or any(number >= rows for number in added):
         raise ExportError(
             f"the tokenizer of {source.name} has {len(tokenizer)} tokens but the embedding only {rows} rows; "
             "they do not belong together"

@@ -22,6 +22,7 @@ from families import VOCABULARY, save_tiny, tiny_model
 from processes import END_TIMEOUT_S, run_export
 from small_disk import remount_read_only, small_disk
 from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from dlora.cloud.model.base_model import BaseModel, find_source
@@ -236,6 +237,12 @@ def test_a_token_without_a_row_is_left_out_unless_the_model_needs_it(tmp_path: P
     assert plain.get_vocab_size() == VOCABULARY
     assert plain.encode("w5 <image> w6").ids[0] == tokenizer("w5")["input_ids"][0]
     tokenizer.chat_template = "{{ messages[0].content }}<image>"
+    tokenizer.save_pretrained(tmp_path / "model")
+    with pytest.raises(ExportError, match="they do not belong together"):
+        export_bundle(_settings(tmp_path, force=True))
+    tokenizer.chat_template = None
+    first = tokenizer.convert_tokens_to_ids("<image>")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<image> $A", None, [("<image>", first)])
     tokenizer.save_pretrained(tmp_path / "model")
     with pytest.raises(ExportError, match="they do not belong together"):
         export_bundle(_settings(tmp_path, force=True))

@@ -18,9 +18,11 @@ from dlora.cloud.model import live_bytes as live_bytes_module
 from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.model.layout import Layout, can_pack, lay_out
 from dlora.cloud.model.live_bytes import LiveBytes, _order_of_calls, _TensorByteCounter, default_live_limit
+from dlora.cloud.model.low_bits import hold_in_low_bits
 from dlora.cloud.model.parts import ModelParts
 from dlora.cloud.model.row_blocks import DividedTexts, RowBlocks
 from dlora.cloud.serving.server import LEAST_TOKENS, MOST_TOKENS, default_max_tokens, default_window
+from dlora.protocol.choices import WeightFormat
 from dlora.protocol.counting import cut_to_fit
 from dlora.protocol.device_memory import USUAL_TOKENS
 from dlora.protocol.errors import ExportError
@@ -71,8 +73,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def base_model(family: str, **changes: object) -> BaseModel:
-    base = BaseModel.from_model(tiny_model(family, **changes), family)
+def base_model(family: str, weight_format: WeightFormat = "full", **changes: object) -> BaseModel:
+    model = tiny_model(family, **changes)
+    if weight_format != "full":
+        hold_in_low_bits(model, weight_format)
+    base = BaseModel.from_model(model, family, weight_format)
     wrap_target_modules(base)
     return base
 
@@ -100,9 +105,13 @@ def bytes_saved(
     return sum(unique.values())
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_the_estimate_is_near_what_autograd_saves(family: str) -> None:
-    base = base_model(family)
+LOW_BITS: list[tuple[str, WeightFormat]] = [("llama", "int8"), ("llama", "nf4"), ("phi3", "int8"), ("stablelm", "nf4")]
+FORMATS: list[tuple[str, WeightFormat]] = [*((family, "full") for family in sorted(FAMILIES)), *LOW_BITS]
+
+
+@pytest.mark.parametrize(("family", "weight_format"), FORMATS)
+def test_the_estimate_is_near_what_autograd_saves(family: str, weight_format: WeightFormat) -> None:
+    base = base_model(family, weight_format)
     live_bytes = LiveBytes.measure(base)
     groups = base.groups(base.targets)
     ratios = {}
@@ -117,9 +126,11 @@ def test_the_estimate_is_near_what_autograd_saves(family: str) -> None:
     assert max(ratios.values()) <= AT_MOST, ratios
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_evaluation_estimate_is_near_the_peak_of_its_forward_pass(family: str) -> None:
-    base = base_model(family)
+@pytest.mark.parametrize(("family", "weight_format"), FORMATS)
+def test_evaluation_estimate_is_near_the_peak_of_its_forward_pass(family: str, weight_format: WeightFormat) -> None:
+    """Where weights are made anew, they are larger than what a few tokens take."""
+    changes = {} if weight_format == "full" else {"hidden_size": 64, "intermediate_size": 128}
+    base = base_model(family, weight_format, **changes)
     live_bytes = LiveBytes.measure(base)
     ratios, groups = {}, base.groups(base.targets)
     for name, lengths in LENGTHS.items():

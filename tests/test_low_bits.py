@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dlora.cloud.commands.torch_start import computes_bfloat16
+from dlora.cloud.exchange.target_modules import GroupRunner, running_targets, wrap_target_modules
 from dlora.cloud.model.base_model import BaseModel, load_base_model
 from dlora.cloud.model.low_bits import (
     LowBitLinear,
@@ -29,7 +31,6 @@ from dlora.cloud.model.low_bits import (
     bytes_of_weights,
     hold_in_low_bits,
     round_to_low_bits,
-    weights_of,
 )
 from dlora.cloud.model.widening import compute_in_float32
 from dlora.edge.adapters.compatibility import check_adapter
@@ -66,6 +67,13 @@ def outputs_and_gradient(model: PreTrainedModel) -> list[Tensor]:
     (grad,) = torch.autograd.grad(hidden.float().square().sum(), embeds)
     with torch.no_grad():
         return [hidden.detach(), grad, model.base_model(inputs_embeds=embeds, use_cache=False).last_hidden_state]
+
+
+class FrozenTargets(GroupRunner):
+    """Nothing is trained."""
+
+    def run_group(self, group: int, x: Tensor) -> Sequence[Tensor]:
+        raise AssertionError
 
 
 # --- what is held ---------------------------------------------------------------------------------------------------
@@ -142,21 +150,30 @@ def test_fingerprint_is_of_the_weights_that_are_stood_for(bits: LowBits) -> None
 
 
 @both_bits
-def test_weights_are_not_kept_for_the_backward_pass(bits: LowBits) -> None:
-    held = model_of("llama", torch.float32, hold_in_low_bits, bits)
-    shapes = {weight.shape for weight in weights_of(held) if ".mlp." in weight.name}
-    kept = set[tuple[int, ...]]()
+@pytest.mark.parametrize("has_graded_rows", [False, True])
+def test_weights_are_not_kept_for_the_backward_pass(
+    has_graded_rows: bool, bits: LowBits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = BaseModel.from_model(model_of("llama", torch.float32, hold_in_low_bits, bits), "tiny", bits)
+    made: list[weakref.ref[Tensor]] = []
+    original = LowBitLinear.weight.fget
+    assert original is not None
 
-    def keep(tensor: Tensor) -> Tensor:
-        kept.add(tuple(tensor.shape))
-        kept.add(tuple(reversed(tensor.shape)))
-        return tensor
+    def made_weight(module: LowBitLinear) -> Tensor:
+        weight = original(module)
+        made.append(weakref.ref(weight))
+        return weight
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        embeds = held.get_input_embeddings()(IDS).detach().requires_grad_()
-        held.base_model(inputs_embeds=embeds, use_cache=False).last_hidden_state.sum().backward()
-    assert kept
-    assert not shapes & kept
+    monkeypatch.setattr(LowBitLinear, "weight", property(made_weight))
+    wrap_target_modules(base)
+    graded = torch.arange(3) if has_graded_rows else None
+    embeds = base.token_embedding(IDS).detach().requires_grad_()
+    with running_targets(FrozenTargets(base, (), (), graded=graded)):
+        hidden = base.last_hidden_state(embeds)
+        assert len(made) == len(base.targets)
+        assert not any(weight() is not None for weight in made)
+        hidden.sum().backward()
+    assert len(made) > len(base.targets)
 
 
 def test_bytes_of_weights_are_those_that_are_held() -> None:

@@ -99,7 +99,9 @@ def test_what_is_too_large_says_what_would_help() -> None:
     for micro_batch, advice in ((800, "lower --batch-size"), (1100, "lower --batch-size")):
         assert advice in str(refused(lambda size=micro_batch: session.charge(1, size)))
     session.hold(500)
-    assert "train fewer --blocks, or have the server started" in str(refused(lambda: session.charge(1, 300)))
+    assert "lower --rank, or train fewer --blocks, or have the server started" in str(
+        refused(lambda: session.charge(1, 300))
+    )
 
 
 def test_unread_frames_count_in_the_quota() -> None:

@@ -138,6 +138,7 @@ class SessionQuota:
         self.kept_bytes = 0
         self.sent_ahead = 1
         self.is_open = True
+        self._advice = ""  # what makes smaller what is held
         self._quotas = quotas
         self._freed = quotas._freed
 
@@ -155,9 +156,9 @@ class SessionQuota:
         if limits.live_bytes is not None and live_bytes and live_bytes + self.held_bytes > limits.live_bytes:
             kept = f", beside {_mb(self.held_bytes)} that it keeps for the session" if self.held_bytes else ""
             text = f"a micro-batch takes {_mb(live_bytes)} of the server{kept}; the quota is {_mb(limits.live_bytes)}"
-            if self.held_bytes > live_bytes:  # a smaller one would not help much
-                advice = "train fewer --blocks, or have the server started with a higher --quota-live-mb"
-                raise RefusedError(f"{text}; {advice}", ErrorCode.QUOTA_LIVE_BYTES)
+            if self.held_bytes > live_bytes:
+                advice = f"{self._advice}, or have the server started with a higher --quota-live-mb"
+                raise _refused_for_good(text, ErrorCode.QUOTA_LIVE_BYTES, advice)
             raise _refused_for_good(text, ErrorCode.QUOTA_LIVE_BYTES)
         if total is not None and live_bytes > total:
             text = f"a micro-batch takes {_mb(live_bytes)} of the server, which has {_mb(total)} for all of them"
@@ -205,6 +206,7 @@ class SessionQuota:
             if not self._quotas._fits(nbytes):
                 raise _refused_for_now(f"there is no memory for {what}", ErrorCode.BUSY)
             self.held_bytes += nbytes
+            self._advice = advice
             self._take(nbytes)
 
     def release(self, nbytes: int) -> None:
@@ -340,8 +342,10 @@ def _refused_for_now(text: str, code: ErrorCode, retry_after_s: float | None = N
     return RefusedError(text, code, retryable=True, retry_after_s=retry_after_s or _RETRY_AFTER_S)
 
 
-def _refused_for_good(text: str, code: ErrorCode) -> RefusedError:
-    return RefusedError(f"{text}; lower --batch-size, or ask for a shorter text", code)
+def _refused_for_good(
+    text: str, code: ErrorCode, advice: str = "lower --batch-size, or ask for a shorter text"
+) -> RefusedError:
+    return RefusedError(f"{text}; {advice}", code)
 
 
 def _mb(size: int) -> str:

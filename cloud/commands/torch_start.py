@@ -31,7 +31,8 @@ def computes_bfloat16(device: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> boo
     if device != "cpu":
         import torch
 
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+        with torch.cuda.device(device):
+            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     words = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
     return not words.isdisjoint({"amx_bf16", "avx512_bf16", "bf16"})  # the last is ARM's
 

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from dlora.protocol.errors import ExportError
 
-from .widening import widened_again
+from .widening import class_of, widened_again
 
 if TYPE_CHECKING:
     from .base_model import BaseModel
@@ -69,7 +70,7 @@ def trace_gradients(base: BaseModel) -> Gradients:
 
 
 def check_gradients(base: BaseModel) -> None:
-    """Try the target modules whose weights are held in another way than as ordinary floats, one of each shape.
+    """Try the target modules that are not of the ordinary kind with weights of ordinary floats, one of each shape.
 
     Some give a product without a gradient, and say nothing: those that quantise what they are given, too (int8
     *dynamic*). What a gradient says of a step is held against what the step does, and may be a fifth off.
@@ -80,15 +81,16 @@ def check_gradients(base: BaseModel) -> None:
     for name, target in base.targets.items():
         module, stored = target.module, target.module._parameters.get("weight")
         key = type(module), type(stored), target.in_features, target.out_features
-        if key in tried or (type(stored) is nn.Parameter and stored.is_floating_point() and stored.dtype.itemsize > 1):
+        has_floats = type(stored) is nn.Parameter and stored.is_floating_point() and stored.dtype.itemsize > 1
+        if key in tried or (has_floats and class_of(module) in (nn.Linear, Conv1D)):
             continue
         tried.add(key)
         share = _predicted_share(module, target.in_features, base)
         if not abs(share - 1) < _TOLERANCE:
             raise ExportError(
-                f"{base.name} cannot be trained: gradients do not pass its module {name} ({type(stored).__name__}), as "
-                "through weights whose inputs are quantised, too (int8 dynamic); give the model that it was made from, "
-                "with --weights int8"
+                f"{base.name} cannot be trained: gradients do not pass its module {name} "
+                f"({class_of(module).__name__}), as where inputs are quantised, too (int8 dynamic); give the model "
+                "that it was made from"
             )
 
 

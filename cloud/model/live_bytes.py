@@ -26,7 +26,7 @@ from dlora.protocol.groups import GroupSpec
 
 from .base_model import BaseModel, model_code
 from .layout import Layout, random_embeds
-from .low_bits import bytes_of_weights
+from .low_bits import bytes_of_weights, weights_come_and_go
 from .memory import machine_bytes
 from .row_blocks import DividedTexts, RowBlocks
 
@@ -190,17 +190,26 @@ def _forward_growths(base: BaseModel, length: int, *, masked: bool) -> tuple[_Gr
     tokens, the most that is alive there counts, and grows with the tokens.
     """
     found: set[_Growth] = set()
-    for short, long in zip(*(_alive(base, many, masked=masked) for many in (length, 2 * length)), strict=True):
-        if [name for name, _ in short] == [name for name, _ in long]:
-            found |= {_growth(length, one, other) for (_, one), (_, other) in zip(short, long, strict=True)}
+    # Weights that come and go are alive as well: a part that does not grow, which a third run tells from the others.
+    lengths = [length * number for number in range(1, 4 if weights_come_and_go(base.model) else 3)]
+    for runs in zip(*(_alive(base, many, masked=masked) for many in lengths), strict=True):
+        if len({tuple(name for name, _ in run) for run in runs}) == 1:
+            found |= {_growth(length, *(total for _, total in operation)) for operation in zip(*runs, strict=True)}
         else:
-            most, most_of_long = (max(total for _, total in totals) for totals in (short, long))
-            found.add(_Growth(linear=max(most / (_SEQUENCES * length), most_of_long / (_SEQUENCES * 2 * length))))
+            most = (
+                max(total for _, total in run) / (_SEQUENCES * many) for many, run in zip(lengths, runs, strict=True)
+            )
+            found.add(_Growth(linear=max(most)))
     return tuple(found)
 
 
-def _growth(length: int, short_bytes: int, long_bytes: int) -> _Growth:
-    """Of what took so many bytes in both runs."""
+def _growth(length: int, short_bytes: int, long_bytes: int, longest_bytes: int | None = None) -> _Growth:
+    """Of what took so many bytes in runs of ``length``, twice that, and three times that."""
+    if longest_bytes is not None:
+        quadratic = max(0.0, (longest_bytes - 2 * long_bytes + short_bytes) / (2 * _SEQUENCES * length**2))
+        linear = max(0.0, (long_bytes - short_bytes) / (_SEQUENCES * length) - 3 * length * quadratic)
+        constant = max(0.0, short_bytes - _SEQUENCES * length * (linear + length * quadratic))
+        return _Growth(constant, linear, quadratic)
     if short_bytes == long_bytes:
         return _Growth(constant=short_bytes)
     a_token, a_token_of_long = short_bytes / (_SEQUENCES * length), long_bytes / (_SEQUENCES * 2 * length)

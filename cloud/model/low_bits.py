@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -31,12 +31,13 @@ _NF4: Final = (
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
+_SLAB_VALUES: Final = 1 << 22  # of a weight that are encoded at a time: float32 copies of it are made
 _GROUP: Final = 64
 _LARGEST: Final = 127
 _SMALLEST_SCALE: Final = 1e-30  # of a row of zeros
 
 
-class Held(NamedTuple):
+class LowBitWeight(NamedTuple):
     """A weight (out_features, in_features) in few bits.
 
     Attributes:
@@ -57,7 +58,7 @@ class Held(NamedTuple):
 
 
 class LowBitLinear(nn.Linear):
-    """A frozen linear module that holds its weight as ``Held``; ``weight`` is made anew for each who reads it."""
+    """A frozen linear module that holds a ``LowBitWeight``; ``weight`` is made anew for each who reads it."""
 
     held_codes: Tensor
     held_scales: Tensor
@@ -66,7 +67,7 @@ class LowBitLinear(nn.Linear):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """(out_features, in_features), in the dtype that the model computes in."""
-        return Held(self.held_codes, self.held_scales).weight().to(self.computes_in)
+        return LowBitWeight(self.held_codes, self.held_scales).weight().to(self.computes_in)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x W^T + bias``."""
@@ -80,7 +81,9 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, module: LowBitLinear) -> Tensor:
         ctx.module = module
-        return nn.functional.linear(x, module.weight, module.bias)
+        output = nn.functional.linear(x, module.weight, module.bias)
+        # A biased linear gives a view, which nobody could change in place after it left here, as some models do.
+        return output.clone() if output._is_view() else output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -92,9 +95,12 @@ def hold_in_low_bits(model: PreTrainedModel, bits: LowBits) -> None:
 
     Raises ``ExportError`` where it has no such module.
     """
+    all_held: dict[int, LowBitWeight] = {}
     for module in _linears(model):
-        weight = module.weight.detach()
-        held = _encode(weight, bits)
+        weight = module.weight
+        if id(weight) not in all_held:
+            all_held[id(weight)] = _encode(weight.detach(), bits)
+        held = all_held[id(weight)]
         del module._parameters["weight"]
         module.__class__ = LowBitLinear
         assert isinstance(module, LowBitLinear)
@@ -107,9 +113,9 @@ def hold_in_low_bits(model: PreTrainedModel, bits: LowBits) -> None:
 def round_to_low_bits(model: PreTrainedModel, bits: LowBits) -> None:
     """Give the same modules the weights that ``hold_in_low_bits`` would, as ordinary ones: in float32 where they were,
     else in bfloat16, whose range float16 has not. Raises likewise."""
-    for module in _linears(model):
-        dtype = torch.float32 if module.weight.dtype == torch.float32 else torch.bfloat16
-        module.weight.data = _encode(module.weight.detach(), bits).weight().to(dtype)
+    for weight in {id(module.weight): module.weight for module in _linears(model)}.values():
+        dtype = torch.float32 if weight.dtype == torch.float32 else torch.bfloat16
+        weight.data = _encode(weight.detach(), bits).weight().to(dtype)
 
 
 class NamedWeight(NamedTuple):
@@ -125,32 +131,41 @@ def weights_of(model: nn.Module) -> Iterator[NamedWeight]:
     for name, parameter in model.named_parameters():
         owner, _, leaf = name.rpartition(".")
         yield NamedWeight(name, tuple(parameter.shape), partial(parameter_of, model.get_submodule(owner), leaf))
+    seen = set[int]()
     for name, module in model.named_modules():
-        if isinstance(module, LowBitLinear):
+        if isinstance(module, LowBitLinear) and id(module.held_codes) not in seen:
+            seen.add(id(module.held_codes))
             shape = module.out_features, module.in_features
             yield NamedWeight(f"{name}.weight", shape, partial(getattr, module, "weight"))
 
 
 def bytes_of_weights(model: nn.Module, device: torch.device | None = None) -> int:
     """What the weights take in memory as they are held, on ``device`` or on all; those on disk take nothing."""
-    held = (
-        tensor
+    held = {
+        id(tensor): tensor
         for module in model.modules()
         if isinstance(module, LowBitLinear)
         for tensor in (module.held_codes, module.held_scales)
-    )
-    in_memory = (tensor for tensor in [*model.parameters(), *held] if not tensor.is_meta)
+    }
+    in_memory = (tensor for tensor in [*model.parameters(), *held.values()] if not tensor.is_meta)
     return sum(tensor.nbytes for tensor in in_memory if device in (None, tensor.device))
 
 
+def weights_come_and_go(model: nn.Module) -> bool:
+    """Whether some weights are in memory only while their module runs: of few bits, or on disk."""
+    return any(isinstance(module, LowBitLinear) for module in model.modules()) or any(
+        parameter.is_meta for parameter in model.parameters()
+    )
+
+
 def _linears(model: PreTrainedModel) -> list[nn.Linear]:
-    """The modules that can be held in few bits: of the same class, for others may do more than multiply."""
+    """The modules that can be held in few bits: of the same class, for others may do more than multiply; not the LM
+    head, nor what shares its weight with something else."""
     head = model.get_output_embeddings()
-    found = [
-        module
-        for module in model.modules()
-        if type(module) is nn.Linear and module is not head and type(module.weight) is nn.Parameter
-    ]
+    all_linear = [module for module in model.modules() if type(module) is nn.Linear and module is not head]
+    others = set(model.modules()).difference(all_linear)
+    shared = {id(parameter) for module in others for parameter in module.parameters(recurse=False)}
+    found = [module for module in all_linear if type(module.weight) is nn.Parameter and id(module.weight) not in shared]
     if not found:
         raise ExportError(
             f"no weights of this model ({model.config.model_type}) can be held in fewer bits: it has no linear modules "
@@ -159,8 +174,13 @@ def _linears(model: PreTrainedModel) -> list[nn.Linear]:
     return found
 
 
-def _encode(weight: Tensor, bits: LowBits) -> Held:
+def _encode(weight: Tensor, bits: LowBits) -> LowBitWeight:
     """Of a weight (out_features, in_features); what it is in bfloat16 counts, whatever it is loaded as."""
+    slabs = [_encode_rows(rows, bits) for rows in weight.split(max(1, _SLAB_VALUES // weight.shape[1]))]
+    return LowBitWeight(*map(torch.cat, zip(*slabs, strict=True)))
+
+
+def _encode_rows(weight: Tensor, bits: LowBits) -> LowBitWeight:
     wide = weight.to(torch.bfloat16).float()
     size = wide.shape[1] if bits == "int8" else _group_size(wide.shape[1])
     groups = wide.reshape(len(wide), -1, size)
@@ -169,10 +189,10 @@ def _encode(weight: Tensor, bits: LowBits) -> Held:
     scales = (largest / steps).clamp_min(_SMALLEST_SCALE).to(torch.bfloat16)
     groups = groups / scales.float()[..., None]
     if bits == "int8":
-        return Held(groups.round_().clamp_(-_LARGEST, _LARGEST).to(torch.int8).view_as(wide), scales)
+        return LowBitWeight(groups.round_().clamp_(-_LARGEST, _LARGEST).to(torch.int8).view_as(wide), scales)
     levels = torch.tensor(_NF4, device=wide.device)
     codes = torch.bucketize(groups, (levels[1:] + levels[:-1]) / 2, out_int32=True).to(torch.uint8).view_as(wide)
-    return Held(codes[:, ::2] | codes[:, 1::2] << 4, scales)
+    return LowBitWeight(codes[:, ::2] | codes[:, 1::2] << 4, scales)
 
 
 def _group_size(width: int) -> int:
@@ -183,6 +203,7 @@ def _group_size(width: int) -> int:
     return size
 
 
+@cache
 def _pairs(device: torch.device) -> Tensor:
     """int32 (256,): the two bfloat16 levels of each code."""
     levels, codes = torch.tensor(_NF4, device=device).to(torch.bfloat16), torch.arange(256, device=device)
