@@ -38,6 +38,7 @@ if TYPE_CHECKING:  # torch is loaded when a server starts
 logger = logging.getLogger("dlora.cloud")
 
 # Options under a heading of their own.
+base_model = partial(typer.Option, rich_help_panel="The base model")
 door = partial(typer.Option, rich_help_panel="Who may come in")
 quota = partial(typer.Option, rich_help_panel="Quotas of a device")
 limit = partial(typer.Option, rich_help_panel="Limits of the whole server")
@@ -54,22 +55,22 @@ def serve(
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)] = 8765,
     dtype: Annotated[
         Dtype | None,
-        typer.Option(
+        base_model(
             help="What the base model computes in; auto: bfloat16 where the processor has it, else float32. By default "
             "float32, and auto with --weights."
         ),
     ] = None,
     weights: Annotated[
         WeightFormat,
-        typer.Option(
-            help="How the weights of the blocks are held: as they are computed with, or in eight or four bits. Devices "
-            "need a bundle of the same: dlora-export MODEL --weights int8."
+        base_model(
+            help="How the weights of linear modules are held: as they are computed with, or in eight or four bits. "
+            "Devices need a bundle of the same: dlora-export MODEL --weights int8."
         ),
     ] = "full",
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    device: Annotated[str, base_model(help="cpu, cuda or cuda:N.")] = "cpu",
     device_map: Annotated[
         Literal["auto"] | None,
-        typer.Option(
+        base_model(
             help="auto: spread the blocks over all GPUs, and what they have no room for over memory and disk; in place "
             "of --device.",
         ),

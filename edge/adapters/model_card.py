@@ -49,6 +49,7 @@ def model_card(
         "",
         "```python",
         "from peft import PeftModel",
+        *_rounding(record),
         "",
         'model = PeftModel.from_pretrained(base_model, "path/to/this/directory")',
         "```",
@@ -66,6 +67,17 @@ def model_card(
         lines += ["", "### Framework versions", "", f"- dlora {_plain(record.software)}"]
         lines += [f"- {_plain(name)} {_plain(version)}" for name, version in versions.items()]
     return "\n".join(lines) + "\n"
+
+
+def _rounding(record: AdapterRecord | None) -> list[str]:
+    """What gives a base model the weights that the adapter was trained for, where they are not its own."""
+    if record is None or record.base_weight_format == "full":
+        return []
+    return [
+        "from dlora.cloud.model.low_bits import round_to_low_bits",
+        "",
+        f'round_to_low_bits(base_model, "{record.base_weight_format}")  # what it was trained for',
+    ]
 
 
 def _front_matter(base_model_name: str) -> list[str]:
