@@ -33,7 +33,7 @@ def place(model: PreTrainedModel, device_map: DeviceMap | None = None) -> None:
     if "disk" in device_map.values():
         folder = tempfile.TemporaryDirectory(prefix="dlora-offloaded-")
         model._dlora_offloaded = folder  # type: ignore[assignment]  # it is removed with the model
-    dispatch_model(model, dict(device_map), offload_dir=None if folder is None else folder.name, force_hooks=True)
+    dispatch_model(model, dict(device_map), offload_dir=None if folder is None else folder.name)
 
 
 def placed_on(model: PreTrainedModel) -> dict[str, int]:
