@@ -126,7 +126,9 @@ def measure_losses(options: Any, bundles: dict[WeightFormat, Path]) -> TrainedLo
     kept = options.docs / "benchmarks" / f"{options.name}low-bits-losses.json"
     with tempfile.TemporaryDirectory() as folder:
         work, sets = Path(folder), options.sets.split(",")
-        losses = TrainedLosses(kept, options.data, work, sets, options.seeds, options.steps, options.threads)
+        losses = TrainedLosses(
+            options.model, kept, options.data, work, sets, options.seeds, options.steps, options.threads
+        )
         for weights in filter(losses.missing, WEIGHTS):
             with cloud_server(options.model, options.threads, *serve(weights)) as url:
                 losses.measure(weights, bundles[weights], url)

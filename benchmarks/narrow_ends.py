@@ -39,7 +39,9 @@ def main() -> None:
     ends, kept = options.ends.split(","), options.docs / "benchmarks" / "narrow-ends.json"
     with tempfile.TemporaryDirectory() as folder:
         work, sets = Path(folder), options.sets.split(",")
-        losses = TrainedLosses(kept, options.data, work, sets, options.seeds, options.steps, options.threads)
+        losses = TrainedLosses(
+            options.model, kept, options.data, work, sets, options.seeds, options.steps, options.threads
+        )
         with cloud_server(options.model, options.threads) as url:
             for each in filter(losses.missing, ends):
                 bundle = work / each.replace(" ", "-")

@@ -1,4 +1,5 @@
-"""Losses after training with variants of one model, kept in a JSON file: a run that is there is not made again.
+"""Losses after training with variants of one model, kept in a JSON file: a run that is there is not made again, and
+one of another model or number of steps is refused.
 
 Each set is trained with the default recipe, and tested with the adapter, the bundle and the server of the variant.
 """
@@ -28,8 +29,10 @@ class TrainedLosses:
     Attributes:
         kept: the file; data: the folder with ``banking77/`` in it; work: for bundles, texts and adapters.
         seeds: how many; steps: of a run; threads: of a device.
+        found: by set, variant and seed.
     """
 
+    model: str
     kept: Path
     data: Path
     work: Path
@@ -41,12 +44,19 @@ class TrainedLosses:
 
     def __post_init__(self) -> None:
         make_directory(self.kept.parent)
-        self.found = json.loads(self.kept.read_text()) if self.kept.exists() else {}
+        before = json.loads(self.kept.read_text()) if self.kept.exists() else {**self._of, "losses": {}}
+        if {**before, "losses": {}} != {**self._of, "losses": {}}:
+            raise SystemExit(f"error: {self.kept} is of another model or number of steps; give another --docs")
+        self.found = before["losses"]
+
+    @property
+    def _of(self) -> dict[str, object]:
+        return {"model": self.model, "steps": self.steps}
 
     def missing(self, variant: str) -> bool:
         """Whether a run of a variant is not there yet."""
         done = (self.found.get(name, {}).get(variant, {}) for name in self.sets)
-        return any(len(seeds) < self.seeds for seeds in done)
+        return any(not {str(seed) for seed in range(self.seeds)} <= seeds.keys() for seeds in done)
 
     def measure(self, variant: str, bundle: Path, url: str) -> None:
         """Make the runs of a variant that are not there."""
@@ -58,7 +68,8 @@ class TrainedLosses:
                 if str(seed) not in losses:
                     losses[str(seed)] = self._test_loss(name, bundle, seed, url)
                     log(f"{name}, seed {seed}, {variant}: {losses[str(seed)]}")
-                    write_atomically(self.kept, json.dumps(self.found, indent=1).encode() + b"\n")
+                    kept = {**self._of, "losses": self.found}
+                    write_atomically(self.kept, json.dumps(kept, indent=1).encode() + b"\n")
 
     def pairs(self, variant: str, reference: str) -> dict[str, list[tuple[float, float]]]:
         """By set, where all seeds are there: a variant's loss and that of what it is compared with, of each seed."""
