@@ -319,8 +319,8 @@ class Connection:
         sizes = (welcome.embedding_size, welcome.hidden_size)
         if welcome.base_fingerprint != known.base_fingerprint or sizes != (known.embedding_size, known.hidden_size):
             raise ModelMismatchError(
-                f"the server {self.url} came back with another base model ({welcome.base_model}); serve the model that the "
-                f"bundle was exported from, with --weights {known.base_weight_format}, and go on with dlora-edge resume"
+                f"the server {self.url} came back with another base model ({welcome.base_model}); serve the model that "
+                f"the bundle is of, with --weights {known.base_weight_format}, and go on with dlora-edge resume"
             )
         return session
 
