@@ -35,7 +35,6 @@ BARS: Final[dict[LowBits, dict[str, float]]] = {
     "nf4": {"weights": 0.45, "loss": 1.05},
 }
 TOKENS: Final = (256, 1024)
-STEPS: Final = ("step", "passes_256_tokens")
 ROUNDS: Final = 11
 SESSIONS, SESSION_STEPS = 5, 8
 
@@ -61,9 +60,8 @@ def main() -> None:
         if not options.only_losses:
             found = {**measure_passes(options.model, options.threads), **measure_steps(options, bundles)}
             for bits, wanted in BARS.items():
-                for name in ("weights", *STEPS):
-                    if name in wanted:
-                        bars[f"{bits}_{name}"] = at_most(wanted[name], found[name][bits], command)
+                for name in wanted.keys() - {"loss"}:
+                    bars[f"{bits}_{name}"] = at_most(wanted[name], found[name][bits], command)
         if options.data is not None:
             losses = measure_losses(options, bundles)
             found["losses"] = losses.found
@@ -142,8 +140,7 @@ def serve(weights: WeightFormat) -> tuple[str, ...]:
 
 def _model(name: str, weights: WeightFormat) -> PreTrainedModel:
     model = load_model(find_source(name), torch.bfloat16).eval().requires_grad_(False)
-    if weights != "full":
-        hold_in_low_bits(model, weights)
+    hold_in_low_bits(model, weights)
     return model
 
 

@@ -66,8 +66,7 @@ def export_bundle(
     say(f"loading {settings.model}")
     source = reach(find_source(settings.model), tell)
     model = load_model(source, dtype=None)
-    if settings.weight_format != "full":
-        round_to_low_bits(model, settings.weight_format)
+    round_to_low_bits(model, settings.weight_format)
     compute_in_float32(model)
     base = BaseModel.from_model(model, settings.model, settings.weight_format)
     tokenizer = load_tokenizer(source, base)

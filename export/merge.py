@@ -58,10 +58,11 @@ def merge_adapter(
     say(f"loading {settings.model}")
     source = reach(find_source(settings.model), tell)
     # In float32 whatever comes out: a sum is rounded once.
-    base = BaseModel.from_model(load_model(source), settings.model)
+    loaded = load_model(source)
+    weight_format = "full" if adapter.record is None else adapter.record.base_weight_format
+    round_to_low_bits(loaded, weight_format)
+    base = BaseModel.from_model(loaded, settings.model, weight_format)
     _forget_quantisation(base)
-    if adapter.record is not None and adapter.record.base_weight_format != "full":
-        round_to_low_bits(base.model, adapter.record.base_weight_format)
     fingerprint = base.fingerprint
     if adapter.record is not None and adapter.record.base_fingerprint != fingerprint:
         raise ModelMismatchError(

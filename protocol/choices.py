@@ -23,9 +23,11 @@ TableDtype = Literal["fp32", "fp16"]
 Send = Literal["embeddings", "token-ids"]
 """What a micro-batch begins with on the wire: embeddings that the device has looked up, or the tokens themselves."""
 
-LowBits = Literal["int8", "nf4"]
 WeightFormat = Literal["full", "int8", "nf4"]
 """How the base model's linear weights are held: as they are computed with, or in eight or four bits."""
+
+LowBits = Literal["int8", "nf4"]
+"""Those of them that are narrower than what is computed with."""
 
 ActiveFrom = Literal["start", "answer"]
 """Where adapters act: from the start of a text, or from the beginning of the answer on (PEFT: activated LoRA)."""

@@ -75,8 +75,7 @@ def one_thread() -> Iterator[None]:
 
 def base_model(family: str, weight_format: WeightFormat = "full", **changes: object) -> BaseModel:
     model = tiny_model(family, **changes)
-    if weight_format != "full":
-        hold_in_low_bits(model, weight_format)
+    hold_in_low_bits(model, weight_format)
     base = BaseModel.from_model(model, family, weight_format)
     wrap_target_modules(base)
     return base

@@ -42,8 +42,7 @@ class Weights:
         from dlora.cloud.model.low_bits import hold_in_low_bits
 
         model = tiny_model(self.family, self.seed, **self.changes)
-        if self.weight_format != "full":
-            hold_in_low_bits(model, self.weight_format)
+        hold_in_low_bits(model, self.weight_format)
         return BaseModel.from_model(model, "tiny", self.weight_format)
 
     @cached_property

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 
+from dlora.cloud.model.frozen_product import multiply_frozen
 from dlora.protocol.tensors import WireTensor
 
 from .torch_codecs import TORCH_CODECS, from_wire
@@ -47,16 +48,4 @@ class KeptTensor:
 
 def multiply(x: Tensor, kept: KeptTensor) -> Tensor:
     """``x``, (rows, width) in float32, times the transposed values. Their decoded form is not kept for the way back."""
-    product: Tensor = _Product.apply(x, kept)  # type: ignore[no-untyped-call]
-    return product
-
-
-class _Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, kept: KeptTensor) -> Tensor:
-        ctx.kept = kept
-        return x @ kept.values().T
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0] @ ctx.kept.values(), None
+    return multiply_frozen(x, kept.values)

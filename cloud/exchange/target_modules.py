@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from dlora.cloud.model.base_model import BaseModel, TargetModule
+from dlora.cloud.model.frozen_product import own_storage
 from dlora.protocol.groups import GroupSpec
 
 
@@ -130,9 +131,7 @@ class _GradedRows(torch.autograd.Function):
         ctx: Any, x: Tensor, original: Callable[[Tensor], Tensor], target: TargetModule, graded: Tensor
     ) -> Tensor:
         ctx.shape, ctx.target, ctx.graded = x.shape, target, graded
-        output = original(x)
-        # A biased linear gives a view, which nobody could change in place after it left here, as some models do.
-        return output.clone() if output._is_view() else output
+        return own_storage(original(x))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:

@@ -278,8 +278,7 @@ def load_base_model(
     installed and ``ExportError`` where the model cannot be downloaded or is not supported.
     """
     model = load_model(reach(find_source(name), say), dtype)
-    if weight_format != "full":
-        hold_in_low_bits(model, weight_format)
+    hold_in_low_bits(model, weight_format)
     if device_map is None:
         model = model.to(device)  # type: ignore[arg-type]  # its decorator loses self
     else:

@@ -15,15 +15,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from functools import cache, partial
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dlora.protocol.choices import LowBits
+from dlora.protocol.choices import LowBits, WeightFormat
 from dlora.protocol.errors import ExportError
 
+from .frozen_product import multiply_frozen
 from .placement import parameter_of
 
 _NF4: Final = (
@@ -71,35 +72,22 @@ class LowBitLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x W^T + bias``."""
-        if not (torch.is_grad_enabled() and x.requires_grad):
-            return nn.functional.linear(x, self.weight, self.bias)
-        product: Tensor = _Product.apply(x, self)  # type: ignore[no-untyped-call]
-        return product
+        return multiply_frozen(x, partial(getattr, self, "weight"), self.bias)
 
 
-class _Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, module: LowBitLinear) -> Tensor:
-        ctx.module = module
-        output = nn.functional.linear(x, module.weight, module.bias)
-        # A biased linear gives a view, which nobody could change in place after it left here, as some models do.
-        return output.clone() if output._is_view() else output
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad @ ctx.module.weight, None
-
-
-def hold_in_low_bits(model: PreTrainedModel, bits: LowBits) -> None:
-    """Hold the weights of the linear modules, all but the LM head's, in ``bits``. The model is frozen for good.
+def hold_in_low_bits(model: PreTrainedModel, weight_format: WeightFormat) -> None:
+    """Hold the weights of the linear modules, all but the LM head's, so; ``full``: as they are. The model is frozen for
+    good.
 
     Raises ``ExportError`` where it has no such module.
     """
+    if weight_format == "full":
+        return
     all_held: dict[int, LowBitWeight] = {}
     for module in _linears(model):
         weight = module.weight
         if id(weight) not in all_held:
-            all_held[id(weight)] = _encode(weight.detach(), bits)
+            all_held[id(weight)] = _encode(weight.detach(), weight_format)
         held = all_held[id(weight)]
         del module._parameters["weight"]
         module.__class__ = LowBitLinear
@@ -110,12 +98,14 @@ def hold_in_low_bits(model: PreTrainedModel, bits: LowBits) -> None:
         module.computes_in = weight.dtype
 
 
-def round_to_low_bits(model: PreTrainedModel, bits: LowBits) -> None:
+def round_to_low_bits(model: PreTrainedModel, weight_format: WeightFormat) -> None:
     """Give the same modules the weights that ``hold_in_low_bits`` would, as ordinary ones: in float32 where they were,
     else in bfloat16, whose range float16 has not. Raises likewise."""
+    if weight_format == "full":
+        return
     for weight in {id(module.weight): module.weight for module in _linears(model)}.values():
         dtype = torch.float32 if weight.dtype == torch.float32 else torch.bfloat16
-        weight.data = _encode(weight.detach(), bits).weight().to(dtype)
+        weight.data = _encode(weight.detach(), weight_format).weight().to(dtype)
 
 
 class NamedWeight(NamedTuple):
