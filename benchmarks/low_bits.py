@@ -24,8 +24,9 @@ from torch import Tensor
 from trained_losses import SETS, TrainedLosses
 from transformers import PreTrainedModel
 
+from dlora.cloud.model.held_linear import bytes_of_weights
 from dlora.cloud.model.loading import load_model
-from dlora.cloud.model.low_bits import bytes_of_weights, hold_in_low_bits
+from dlora.cloud.model.low_bits import hold_in_low_bits
 from dlora.cloud.model.source import find_source
 from dlora.protocol.choices import LowBits, WeightFormat
 

@@ -25,10 +25,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from dlora.cloud.commands.torch_start import computes_bfloat16
 from dlora.cloud.exchange.target_modules import GroupRunner, running_targets, wrap_target_modules
 from dlora.cloud.model.base_model import BaseModel, load_base_model
+from dlora.cloud.model.held_linear import bytes_of_weights
 from dlora.cloud.model.low_bits import (
     LowBitLinear,
     _encode,
-    bytes_of_weights,
     hold_in_low_bits,
     round_to_low_bits,
 )

@@ -18,7 +18,7 @@ from tiny import TinyFactory
 from training_runs import bits
 
 from dlora.cloud.model.base_model import BaseModel, load_base_model
-from dlora.cloud.model.low_bits import bytes_of_weights
+from dlora.cloud.model.held_linear import bytes_of_weights
 from dlora.cloud.model.placement import device_of, parameter_of, placed_on
 from dlora.edge.data.examples import Dataset
 from dlora.edge.engine.bundle import Bundle

@@ -245,7 +245,7 @@ def _load(
     import torch
 
     from dlora.cloud.model.base_model import load_base_model
-    from dlora.cloud.model.low_bits import bytes_of_weights
+    from dlora.cloud.model.held_linear import bytes_of_weights
     from dlora.cloud.model.placement import placed_on
 
     logger.info("loading %s", model)

@@ -9,7 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from dlora.cloud.model.frozen_product import multiply_frozen
+from dlora.cloud.model.frozen_product import MadeWeight, multiply_frozen
 from dlora.protocol.tensors import WireTensor
 
 from .torch_codecs import TORCH_CODECS, from_wire
@@ -48,4 +48,4 @@ class KeptTensor:
 
 def multiply(x: Tensor, kept: KeptTensor) -> Tensor:
     """``x``, (rows, width) in float32, times the transposed values. Their decoded form is not kept for the way back."""
-    return multiply_frozen(x, kept.values)
+    return multiply_frozen(x, MadeWeight(kept.values))

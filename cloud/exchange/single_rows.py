@@ -17,7 +17,7 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from dlora.cloud.model.base_model import BaseModel, widths_of
-from dlora.cloud.model.low_bits import LowBitLinear
+from dlora.cloud.model.held_linear import HeldLinear
 from dlora.cloud.model.placement import parameter_of
 
 _ROWS: Final = 4
@@ -72,7 +72,7 @@ def _differs(module: torch.nn.Module, weight: Tensor) -> bool:
     weights = (output[:, None].expand(width, outputs) if is_turned else output.expand(outputs, width)).contiguous()
 
     def product(x: Tensor) -> Tensor:
-        if isinstance(module, LowBitLinear):
+        if isinstance(module, HeldLinear):
             return torch.nn.functional.linear(x, weights, module.bias)
         found: Tensor = functional_call(module, {"weight": weights}, (x,))
         return found

@@ -27,9 +27,10 @@ from dlora.protocol.text import first_line
 from .ends import EmbeddingEnd, HeadEnd, check_cut, find_embedding, find_head
 from .fingerprint import fingerprint
 from .gradients import check_causality, check_gradients, trace_gradients
+from .held_linear import weights_of
 from .hub import reach
 from .loading import load_model, quiet
-from .low_bits import hold_in_low_bits, weights_of
+from .low_bits import hold_in_low_bits
 from .placement import DeviceMap, device_of, parameter_of, place
 from .source import ModelSource, find_source, public_name
 from .widening import dtype_of_computing

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from .low_bits import NamedWeight, weights_of
+from .held_linear import NamedWeight, weights_of
 
 
 def fingerprint(model: nn.Module) -> str:

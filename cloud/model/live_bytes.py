@@ -25,8 +25,8 @@ from torch.utils._pytree import tree_leaves
 from dlora.protocol.groups import GroupSpec
 
 from .base_model import BaseModel, model_code
+from .held_linear import bytes_of_weights, weights_come_and_go
 from .layout import Layout, random_embeds
-from .low_bits import bytes_of_weights, weights_come_and_go
 from .memory import machine_bytes
 from .row_blocks import DividedTexts, RowBlocks
 

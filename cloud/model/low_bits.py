@@ -13,19 +13,20 @@ smaller ones where a row cannot be divided so (Dettmers et al. 2023, QLoRA, arXi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
 from functools import cache, partial
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from dlora.protocol.choices import LowBits, WeightFormat
 from dlora.protocol.errors import ExportError
 
-from .frozen_product import multiply_frozen
-from .placement import parameter_of
+from .frozen_product import MadeWeight, multiply_frozen
+from .held_linear import HeldLinear, ordinary_linears
+
+if TYPE_CHECKING:  # a worker of a tensor-parallel server has no model, and is not to load what loads them
+    from transformers import PreTrainedModel
 
 _NF4: Final = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -58,21 +59,25 @@ class LowBitWeight(NamedTuple):
         return pairs.view(*self.scales.shape, -1).mul_(self.scales[..., None]).view(len(self.codes), -1)
 
 
-class LowBitLinear(nn.Linear):
-    """A frozen linear module that holds a ``LowBitWeight``; ``weight`` is made anew for each who reads it."""
+class LowBitLinear(HeldLinear):
+    """A frozen linear module that holds a ``LowBitWeight``."""
 
     held_codes: Tensor
     held_scales: Tensor
-    computes_in: torch.dtype
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """(out_features, in_features), in the dtype that the model computes in."""
-        return LowBitWeight(self.held_codes, self.held_scales).weight().to(self.computes_in)
+        return self.held.weight().to(self.computes_in)
+
+    @property
+    def held(self) -> LowBitWeight:
+        """Codes and scales."""
+        return LowBitWeight(self.held_codes, self.held_scales)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x W^T + bias``."""
-        return multiply_frozen(x, partial(getattr, self, "weight"), self.bias)
+        return multiply_frozen(x, MadeWeight(partial(getattr, self, "weight")), self.bias)
 
 
 def hold_in_low_bits(model: PreTrainedModel, weight_format: WeightFormat) -> None:
@@ -108,54 +113,9 @@ def round_to_low_bits(model: PreTrainedModel, weight_format: WeightFormat) -> No
         weight.data = _encode(weight.detach(), weight_format).weight().to(dtype)
 
 
-class NamedWeight(NamedTuple):
-    """A parameter of a model, or what would be one; ``value`` makes it."""
-
-    name: str
-    shape: tuple[int, ...]
-    value: Callable[[], Tensor]
-
-
-def weights_of(model: nn.Module) -> Iterator[NamedWeight]:
-    """All parameters of a model, those that are held in few bits included; a tied one once."""
-    for name, parameter in model.named_parameters():
-        owner, _, leaf = name.rpartition(".")
-        yield NamedWeight(name, tuple(parameter.shape), partial(parameter_of, model.get_submodule(owner), leaf))
-    seen = set[int]()
-    for name, module in model.named_modules():
-        if isinstance(module, LowBitLinear) and id(module.held_codes) not in seen:
-            seen.add(id(module.held_codes))
-            shape = module.out_features, module.in_features
-            yield NamedWeight(f"{name}.weight", shape, partial(getattr, module, "weight"))
-
-
-def bytes_of_weights(model: nn.Module, device: torch.device | None = None) -> int:
-    """What the weights take in memory as they are held, on ``device`` or on all; those on disk take nothing."""
-    held = {
-        id(tensor): tensor
-        for module in model.modules()
-        if isinstance(module, LowBitLinear)
-        for tensor in (module.held_codes, module.held_scales)
-    }
-    in_memory = (tensor for tensor in [*model.parameters(), *held.values()] if not tensor.is_meta)
-    return sum(tensor.nbytes for tensor in in_memory if device in (None, tensor.device))
-
-
-def weights_come_and_go(model: nn.Module) -> bool:
-    """Whether some weights are in memory only while their module runs: of few bits, or on disk."""
-    return any(isinstance(module, LowBitLinear) for module in model.modules()) or any(
-        parameter.is_meta for parameter in model.parameters()
-    )
-
-
 def _linears(model: PreTrainedModel) -> list[nn.Linear]:
-    """The modules that can be held in few bits: of the same class, for others may do more than multiply; not the LM
-    head, nor what shares its weight with something else."""
-    head = model.get_output_embeddings()
-    all_linear = [module for module in model.modules() if type(module) is nn.Linear and module is not head]
-    others = set(model.modules()).difference(all_linear)
-    shared = {id(parameter) for module in others for parameter in module.parameters(recurse=False)}
-    found = [module for module in all_linear if type(module.weight) is nn.Parameter and id(module.weight) not in shared]
+    """The modules that can be held in few bits. Raises ``ExportError`` where there are none."""
+    found = ordinary_linears(model)
     if not found:
         raise ExportError(
             f"no weights of this model ({model.config.model_type}) can be held in fewer bits: it has no linear modules "

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+
+if TYPE_CHECKING:  # a worker of a tensor-parallel server has no model, and is not to load what loads them
+    from transformers import PreTrainedModel
 
 DeviceMap = Mapping[str, str | int]
 """By the path of a module: a GPU's number, ``cpu`` or ``disk``, as accelerate has it."""
