@@ -135,7 +135,7 @@ class _GradedRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        packed = chosen_rows(grad, ctx.graded) @ ctx.target.weight
+        packed = ctx.target.multiply_back(chosen_rows(grad, ctx.graded))
         return among_all(packed, ctx.graded, ctx.shape), None, None, None
 
 

@@ -24,16 +24,18 @@ from dlora.protocol.errors import DloraError, ExportError
 from dlora.protocol.groups import GroupSpec, TargetSpec
 from dlora.protocol.text import first_line
 
+from .divided_linear import divide
 from .ends import EmbeddingEnd, HeadEnd, check_cut, find_embedding, find_head
 from .fingerprint import fingerprint
 from .gradients import check_causality, check_gradients, trace_gradients
-from .held_linear import weights_of
+from .held_linear import HeldLinear, weights_of
 from .hub import reach
 from .loading import load_model, quiet
 from .low_bits import hold_in_low_bits
 from .placement import DeviceMap, device_of, parameter_of, place
 from .source import ModelSource, find_source, public_name
 from .widening import dtype_of_computing
+from .workers import Workers
 
 __all__ = [
     "BaseModel",
@@ -82,6 +84,10 @@ class TargetModule:
         """(out_features, in_features), a view."""
         weight = parameter_of(self.module)
         return weight.T if isinstance(self.module, Conv1D) else weight
+
+    def multiply_back(self, grad: Tensor) -> Tensor:
+        """The gradient of the module's input, (…, in_features), of its output's, (…, out_features)."""
+        return self.module.multiply_back(grad) if isinstance(self.module, HeldLinear) else grad @ self.weight
 
     @property
     def device(self) -> torch.device:
@@ -269,17 +275,21 @@ def load_base_model(
     say: Callable[[str], None] = lambda _: None,
     weight_format: WeightFormat = "full",
     device_map: DeviceMap | Literal["auto"] | None = None,
+    workers: Workers | None = None,
 ) -> BaseModel:
     """Load a base model from a directory, a ``.gguf`` file, a hub id or an alias (``smollm2-135m``).
 
     ``say`` is called with a line where the Hugging Face hub is asked; ``weight_format``: how the weights of the
-    linear modules are held; ``device_map``: where the parts are, in place of ``device``; auto: as accelerate balances.
+    linear modules are held; ``device_map``: where the parts are, in place of ``device``; auto: as accelerate balances;
+    ``workers``: other processes that the weights are divided among.
 
     Raises ``UsageError`` where the path does not exist, ``MissingExtraError`` where an alias's package is not
     installed and ``ExportError`` where the model cannot be downloaded or is not supported.
     """
     model = load_model(reach(find_source(name), say), dtype)
     hold_in_low_bits(model, weight_format)
+    if workers is not None:
+        divide(model, workers)
     if device_map is None:
         model = model.to(device)  # type: ignore[arg-type]  # its decorator loses self
     else:

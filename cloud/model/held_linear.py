@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
+from .frozen_product import multiply_frozen
 from .placement import parameter_of
 
 if TYPE_CHECKING:  # a worker of a tensor-parallel server has no model, and is not to load what loads them
@@ -29,6 +31,18 @@ class HeldLinear(nn.Linear):
     def held(self) -> Sequence[Tensor]:
         """What is held in this process; modules with one weight hold the same tensors."""
         raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x W^T + bias``."""
+        return multiply_frozen(x, self, self.bias)
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """``FrozenWeight.multiply``."""
+        return linear(x, self.weight, bias)
+
+    def multiply_back(self, grad: Tensor) -> Tensor:
+        """``FrozenWeight.multiply_back``."""
+        return grad @ self.weight
 
 
 class NamedWeight(NamedTuple):

@@ -13,7 +13,7 @@ smaller ones where a row cannot be divided so (Dettmers et al. 2023, QLoRA, arXi
 from __future__ import annotations
 
 import math
-from functools import cache, partial
+from functools import cache
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from dlora.protocol.choices import LowBits, WeightFormat
 from dlora.protocol.errors import ExportError
 
-from .frozen_product import MadeWeight, multiply_frozen
 from .held_linear import HeldLinear, ordinary_linears
 
 if TYPE_CHECKING:  # a worker of a tensor-parallel server has no model, and is not to load what loads them
@@ -74,10 +73,6 @@ class LowBitLinear(HeldLinear):
     def held(self) -> LowBitWeight:
         """Codes and scales."""
         return LowBitWeight(self.held_codes, self.held_scales)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``x W^T + bias``."""
-        return multiply_frozen(x, MadeWeight(partial(getattr, self, "weight")), self.bias)
 
 
 def hold_in_low_bits(model: PreTrainedModel, weight_format: WeightFormat) -> None:
