@@ -33,6 +33,7 @@ from .torch_start import computes_bfloat16, start_torch
 
 if TYPE_CHECKING:  # torch is loaded when a server starts
     from dlora.cloud.model.base_model import BaseModel
+    from dlora.cloud.model.workers import Workers
     from dlora.cloud.serving.server import CloudServer
 
 logger = logging.getLogger("dlora.cloud")
@@ -75,7 +76,19 @@ def serve(
             "of --device.",
         ),
     ] = None,
-    threads: Annotated[int, typer.Option(help="Torch threads; 0: one for each core.", min=0, max=1024)] = 0,
+    tensor_parallel: Annotated[
+        int,
+        base_model(
+            help="Divide the weights among so many processes of this machine, each with a GPU of its own where "
+            "--device is cuda.",
+            metavar="N",
+            min=1,
+            max=64,
+        ),
+    ] = 1,
+    threads: Annotated[
+        int, typer.Option(help="Torch threads of a process; 0: one for each core.", min=0, max=1024)
+    ] = 0,
     state_dir: Annotated[
         Path | None,
         typer.Option(
@@ -176,10 +189,9 @@ def serve(
     find_source(model)
     raise_file_limit()
     limit_arenas()
-    if device_map is not None and device != "cpu":
-        raise UsageError("--device and --device-map both say where the model is to be; give one")
+    _check_devices(device, device_map, tensor_parallel)
     key = load_key(state)
-    threads = start_torch(device, threads)
+    threads = start_torch(device, threads, tensor_parallel)
 
     from dlora.cloud.admission.access import Access
     from dlora.cloud.admission.ledger import QuotaLimits
@@ -187,7 +199,9 @@ def serve(
     from dlora.cloud.serving.server import CloudServer
     from dlora.cloud.serving.service import ServerSettings
 
-    base = _load(model, dtype or ("float32" if weights == "full" else "auto"), device, weights, device_map)
+    dtype = dtype or ("float32" if weights == "full" else "auto")
+    workers = _start_workers(tensor_parallel, device, threads)
+    base = _load(model, dtype, device, weights, device_map, workers)
     quota_live_bytes = round(quota_live_mb * 1e6) if quota_live_mb else None
     live_limit = round(live_mb * 1e6) if live_mb else default_live_limit(base)
     settings = ServerSettings(
@@ -203,6 +217,8 @@ def serve(
     )
     access = Access(tokens, required=authenticated, ledger=shared)
     server = CloudServer(base, settings, ticket_key=key, access=access, proxies=proxies, ledger=shared, tls=tls)
+    if workers is not None:
+        workers.call_when_lost(server.fail)
     _log_limits(server, live_limit, max_sessions)
     metrics_url = None if metrics_address is None else _show_metrics(server, *metrics_address)
     freeze_gc()
@@ -239,8 +255,33 @@ def _tls(certificate: Path | None, key: Path | None, client_ca: Path | None) -> 
     return None
 
 
+def _check_devices(device: str, device_map: str | None, tensor_parallel: int) -> None:
+    if device_map is not None and device != "cpu":
+        raise UsageError("--device and --device-map both say where the model is to be; give one")
+    if tensor_parallel > 1 and device_map is not None:
+        raise UsageError("--device-map and --tensor-parallel both divide the model; give one")
+    if tensor_parallel > 1 and device not in ("cpu", "cuda"):
+        raise UsageError(f"--tensor-parallel takes GPUs from cuda:0 on, not {device}; write --device cuda")
+
+
+def _start_workers(tensor_parallel: int, device: str, threads: int) -> Workers | None:
+    if tensor_parallel == 1:
+        return None
+    from dlora.cloud.model.workers import Workers
+
+    started = time.monotonic()
+    workers = Workers(tensor_parallel, device=device, threads=threads)
+    logger.info("%d processes that compute together, in %.1f s", tensor_parallel, time.monotonic() - started)
+    return workers
+
+
 def _load(
-    model: str, dtype: Dtype, device: str, weights: WeightFormat, device_map: Literal["auto"] | None
+    model: str,
+    dtype: Dtype,
+    device: str,
+    weights: WeightFormat,
+    device_map: Literal["auto"] | None,
+    workers: Workers | None,
 ) -> BaseModel:
     import torch
 
@@ -254,7 +295,7 @@ def _load(
         device = "cuda"  # what computes
     if dtype == "auto":
         dtype = "bfloat16" if computes_bfloat16(device) else "float32"
-    base = load_base_model(model, getattr(torch, dtype), device, logger.info, weights, device_map)
+    base = load_base_model(model, getattr(torch, dtype), device, logger.info, weights, device_map, workers)
     logger.info(
         "loaded %s: %s, %d blocks, %.0fM parameters, fingerprint %s…, in %.1f s",
         base.name, base.architecture, base.blocks, base.parameters / 1e6, base.fingerprint[:12],

@@ -9,8 +9,9 @@ from pathlib import Path
 from dlora.protocol.errors import UsageError
 
 
-def start_torch(device: str, threads: int) -> int:
-    """Load torch, as a process needs it that shares its cores with others; the threads it computes with.
+def start_torch(device: str, threads: int, processes: int = 1) -> int:
+    """Load torch, as a process needs it that shares its cores with others; the threads that each of ``processes``
+    computes with, a GPU each.
 
     Raises ``UsageError`` without that device.
     """
@@ -20,8 +21,11 @@ def start_torch(device: str, threads: int) -> int:
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
     import torch
 
-    check_device(device, torch.cuda.device_count())
-    threads = threads or torch.get_num_threads()
+    gpus = torch.cuda.device_count()
+    check_device(device, gpus)
+    if device != "cpu" and processes > gpus:
+        raise UsageError(f"--tensor-parallel {processes}: torch sees {gpus} CUDA devices here; each process has one")
+    threads = threads or max(1, torch.get_num_threads() // processes)
     torch.set_num_threads(threads)
     return threads
 

@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from dlora.cloud.model.base_model import BaseModel, widths_of
+from dlora.cloud.model.base_model import BaseModel
 from dlora.cloud.model.held_linear import HeldLinear
 from dlora.cloud.model.placement import parameter_of
+from dlora.cloud.model.targets import widths_of
 
 _ROWS: Final = 4
 

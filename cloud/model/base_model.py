@@ -1,23 +1,21 @@
 """The base model: a frozen Hugging Face causal language model, cut at ``inputs_embeds`` and ``last_hidden_state``.
 
 Any decoder-only family will do, because nothing here knows one by name. The blocks are the list of
-``num_hidden_layers`` modules; which target modules share an input is found by running the decoder once and
-watching which tensor each of them is given.
+``num_hidden_layers`` modules; which of their linear modules share an input is found by running them (``targets.py``).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from dlora.protocol.choices import WeightFormat
 from dlora.protocol.errors import DloraError, ExportError
@@ -28,12 +26,13 @@ from .divided_linear import divide
 from .ends import EmbeddingEnd, HeadEnd, check_cut, find_embedding, find_head
 from .fingerprint import fingerprint
 from .gradients import check_causality, check_gradients, trace_gradients
-from .held_linear import HeldLinear, weights_of
+from .held_linear import weights_of
 from .hub import reach
 from .loading import load_model, quiet
 from .low_bits import hold_in_low_bits
-from .placement import DeviceMap, device_of, parameter_of, place
+from .placement import DeviceMap, place
 from .source import ModelSource, find_source, public_name
+from .targets import TRACE_TOKENS, TargetModule, find_targets
 from .widening import dtype_of_computing
 from .workers import Workers
 
@@ -53,47 +52,6 @@ __all__ = [
     "reach",
 ]
 
-TRACE_TOKENS = 4
-
-
-@dataclass(frozen=True)
-class TargetModule:
-    """A linear module of a block, which an adapter may stand beside.
-
-    Attributes:
-        name: its path in the causal language model, as PEFT spells it (``model.layers.3.self_attn.q_proj``).
-        block: the block it belongs to.
-        order: its place in the order of execution.
-        input_id: modules of the same number receive the same tensor.
-        sees_sequences: whether it is given (batch, length, width) as such, and not flattened or turned over, as PEFT's
-            activated LoRA must have it to know where a sequence begins.
-        module: ``nn.Linear``, or ``Conv1D`` whose weight is (in_features, out_features).
-    """
-
-    name: str
-    block: int
-    order: int
-    input_id: int
-    in_features: int
-    out_features: int
-    sees_sequences: bool
-    module: nn.Module
-
-    @property
-    def weight(self) -> Tensor:
-        """(out_features, in_features), a view."""
-        weight = parameter_of(self.module)
-        return weight.T if isinstance(self.module, Conv1D) else weight
-
-    def multiply_back(self, grad: Tensor) -> Tensor:
-        """The gradient of the module's input, (…, in_features), of its output's, (…, out_features)."""
-        return self.module.multiply_back(grad) if isinstance(self.module, HeldLinear) else grad @ self.weight
-
-    @property
-    def device(self) -> torch.device:
-        """Where the module is."""
-        return device_of(self.module)
-
 
 @dataclass(frozen=True)
 class BaseModel:
@@ -108,6 +66,7 @@ class BaseModel:
         refused: linear modules of the blocks that cannot, and why.
         choosing: those of them that no gradient reaches, because they only choose what others look at.
         weight_format: how those of linear modules are held, or, in an export, what they were rounded to.
+        processes: how many these are divided among.
     """
 
     name: str
@@ -125,9 +84,12 @@ class BaseModel:
     refused: dict[str, str]
     choosing: tuple[str, ...] = ()
     weight_format: WeightFormat = "full"
+    processes: int = 1
 
     @classmethod
-    def from_model(cls, model: PreTrainedModel, name: str, weight_format: WeightFormat = "full") -> Self:
+    def from_model(
+        cls, model: PreTrainedModel, name: str, weight_format: WeightFormat = "full", processes: int = 1
+    ) -> Self:
         """Freeze ``model``, trace it, and check the cut and that no token sees a later one.
 
         Raises ``ExportError`` where it is not a decoder-only language model, its own code fails, no module of it can
@@ -154,7 +116,7 @@ class BaseModel:
             )
         for block_list in _lists_of_blocks(model, decoder, count, name):
             with model_code(name, config.model_type), _given_embeddings(model, name):
-                targets, refused = _trace(model, decoder, block_list, embedding.embedding_dim)
+                targets, refused = find_targets(model, decoder, block_list, embedding.embedding_dim)
             if targets:
                 break
         if not targets:
@@ -175,6 +137,7 @@ class BaseModel:
             targets=targets,
             refused=refused,
             weight_format=weight_format,
+            processes=processes,
         )
         with model_code(name, config.model_type):
             check_cut(base, find_embedding(base), find_head(base))
@@ -294,7 +257,7 @@ def load_base_model(
         model = model.to(device)  # type: ignore[arg-type]  # its decorator loses self
     else:
         place(model, None if device_map == "auto" else device_map)
-    return BaseModel.from_model(model, name, weight_format)
+    return BaseModel.from_model(model, name, weight_format, 1 if workers is None else workers.processes)
 
 
 def _find_decoder(model: PreTrainedModel) -> nn.Module:
@@ -343,67 +306,3 @@ def _given_embeddings(model: PreTrainedModel, name: str) -> Iterator[None]:
             f"{name} ({model.config.model_type}) runs on token ids but not on their embeddings alone, and so cannot be "
             f"cut; its architecture is not supported ({type(error).__name__}: {first_line(error)})"
         ) from None
-
-
-def widths_of(module: nn.Linear | Conv1D) -> tuple[int, int]:
-    """in_features and out_features."""
-    return (module.nx, module.nf) if isinstance(module, Conv1D) else (module.in_features, module.out_features)
-
-
-def _trace(
-    model: PreTrainedModel, decoder: nn.Module, block_list: list[tuple[str, nn.Module]], width: int
-) -> tuple[dict[str, TargetModule], dict[str, str]]:
-    linears = {
-        f"{path}.{name}": (block, module)
-        for block, (path, root) in enumerate(block_list)
-        for name, module in root.named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
-    }
-    # Name, input and output of every call. Inputs are kept, so that no two of them share an ``id``.
-    calls: list[tuple[str, Tensor, Any]] = []
-
-    def record(name: str) -> Any:
-        return lambda _module, args, kwargs, output: calls.append((name, args[0] if args else kwargs["input"], output))
-
-    with torch.no_grad(), ExitStack() as hooks:
-        for name, (_, module) in linears.items():
-            hooks.enter_context(module.register_forward_hook(record(name), with_kwargs=True))
-        embeds = torch.ones(1, TRACE_TOKENS, width, dtype=dtype_of_computing(model), device=model.device)
-        decoder(inputs_embeds=embeds, use_cache=False)
-    times = dict.fromkeys(linears, 0)
-    for name, _, _ in calls:
-        times[name] += 1
-    refused = {
-        name: f"runs {count} times in a forward pass (as blocks in a loop do, and experts of a mixture), not once"
-        if count
-        else "is never called in a forward pass"
-        for name, count in times.items()
-        if count != 1
-    }
-    refused |= {
-        f"{path}.{name}": "holds the weights of many experts in one tensor"
-        for path, root in block_list
-        for name, module in root.named_modules()
-        if "expert" in name and any(weight.ndim == 3 for weight in module.parameters(recurse=False))
-    }
-    input_ids: dict[tuple[int, int], int] = {}
-    targets: dict[str, TargetModule] = {}
-    for name, tensor, output in calls:
-        if name in refused:
-            continue
-        block, module = linears[name]
-        in_features, out_features = widths_of(module)
-        if tensor.shape[:-1].numel() != TRACE_TOKENS:
-            # A router that sends only some tokens through an expert calls it once, but not with all of them.
-            refused[name] = "does not see every token (as experts of a mixture do)"
-            continue
-        if not isinstance(output, Tensor):
-            refused[name] = "gives more than its product (as routers of a mixture may)"
-            continue
-        input_id = input_ids.setdefault((block, id(tensor)), len(input_ids))
-        # (batch, length, width), of which (batch * length, width) is a view.
-        is_of_sequences = tensor.ndim == 3 and tensor.stride(0) == tensor.shape[1] * tensor.stride(1)
-        targets[name] = TargetModule(
-            name, block, len(targets), input_id, in_features, out_features, is_of_sequences, module
-        )
-    return targets, refused

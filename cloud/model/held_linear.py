@@ -67,10 +67,15 @@ def weights_of(model: nn.Module) -> Iterator[NamedWeight]:
 
 
 def bytes_of_weights(model: nn.Module, device: torch.device | None = None) -> int:
-    """What the weights take in memory as they are held, on ``device`` or on all; those on disk take nothing."""
+    """What the weights take in this process as they are held, on ``device`` or on all; those on disk take nothing."""
+    in_memory = (tensor for tensor in model.parameters() if not tensor.is_meta and device in (None, tensor.device))
+    return sum(tensor.nbytes for tensor in in_memory) + bytes_held(model, device)
+
+
+def bytes_held(model: nn.Module, device: torch.device | None = None) -> int:
+    """The part of it that is held otherwise than as parameters."""
     held = {id(tensor): tensor for module in held_linears(model) for tensor in module.held}
-    in_memory = (tensor for tensor in [*model.parameters(), *held.values()] if not tensor.is_meta)
-    return sum(tensor.nbytes for tensor in in_memory if device in (None, tensor.device))
+    return sum(tensor.nbytes for tensor in held.values() if device in (None, tensor.device))
 
 
 def weights_come_and_go(model: nn.Module) -> bool:

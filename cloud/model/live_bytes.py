@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from dlora.protocol.groups import GroupSpec
 
 from .base_model import BaseModel, model_code
-from .held_linear import bytes_of_weights, weights_come_and_go
+from .held_linear import bytes_held, bytes_of_weights, weights_come_and_go
 from .layout import Layout, random_embeds
 from .memory import machine_bytes
 from .row_blocks import DividedTexts, RowBlocks
@@ -48,11 +48,13 @@ def default_live_limit(base: BaseModel) -> int:
     The other half is for what this file does not weigh: frames on their way, Python, pieces that nothing fits into.
     Of all memory and not of what is free now, so that the same machine gives the same limits each time.
     """
+    weights = bytes_of_weights(base.model, base.device)
     if base.device.type == "cuda":
         machine = torch.cuda.get_device_properties(base.device).total_memory
     else:
         machine = machine_bytes()
-    return max(_LEAST_LIMIT, (machine - bytes_of_weights(base.model, base.device)) // 2)
+        weights += (base.processes - 1) * bytes_held(base.model)  # of the others, about
+    return max(_LEAST_LIMIT, (machine - weights) // 2)
 
 
 @dataclass(frozen=True)

@@ -30,9 +30,10 @@ from transformers import DynamicCache
 from dlora.protocol.errors import ExportError
 from dlora.protocol.text import first_line
 
-from .base_model import TRACE_TOKENS, BaseModel, model_code
+from .base_model import BaseModel, model_code
 from .cache import PartCache
 from .layout import is_near, random_embeds
+from .targets import TRACE_TOKENS
 
 _Forward = Callable[..., Any]
 BlockCall = functools.partial[Any]

@@ -8,6 +8,7 @@ in a server of one process. Whatever a family computes, it can be divided, for o
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import signal
 import subprocess
@@ -54,7 +55,6 @@ class Workers:
     Attributes:
         processes: of the arguments.
         lost: what ended the first that did.
-        on_lost: called in some thread once a process is lost.
 
     Raises ``WorkerLostError`` where one does not start, and from all that needs them.
     """
@@ -62,8 +62,9 @@ class Workers:
     def __init__(self, processes: int, *, device: str = "cpu", threads: int = 1) -> None:
         self.processes = processes
         self.lost: WorkerLostError | None = None
-        self.on_lost: Callable[[], None] = lambda: None
+        self._on_lost: Callable[[WorkerLostError], None] = lambda _: None
         self._noticed = threading.Event()
+        self._losing = threading.Lock()
         self._closed = False
         self._lock = threading.RLock()  # what crosses for one product is not mixed with another's
         self._weights = 0
@@ -80,11 +81,20 @@ class Workers:
         ]  # fmt: skip
         for rank, worker in enumerate(self._workers, 1):
             threading.Thread(target=self._wait_for_end, args=(rank, worker), daemon=True).start()
+        atexit.register(self.close)
         with self._crossing():
             join(0, processes, store, device)
 
+    def call_when_lost(self, function: Callable[[WorkerLostError], None]) -> None:
+        """Call it, in some thread, once a process is lost; at once where one is."""
+        self._on_lost = function
+        if self.lost is not None:
+            function(self.lost)
+
     def close(self) -> None:
-        """End them."""
+        """End them; this process does so when it ends."""
+        if self._closed:
+            return
         self._closed = True
         for worker in self._workers:
             assert worker.stdin is not None
@@ -200,7 +210,9 @@ class Workers:
             self._lose(f"process {rank + 1} of the {self.processes} of the server ended ({how})")
 
     def _lose(self, what: str) -> None:
-        if self.lost is None:
+        with self._losing:
+            if self.lost is not None:
+                return
             self.lost = WorkerLostError(what)
         self._noticed.set()
-        self.on_lost()
+        self._on_lost(self.lost)

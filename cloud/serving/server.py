@@ -38,6 +38,7 @@ from dlora.cloud.model.row_blocks import RowBlocks
 from dlora.protocol import interrupts
 from dlora.protocol.connections import source_of
 from dlora.protocol.device_memory import USUAL_TOKENS
+from dlora.protocol.errors import DloraError
 from dlora.protocol.limits import USUAL_WINDOW
 from dlora.protocol.version import PROTOCOL_VERSIONS, SOFTWARE_VERSION
 
@@ -100,6 +101,9 @@ class CloudServer:
         self._housekeeping: list[asyncio.Task[None]] = []
         self._changes_seen = self._changes_released = (0, 0)
         self._started = time.monotonic()
+        self._loop: asyncio.AbstractEventLoop | None = None  # once it serves until it is stopped
+        self._stopped = asyncio.Event()
+        self._failure: DloraError | None = None
         parts, gate = ModelParts.of(base), ComputeGate()
         row_blocks = RowBlocks.of(parts)
         live_bytes, may_pack, quotas = LiveBytes.measure(base, row_blocks), can_pack(base), settings.quotas
@@ -161,13 +165,15 @@ class CloudServer:
         self._housekeeping = [asyncio.create_task(_repeat(every_s, work)) for every_s, work in regularly]
 
     async def serve_until_stopped(self, host: str, port: int, on_listening: Callable[[], None]) -> None:
-        """Listen until SIGINT, SIGTERM or SIGHUP, then close every session and return."""
-        stopped = asyncio.Event()
-        loop = asyncio.get_running_loop()
+        """Listen until SIGINT, SIGTERM or SIGHUP, then close every session and return.
+
+        Raises what ``fail`` was given, once every session is closed.
+        """
+        loop = self._loop = asyncio.get_running_loop()
 
         def stop() -> None:
             interrupts.leave_closed_output()
-            stopped.set()
+            self._stopped.set()
 
         for number in interrupts.not_ignored():
             loop.add_signal_handler(number, stop)
@@ -182,13 +188,22 @@ class CloudServer:
             self.port,
         )
         on_listening()
-        await stopped.wait()
+        if self._failure is None:
+            await self._stopped.wait()
         logger.info(
             "stopping: %d sessions may finish their step, for at most %.0f s",
             len(self.service.sessions),
             self.service.settings.drain_s,
         )
         await self.stop()
+        if self._failure is not None:
+            raise self._failure
+
+    def fail(self, error: DloraError) -> None:
+        """Stop as if asked to: nothing can be computed any more. In any thread."""
+        self._failure = error
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._stopped.set)
 
     async def stop(self) -> None:
         """Let running steps finish, tell every device to come again, hang up and wait for the threads to end."""
@@ -300,6 +315,7 @@ class CloudServer:
             "dtype": str(base.dtype).removeprefix("torch."),
             "weight_format": base.weight_format,
             "device": str(base.device),
+            "tensor_parallel": base.processes,
             "sessions": len(sessions),
             "parked_sessions": sessions.parked,
             "max_sessions": sessions.limit,
