@@ -165,6 +165,7 @@ def main(rank: str, processes: str, store: str, device: str, threads: str) -> No
         torch.cuda.set_device(device)
     torch.set_grad_enabled(False)
     try:
+        print("ready", flush=True)  # the server waits for no file of one that does not start
         join(int(rank), int(processes), store, device)
         worker = _Worker(device)
         for command in _commands(sys.stdin.buffer):
@@ -172,7 +173,6 @@ def main(rank: str, processes: str, store: str, device: str, threads: str) -> No
     except (RuntimeError, msgspec.DecodeError, struct.error):
         if os.getppid() == server:  # else it was killed in the middle of something, and there is nobody to tell
             raise
-    sys.stdout.flush()
     os._exit(0)  # threads of the group may still wait for who is gone
 
 

@@ -75,7 +75,7 @@ class Workers:
             subprocess.Popen(
                 [sys.executable, "-P", "-m", "dlora.cloud.model.worker", str(rank), str(processes), store,
                  device if device == "cpu" else f"cuda:{rank}", str(threads)],
-                stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             )
             for rank in range(1, processes)
         ]  # fmt: skip
@@ -83,6 +83,10 @@ class Workers:
             threading.Thread(target=self._wait_for_end, args=(rank, worker), daemon=True).start()
         atexit.register(self.close)
         with self._crossing():
+            for worker in self._workers:
+                assert worker.stdout is not None
+                if not worker.stdout.readline():
+                    raise EOFError
             join(0, processes, store, device)
 
     def call_when_lost(self, function: Callable[[WorkerLostError], None]) -> None:
@@ -96,6 +100,7 @@ class Workers:
         if self._closed:
             return
         self._closed = True
+        atexit.unregister(self.close)
         for worker in self._workers:
             assert worker.stdin is not None
             with contextlib.suppress(OSError):
@@ -105,6 +110,8 @@ class Workers:
                 worker.wait(_END_WITHIN_S)
             except subprocess.TimeoutExpired:
                 worker.kill()
+            assert worker.stdout is not None
+            worker.stdout.close()
         if dist.is_initialized():
             dist.destroy_process_group()
         self._folder.cleanup()
@@ -197,7 +204,7 @@ class Workers:
             raise self.lost
         try:
             yield
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, EOFError) as error:
             if not self._noticed.wait(_NOTICED_WITHIN_S):
                 self._lose(f"a process of the server does not answer ({type(error).__name__})")
             assert self.lost is not None
