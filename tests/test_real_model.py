@@ -17,7 +17,7 @@ import torch
 from generating import generated
 from peft import PeftModel
 from processes import CloudProcess, cloud_process, run_edge
-from serving import config, open_model, training
+from serving import config, open_model, serving, training
 from test_peft_adapter import random_modules
 from transformers import AutoModelForCausalLM
 
@@ -26,6 +26,7 @@ from dlora.edge.adapters.peft import save_adapter
 from dlora.edge.data.reading import load_examples
 from dlora.edge.data.tokenizer import EdgeTokenizer
 from dlora.edge.engine.bundle import Bundle
+from dlora.edge.engine.engine import Array
 from dlora.edge.run.footprint import training_mb
 from dlora.export.merge import merge_adapter
 from dlora.export.settings import MergeSettings
@@ -81,6 +82,37 @@ def test_twelve_steps_equal_peft(data: tuple[Path, Path], server: CloudProcess, 
         difference += float(np.square(parameter.value - wanted).sum())
         norm += float(np.square(wanted).sum())
     assert (difference / norm) ** 0.5 < 1e-3
+
+
+def test_a_divided_and_a_placed_model_train_as_a_whole_one(
+    data: tuple[Path, Path], smollm2: Path, tmp_path: Path
+) -> None:
+    """Weights divided between two processes: losses and adapters to 1e-5. Every third block on disk: no other bit."""
+    dataset = load_examples(data[0], EdgeTokenizer.open(Bundle.open(FP32)), max_length=48, too_long="skip")
+    run = config(
+        total_steps=3, batch_size=2, rank=8, target_modules=("all-linear",), kind="bottleneck",
+        passes="2,2", kill_revive={"active_fraction": 0.25, "warmup_steps": 1, "kill_every": 1},
+        # By default AdamW makes steps of one size of gradients that are nothing but rounding.
+        optimizer={"lr": 1e-2, "eps": 1e-3},
+    )  # fmt: skip
+
+    def trained(url: str) -> tuple[Array, Array]:
+        with training(FP32, url, run, dataset) as trainer:
+            losses = np.array([trainer.run_step().loss for _ in range(run.total_steps)])
+            values = [each.value.ravel() for each in trainer.adapters.parameters().values()]
+            return losses, np.concatenate(values)
+
+    with serving(load_base_model(str(smollm2))) as plain:
+        whole = trained(plain.url)
+    ends = dict.fromkeys(["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"], "cpu")
+    blocks = {f"model.layers.{block}": "cpu" if block % 3 else "disk" for block in range(30)}
+    with serving(load_base_model(str(smollm2), device_map={**ends, **blocks})) as placed:
+        on_disk = trained(placed.url)
+    with cloud_process(smollm2, tmp_path, "--tensor-parallel", 2) as divided:
+        apart = trained(divided.url)
+    for wanted, same, near in zip(whole, on_disk, apart, strict=True):
+        assert np.array_equal(same, wanted)
+        assert 0 < np.linalg.norm(near - wanted) <= 1e-5 * np.linalg.norm(wanted)
 
 
 @pytest.mark.parametrize(
