@@ -6,7 +6,7 @@ unexport PYTHONDONTWRITEBYTECODE
 ARCH ?= $(shell uname -m)
 SHIM := build/shim/$(shell uname -m)/VERSION.json
 
-.PHONY: help demo test coverage mutants test-slow test-release test-arm lint reference docs bench shim native-runner edge-binary edge-deb clean
+.PHONY: help demo test coverage mutants test-slow test-gpu test-release test-arm lint reference docs bench shim native-runner edge-binary edge-deb clean
 
 help: ## this list; times are of two cores, and rough
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 22
@@ -15,7 +15,7 @@ demo: .venv/.ready ## fine-tune a real 135M model, its blocks in another process
 	$(BIN)/python examples/demo.py
 
 TEST_PROCESSES ?= 3
-FAST := -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder -m "not slow and not arm and not release"
+FAST := -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder -m "not slow and not arm and not release and not gpu"
 test: .venv/.ready $(SHIM) ## every test but those of test-slow, -arm and -release: eight minutes
 	$(BIN)/pytest $(FAST)
 
@@ -25,6 +25,12 @@ coverage: .venv/.ready $(SHIM) ## which lines `make test` runs, by file: twice a
 mutants: .venv/.ready $(SHIM) ## do the tests notice small changes of the code? 150 of them: an hour
 	$(BIN)/python -m pip install --quiet --group mutants
 	$(BIN)/python benchmarks/mutants.py
+
+test-gpu: .venv/.ready $(SHIM) ## what a server computes on CUDA: minutes; without a GPU it says that, and tries nothing
+	@$(BIN)/python -c 'import torch; \
+		found = [torch.cuda.get_device_name(each) for each in range(torch.cuda.device_count())]; \
+		print(f"torch {torch.__version__} sees", ", ".join(found) or "no CUDA device: nothing is tried")'
+	$(BIN)/pytest -q -m gpu tests/test_cuda.py
 
 test-release: .venv/.ready ## a bare Debian, images that are built and run: minutes, before a release
 	$(BIN)/pytest -m release
