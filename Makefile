@@ -26,7 +26,7 @@ mutants: .venv/.ready $(SHIM) ## do the tests notice small changes of the code? 
 	$(BIN)/python -m pip install --quiet --group mutants
 	$(BIN)/python benchmarks/mutants.py
 
-test-gpu: .venv/.ready $(SHIM) ## what a server computes on CUDA: minutes; without a GPU it says that, and tries nothing
+test-gpu: .venv/.ready $(SHIM) ## what a server computes on CUDA, where there is a GPU: minutes
 	@$(BIN)/python -c 'import torch; \
 		found = [torch.cuda.get_device_name(each) for each in range(torch.cuda.device_count())]; \
 		print(f"torch {torch.__version__} sees", ", ".join(found) or "no CUDA device: nothing is tried")'
