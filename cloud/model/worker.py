@@ -7,10 +7,12 @@ input, tensors by ``torch.distributed``. ``workers.py`` starts it; the end of it
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import struct
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import BinaryIO, Final
@@ -23,12 +25,15 @@ from torch.distributed import FileStore  # type: ignore[attr-defined]
 from torch.nn.functional import linear
 
 from dlora.protocol import interrupts
+from dlora.protocol.text import first_line
 
 from .low_bits import LowBitWeight
 
 ANSWER_WITHIN: Final = timedelta(minutes=5)
 """A product of the largest micro-batch takes seconds; who needs longer hangs."""
 _LENGTH: Final = struct.Struct("<I")
+_ENDS_WITHIN_S: Final = 0.5  # a process whose server was killed
+_PR_SET_PDEATHSIG: Final = 1
 
 
 class TensorSpec(msgspec.Struct, frozen=True, array_like=True):
@@ -95,9 +100,10 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def join(rank: int, processes: int, store: str, device: str) -> None:
     """Meet the other processes of the server, at a file that all of them name."""
-    # What crosses is nobody else's: the file is in a folder of this user's, and connections are this machine's own.
+    # What crosses is nobody else's: the file is in a folder of this user's, and connections are this machine's own,
+    # whatever the environment says of other programs.
     for library in ("GLOO", "NCCL"):
-        os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
+        os.environ[f"{library}_SOCKET_IFNAME"] = "lo" if sys.platform == "linux" else "lo0"
     dist.init_process_group(
         "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl",
         store=FileStore(store, processes), rank=rank, world_size=processes, timeout=ANSWER_WITHIN,
@@ -155,25 +161,35 @@ def _commands(stream: BinaryIO) -> Iterator[Command]:
         yield decoder.decode(stream.read(_LENGTH.unpack(length)[0]))
 
 
-def main(rank: str, processes: str, store: str, device: str, threads: str) -> None:
-    """Join, and obey until the server ends."""
+def main(rank: str, processes: str, store: str, device: str, threads: str, server: str) -> None:
+    """Join, and obey until the server ends, whose process id is ``server``."""
+    _end_with(int(server))
     for number in interrupts.SIGNALS:  # may go to the whole group; the server ends us
         signal.signal(number, signal.SIG_IGN)
-    server = os.getppid()
     torch.set_num_threads(int(threads))
     if device != "cpu":
         torch.cuda.set_device(device)
     torch.set_grad_enabled(False)
     try:
         print("ready", flush=True)  # the server waits for no file of one that does not start
+        os.dup2(2, 1)  # nobody reads what libraries say there
         join(int(rank), int(processes), store, device)
         worker = _Worker(device)
         for command in _commands(sys.stdin.buffer):
             worker.obey(command)
-    except (RuntimeError, msgspec.DecodeError, struct.error):
-        if os.getppid() == server:  # else it was killed in the middle of something, and there is nobody to tell
-            raise
+    except Exception as error:
+        time.sleep(_ENDS_WITHIN_S)  # where the server was killed we end with it, and there is nobody to tell
+        print(f"process {int(rank) + 1}: {type(error).__name__}: {first_line(error)}", file=sys.stderr, flush=True)
+        os._exit(1)
     os._exit(0)  # threads of the group may still wait for who is gone
+
+
+def _end_with(server: int) -> None:
+    """Be killed when the server ends, whatever this process waits for then."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != server:
+        os._exit(1)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import os
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +29,7 @@ from torch import Tensor
 
 from dlora.protocol import messages as m
 from dlora.protocol.errors import RefusedError
+from dlora.protocol.text import first_line
 
 from .worker import Command, Hold, Multiply, MultiplyBack, Show, TensorSpec, dtype_name, encode_command, join
 
@@ -74,8 +77,8 @@ class Workers:
         self._workers = [
             subprocess.Popen(
                 [sys.executable, "-P", "-m", "dlora.cloud.model.worker", str(rank), str(processes), store,
-                 device if device == "cpu" else f"cuda:{rank}", str(threads)],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                 device if device == "cpu" else f"cuda:{rank}", str(threads), str(os.getpid())],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
             )
             for rank in range(1, processes)
         ]  # fmt: skip
@@ -88,6 +91,8 @@ class Workers:
                 if not worker.stdout.readline():
                     raise EOFError
             join(0, processes, store, device)
+        if device == "cpu":  # NCCL meets there when it is first used
+            self._folder.cleanup()
 
     def call_when_lost(self, function: Callable[[WorkerLostError], None]) -> None:
         """Call it, in some thread, once a process is lost; at once where one is."""
@@ -105,11 +110,13 @@ class Workers:
             assert worker.stdin is not None
             with contextlib.suppress(OSError):
                 worker.stdin.close()
+        until = time.monotonic() + _END_WITHIN_S
         for worker in self._workers:
             try:
-                worker.wait(_END_WITHIN_S)
+                worker.wait(max(0.0, until - time.monotonic()))
             except subprocess.TimeoutExpired:
                 worker.kill()
+                worker.wait()
             assert worker.stdout is not None
             worker.stdout.close()
         if dist.is_initialized():
@@ -139,12 +146,13 @@ class Workers:
         with self._lock:
             # Modules that share an input are called one after the other with the same tensor.
             is_last = self._last_x is not None and self._last_x[0]() is x and self._last_x[1] == x._version
-            self._last_x = weakref.ref(x), x._version
             spec = None if is_last else TensorSpec.of(flat)
             sent = [[] if is_last else [flat.contiguous()]] * len(widths)
             shapes = [(len(flat), width) for width in widths]
+            self._last_x = None  # until it has crossed
             with self._asking([Multiply(weight, spec)] * len(widths), sent, shapes, x) as columns:
                 columns.insert(0, own(flat))
+            self._last_x = weakref.ref(x), x._version
         return torch.cat(columns, 1).view(*x.shape[:-1], -1)
 
     def multiply_back(
@@ -206,7 +214,7 @@ class Workers:
             yield
         except (RuntimeError, OSError, EOFError) as error:
             if not self._noticed.wait(_NOTICED_WITHIN_S):
-                self._lose(f"a process of the server does not answer ({type(error).__name__})")
+                self._lose(f"a process of the server does not answer ({type(error).__name__}: {first_line(error)})")
             assert self.lost is not None
             raise self.lost from None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import bisect
+import contextlib
 import http
 import json
 import logging
@@ -177,6 +178,8 @@ class CloudServer:
 
         for number in interrupts.not_ignored():
             loop.add_signal_handler(number, stop)
+        if self._failure is not None:
+            raise self._failure
         await self.start(host, port)
         logger.info(
             "listening on %s://%s:%d, health at http%s://%s:%d/healthz",
@@ -188,12 +191,11 @@ class CloudServer:
             self.port,
         )
         on_listening()
-        if self._failure is None:
-            await self._stopped.wait()
+        await self._stopped.wait()
         logger.info(
             "stopping: %d sessions may finish their step, for at most %.0f s",
             len(self.service.sessions),
-            self.service.settings.drain_s,
+            self._drain_s,
         )
         await self.stop()
         if self._failure is not None:
@@ -203,7 +205,12 @@ class CloudServer:
         """Stop as if asked to: nothing can be computed any more. In any thread."""
         self._failure = error
         if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._stopped.set)
+            with contextlib.suppress(RuntimeError):  # it has ended already
+                self._loop.call_soon_threadsafe(self._stopped.set)
+
+    @property
+    def _drain_s(self) -> float:
+        return self.service.settings.drain_s if self._failure is None else 0.0
 
     async def stop(self) -> None:
         """Let running steps finish, tell every device to come again, hang up and wait for the threads to end."""
@@ -222,7 +229,7 @@ class CloudServer:
     async def _drain(self) -> None:
         sessions = self.service.sessions
         self.service.draining.set()
-        until = time.monotonic() + self.service.settings.drain_s
+        until = time.monotonic() + self._drain_s
         while len(sessions) and time.monotonic() < until:
             for live in sessions:
                 if live.session.is_between_steps or live.transport.parked_at is not None:
