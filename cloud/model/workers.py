@@ -91,8 +91,6 @@ class Workers:
                 if not worker.stdout.readline():
                     raise EOFError
             join(0, processes, store, device)
-        if device == "cpu":  # NCCL meets there when it is first used
-            self._folder.cleanup()
 
     def call_when_lost(self, function: Callable[[WorkerLostError], None]) -> None:
         """Call it, in some thread, once a process is lost; at once where one is."""
