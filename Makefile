@@ -16,7 +16,7 @@ demo: .venv/.ready ## fine-tune a real 135M model, its blocks in another process
 
 TEST_PROCESSES ?= 3
 FAST := -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder -m "not slow and not arm and not release and not gpu"
-test: .venv/.ready $(SHIM) ## every test but those of test-slow, -arm and -release: eight minutes
+test: .venv/.ready $(SHIM) ## every test but those of test-slow, -gpu, -arm and -release: eight minutes
 	$(BIN)/pytest $(FAST)
 
 coverage: .venv/.ready $(SHIM) ## which lines `make test` runs, by file: twice as long

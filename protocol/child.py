@@ -315,11 +315,16 @@ def _set_up_child(parent: int, spare: int) -> None:
         # Where memory does run out, or limits are ignored (qemu), let it be us whom the system ends.
         with contextlib.suppress(OSError):
             Path("/proc/self/oom_score_adj").write_text("1000")
-        prctl = ctypes.CDLL(None).prctl
-        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        end_with(parent)
+        ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0)  # systems that pipe cores to a program ignore the limit
+
+
+def end_with(parent: int) -> None:
+    """Be killed when the parent ends, the process of that id, whatever this one waits for then; on Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # it was killed before we asked to be ended with it
             os._exit(1)
-        prctl(_PR_SET_DUMPABLE, 0)  # systems that pipe cores to a program ignore the limit
 
 
 def _limit(which: int, most: int) -> None:

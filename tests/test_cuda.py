@@ -12,19 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 from families import VOCABULARY, tiny_model
-from generating import generated
 from processes import cloud_process, run_edge
-from serving import config, open_model, random_dataset, serving, training
-from test_low_bits import in_dtype
-from test_placement import RUNS
+from serving import config, random_dataset, serving, training
+from test_low_bits import in_dtype, outputs_and_gradient
+from test_placement import RUNS, answers
+from test_tensor_parallel import difference
 from tiny import TinyFactory
-from torch import Tensor
-from transformers import PreTrainedModel
 
-from dlora.cloud.model.base_model import BaseModel, load_base_model
+from dlora.cloud.model.base_model import load_base_model
 from dlora.cloud.model.low_bits import hold_in_low_bits
 from dlora.cloud.model.workers import Workers
-from dlora.edge.engine.bundle import Bundle
 from dlora.protocol.choices import WeightFormat
 
 DEVICE = "cuda"
@@ -48,19 +45,6 @@ def _whole_float32() -> Iterator[None]:
     torch.set_float32_matmul_precision(before)
 
 
-def there_and_back(model: PreTrainedModel, device: str) -> list[Tensor]:
-    model = model.to(device)  # type: ignore[arg-type]  # its decorator loses self
-    ids = torch.arange(3, 15).reshape(2, 6).to(device)
-    embeds = model.get_input_embeddings()(ids).detach().requires_grad_()
-    hidden = model.base_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
-    (grad,) = torch.autograd.grad(hidden.float().square().sum(), embeds)
-    return [hidden.detach().float().cpu(), grad.float().cpu()]
-
-
-def assert_near(found: Tensor, wanted: Tensor, tolerance: float = TOLERANCE) -> None:
-    assert float((found - wanted).norm() / wanted.norm()) < tolerance
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("weight_format", ["full", "int8", "nf4"])
 def test_blocks_compute_what_they_do_on_the_processor(family: str, weight_format: WeightFormat) -> None:
@@ -70,9 +54,10 @@ def test_blocks_compute_what_they_do_on_the_processor(family: str, weight_format
     for device in (DEVICE, "cpu"):
         model = in_dtype(tiny_model(family), torch.float32)
         hold_in_low_bits(model, weight_format)
-        found.append(there_and_back(model, device))
+        model.to(device)  # type: ignore[arg-type]  # its decorator loses self
+        found.append(outputs_and_gradient(model))
     for ours, wanted in zip(*found, strict=True):
-        assert_near(ours, wanted)
+        assert difference(ours.cpu(), wanted) < TOLERANCE
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -90,17 +75,12 @@ def test_runs_have_the_same_losses(run: str, family: str, tiny: TinyFactory) -> 
     assert found[0] == pytest.approx(found[1], rel=TOLERANCE)
 
 
-def answer(base: BaseModel, bundle: Path) -> list[int]:
-    with serving(base) as server, open_model(Bundle.open(bundle), server.url, None, wire_dtype="fp32") as model:
-        return list(generated(model, [5, 9, 7], 12))
-
-
 def test_answers_are_the_same_wherever_the_blocks_are(tiny: TinyFactory) -> None:
     """On one GPU, and as accelerate spreads them over all."""
     bundle, model = tiny(head_dtype="fp32").bundle, str(tiny().model)
-    wanted = answer(tiny().base, bundle)
-    assert answer(load_base_model(model, device=DEVICE), bundle) == wanted
-    assert answer(load_base_model(model, device_map="auto"), bundle) == wanted
+    wanted = answers(tiny().base, bundle)
+    assert answers(load_base_model(model, device=DEVICE), bundle) == wanted
+    assert answers(load_base_model(model, device_map="auto"), bundle) == wanted
 
 
 @needs_two

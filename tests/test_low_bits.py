@@ -62,7 +62,7 @@ def model_of(
 
 
 def outputs_and_gradient(model: PreTrainedModel) -> list[Tensor]:
-    embeds = model.get_input_embeddings()(IDS).detach().requires_grad_()
+    embeds = model.get_input_embeddings()(IDS.to(model.device)).detach().requires_grad_()
     hidden = model.base_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
     (grad,) = torch.autograd.grad(hidden.float().square().sum(), embeds)
     with torch.no_grad():

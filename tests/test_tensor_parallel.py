@@ -17,12 +17,11 @@ import psutil
 import pytest
 import torch
 from families import VOCABULARY, tiny_model
-from generating import generated
 from processes import END_TIMEOUT_S, CloudProcess, cloud_process, run_cloud
-from serving import config, open_model, random_dataset, serving, training
+from serving import config, random_dataset, serving, training
 from test_cli import assert_fails, free_port
 from test_low_bits import in_dtype, outputs_and_gradient
-from test_placement import RUNS
+from test_placement import RUNS, answers
 from test_replicas import PATIENT
 from tiny import TinyFactory
 from torch import Tensor
@@ -33,8 +32,8 @@ from dlora.cloud.model.base_model import BaseModel, load_base_model
 from dlora.cloud.model.divided_linear import DividedLinear, divide
 from dlora.cloud.model.held_linear import bytes_of_weights
 from dlora.cloud.model.low_bits import hold_in_low_bits
+from dlora.cloud.model.worker import Rows
 from dlora.cloud.model.workers import WorkerLostError, Workers
-from dlora.edge.engine.bundle import Bundle
 from dlora.protocol.choices import WeightFormat
 from dlora.protocol.errors import ExportError, UsageError
 
@@ -139,13 +138,14 @@ def test_a_product_that_fails_here_leaves_no_answer_for_the_next(workers: Worker
     weight = torch.arange(12.0).view(6, 2)
     number = workers.hold([(weight[2:4],), (weight[4:],)], [None, None], torch.float32)
 
-    def fail(_: torch.Tensor) -> torch.Tensor:
-        raise MemoryError
+    class Failing(Rows):
+        def multiply(self, x: Tensor) -> Tensor:
+            raise MemoryError
 
     with pytest.raises(MemoryError):
-        workers.multiply(number, torch.ones(1, 2), [2, 2], fail)
+        workers.multiply(number, torch.ones(1, 2), [2, 2], Failing([weight[:2]], None, torch.float32))
     x = torch.tensor([[1.0, -1.0]])
-    assert torch.equal(workers.multiply(number, x, [2, 2], lambda x: x @ weight[:2].T), x @ weight.T)
+    assert torch.equal(workers.multiply(number, x, [2, 2], Rows([weight[:2]], None, torch.float32)), x @ weight.T)
     assert workers.lost is None
 
 
@@ -179,13 +179,8 @@ def test_losses_and_adapters_are_the_same_to_a_hundred_thousandth(
 
 
 def test_answers_are_the_same(workers: Workers, tiny: TinyFactory) -> None:
-    found = []
-    for base in (tiny().base, base_of(tiny, "llama", workers)):
-        with serving(base) as server:
-            bundle = Bundle.open(tiny(head_dtype="fp32").bundle)
-            with open_model(bundle, server.url, None, wire_dtype="fp32") as model:
-                found.append(generated(model, [5, 9, 7], 12))
-    assert found[0] == found[1]
+    bundle = tiny(head_dtype="fp32").bundle
+    assert answers(base_of(tiny, "llama", workers), bundle) == answers(tiny().base, bundle)
 
 
 # --- processes ------------------------------------------------------------------------------------------------------

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from dlora.protocol.errors import ExportError
 
 from .held_linear import HeldLinear, ordinary_linears
-from .low_bits import LowBitLinear, LowBitWeight
+from .low_bits import LowBitLinear
+from .worker import Rows
 from .workers import Workers
 
 if TYPE_CHECKING:
@@ -42,21 +42,19 @@ class DividedLinear(HeldLinear):
         """``FrozenWeight.multiply``."""
         if not x.numel():  # an expert that gets no token
             return x.new_empty(*x.shape[:-1], self.out_features)
-        own_bias = None if bias is None else bias[: len(self.held_values)]
-        return self._workers.multiply(self._number, x, self._widths, lambda x: linear(x, self._rows, own_bias))
+        return self._workers.multiply(self._number, x, self._widths, self._rows)
 
     def multiply_back(self, grad: Tensor) -> Tensor:
         """``FrozenWeight.multiply_back``."""
         if not grad.numel():
             return grad.new_empty(*grad.shape[:-1], self.in_features)
-        return self._workers.multiply_back(
-            self._number, grad, self._widths, self.in_features, lambda first: first @ self._rows
-        )
+        return self._workers.multiply_back(self._number, grad, self._widths, self.in_features, self._rows)
 
     @property
-    def _rows(self) -> Tensor:
-        rows = self.held_values if self.held_scales is None else LowBitWeight(*self.held).weight()
-        return rows.to(self.computes_in)
+    def _rows(self) -> Rows:
+        """Those that are here."""
+        bias = None if self.bias is None else self.bias[: len(self.held_values)]
+        return Rows(self.held, bias, self.computes_in)
 
 
 def divide(model: PreTrainedModel, workers: Workers) -> None:
@@ -73,11 +71,13 @@ def divide(model: PreTrainedModel, workers: Workers) -> None:
         )
     numbers: dict[tuple[int, int], tuple[int, list[Tensor], list[int]]] = {}
     for module in modules:
-        whole = list(module.held) if isinstance(module, LowBitLinear) else [module.weight.detach()]
-        dtype = module.computes_in if isinstance(module, LowBitLinear) else whole[0].dtype
-        key = id(whole[0] if isinstance(module, LowBitLinear) else module.weight), id(module.bias)
+        if isinstance(module, LowBitLinear):
+            whole, dtype = list(module.held), module.computes_in
+        else:
+            whole, dtype = [module.weight], module.weight.dtype
+        key = id(whole[0]), id(module.bias)
         if key not in numbers:
-            numbers[key] = _divide(whole, module.bias, dtype, workers)
+            numbers[key] = _divide([each.detach() for each in whole], module.bias, dtype, workers)
         number, own, widths = numbers[key]
         for name in ("weight", "held_codes", "held_scales"):
             module._parameters.pop(name, None)

@@ -7,7 +7,6 @@ input, tensors by ``torch.distributed``. ``workers.py`` starts it; the end of it
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import struct
@@ -15,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
-from typing import BinaryIO, Final
+from typing import BinaryIO, Final, NamedTuple
 
 import msgspec
 import torch
@@ -25,6 +24,7 @@ from torch.distributed import FileStore  # type: ignore[attr-defined]
 from torch.nn.functional import linear
 
 from dlora.protocol import interrupts
+from dlora.protocol.child import end_with
 from dlora.protocol.text import first_line
 
 from .low_bits import LowBitWeight
@@ -33,7 +33,6 @@ ANSWER_WITHIN: Final = timedelta(minutes=5)
 """A product of the largest micro-batch takes seconds; who needs longer hangs."""
 _LENGTH: Final = struct.Struct("<I")
 _ENDS_WITHIN_S: Final = 0.5  # a process whose server was killed
-_PR_SET_PDEATHSIG: Final = 1
 
 
 class TensorSpec(msgspec.Struct, frozen=True, array_like=True):
@@ -110,25 +109,38 @@ def join(rank: int, processes: int, store: str, device: str) -> None:
     )  # fmt: skip
 
 
-class _Rows:
-    """Rows of a weight, (rows, in_features), as they are held."""
+class Rows(NamedTuple):
+    """Rows of a weight that one process has.
 
-    def __init__(self, held: Sequence[Tensor], bias: Tensor | None, dtype: torch.dtype) -> None:
-        self.bias = bias
-        self._held = held
-        self._dtype = dtype
+    Attributes:
+        held: (rows, in_features); or codes and scales of a ``LowBitWeight``.
+        bias: (rows,), where there is one.
+        dtype: what is computed in.
+    """
+
+    held: Sequence[Tensor]
+    bias: Tensor | None
+    dtype: torch.dtype
 
     @property
     def weight(self) -> Tensor:
-        """In the dtype that is computed in."""
-        rows = self._held[0] if len(self._held) == 1 else LowBitWeight(*self._held).weight()
-        return rows.to(self._dtype)
+        """(rows, in_features), in ``dtype``."""
+        rows = self.held[0] if len(self.held) == 1 else LowBitWeight(*self.held).weight()
+        return rows.to(self.dtype)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """``x W^T + bias``, (…, rows), of x (…, in_features)."""
+        return linear(x, self.weight, self.bias)
+
+    def multiply_back(self, grad: Tensor) -> Tensor:
+        """``grad W``, (…, in_features), of grad (…, rows)."""
+        return grad @ self.weight
 
 
 class _Worker:
     def __init__(self, device: str) -> None:
         self._device = device
-        self._all_rows: list[_Rows] = []
+        self._all_rows: list[Rows] = []
         self._x = torch.empty(0)
 
     def obey(self, command: Command) -> None:
@@ -137,14 +149,13 @@ class _Worker:
             case Hold(held=specs, bias=bias_spec, dtype=dtype):
                 held = [_receive(spec).to(self._device) for spec in specs]
                 bias = None if bias_spec is None else _receive(bias_spec).to(self._device)
-                self._all_rows.append(_Rows(held, bias, getattr(torch, dtype)))
+                self._all_rows.append(Rows(held, bias, getattr(torch, dtype)))
             case Multiply(weight=index, x=x):
                 if x is not None:
                     self._x = _receive(x, self._device)
-                rows = self._all_rows[index]
-                dist.send(linear(self._x, rows.weight, rows.bias), 0)
+                dist.send(self._all_rows[index].multiply(self._x), 0)
             case MultiplyBack(weight=index, grad=grad):
-                dist.send(_receive(grad, self._device) @ self._all_rows[index].weight, 0)
+                dist.send(self._all_rows[index].multiply_back(_receive(grad, self._device)), 0)
             case Show(weight=index):
                 dist.send(self._all_rows[index].weight.contiguous(), 0)
 
@@ -163,7 +174,7 @@ def _commands(stream: BinaryIO) -> Iterator[Command]:
 
 def main(rank: str, processes: str, store: str, device: str, threads: str, server: str) -> None:
     """Join, and obey until the server ends, whose process id is ``server``."""
-    _end_with(int(server))
+    end_with(int(server))
     for number in interrupts.SIGNALS:  # may go to the whole group; the server ends us
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(int(threads))
@@ -182,14 +193,6 @@ def main(rank: str, processes: str, store: str, device: str, threads: str, serve
         print(f"process {int(rank) + 1}: {type(error).__name__}: {first_line(error)}", file=sys.stderr, flush=True)
         os._exit(1)
     os._exit(0)  # threads of the group may still wait for who is gone
-
-
-def _end_with(server: int) -> None:
-    """Be killed when the server ends, whatever this process waits for then."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != server:
-        os._exit(1)
 
 
 if __name__ == "__main__":

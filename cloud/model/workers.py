@@ -31,7 +31,7 @@ from dlora.protocol import messages as m
 from dlora.protocol.errors import RefusedError
 from dlora.protocol.text import first_line
 
-from .worker import Command, Hold, Multiply, MultiplyBack, Show, TensorSpec, dtype_name, encode_command, join
+from .worker import Command, Hold, Multiply, MultiplyBack, Rows, Show, TensorSpec, dtype_name, encode_command, join
 
 _END_WITHIN_S: Final = 5.0
 _NOTICED_WITHIN_S: Final = 1.0  # that a process has ended, once it does not answer
@@ -133,12 +133,11 @@ class Workers:
         self._weights += 1
         return self._weights - 1
 
-    def multiply(self, weight: int, x: Tensor, widths: Sequence[int], own: Callable[[Tensor], Tensor]) -> Tensor:
+    def multiply(self, weight: int, x: Tensor, widths: Sequence[int], own: Rows) -> Tensor:
         """``x W^T + bias``, (…, out_features), of x (…, in_features).
 
         Args:
-            widths: how many rows each worker has.
-            own: the same of the rows that are here.
+            widths: how many rows each worker has; own: those that are here.
         """
         flat = x.reshape(-1, x.shape[-1])
         with self._lock:
@@ -149,13 +148,12 @@ class Workers:
             shapes = [(len(flat), width) for width in widths]
             self._last_x = None  # until it has crossed
             with self._asking([Multiply(weight, spec)] * len(widths), sent, shapes, x) as columns:
-                columns.insert(0, own(flat))
+                columns.insert(0, own.multiply(flat))
             self._last_x = weakref.ref(x), x._version
-        return torch.cat(columns, 1).view(*x.shape[:-1], -1)
+        # The shape first: autograd would have to copy a view.
+        return torch.cat([each.view(*x.shape[:-1], -1) for each in columns], -1)
 
-    def multiply_back(
-        self, weight: int, grad: Tensor, widths: Sequence[int], in_features: int, own: Callable[[Tensor], Tensor]
-    ) -> Tensor:
+    def multiply_back(self, weight: int, grad: Tensor, widths: Sequence[int], in_features: int, own: Rows) -> Tensor:
         """``grad W``, (…, in_features), of grad (…, out_features). Arguments as of ``multiply``."""
         flat = grad.reshape(-1, grad.shape[-1])
         first, *others = flat.split([flat.shape[-1] - sum(widths), *widths], -1)
@@ -163,17 +161,18 @@ class Workers:
             commands = [MultiplyBack(weight, TensorSpec.of(each)) for each in others]
             shapes = [(len(flat), in_features)] * len(widths)
             with self._asking(commands, [[each.contiguous()] for each in others], shapes, grad) as terms:
-                total = own(first)
+                total = own.multiply_back(first)
         for term in terms:
             total += term
         return total.view(*grad.shape[:-1], -1)
 
-    def show(self, weight: int, widths: Sequence[int], own: Tensor) -> Tensor:
-        """All rows of a weight, (out_features, in_features), after those that are here."""
+    def show(self, weight: int, widths: Sequence[int], own: Rows) -> Tensor:
+        """A whole weight, (out_features, in_features)."""
+        first = own.weight
         with self._lock:
-            shapes = [(width, own.shape[1]) for width in widths]
-            with self._asking([Show(weight)] * len(widths), [[]] * len(widths), shapes, own) as rows:
-                rows.insert(0, own)
+            shapes = [(width, first.shape[1]) for width in widths]
+            with self._asking([Show(weight)] * len(widths), [[]] * len(widths), shapes, first) as rows:
+                rows.insert(0, first)
         return torch.cat(rows)
 
     @contextmanager
