@@ -413,13 +413,17 @@ def answer_at_once(
     with ExitStack() as stack, ThreadPoolExecutor(len(WAYS)) as pool:
         models = [stack.enter_context(opened(bundle, server, adapter, way)) for way in WAYS]
         prompts = [PROMPTS[index % len(PROMPTS)] for index in range(len(WAYS))]
-        alone = list(map(answer, models, prompts))
-        assert {count for count, _ in rounds} <= {1}
         service = server.server.service
+        gate = service.shared_gate
+        assert gate is not None
+        alone = []
+        for each in zip(models, prompts, strict=True):
+            eventually(lambda: not gate._computing)  # after an answer's last token the server still goes on ahead
+            alone.append(answer(*each))
+        assert {count for count, _ in rounds} <= {1}
         with service.gate.computing():
             running = [pool.submit(answer, *each) for each in zip(models, prompts, strict=True)]
-            assert service.shared_gate is not None
-            eventually(lambda: len(service.shared_gate._waiting) == len(WAYS))
+            eventually(lambda: len(gate._waiting) == len(WAYS))
         return list(zip(alone, [each.result(120) for each in running], strict=True))
 
 
