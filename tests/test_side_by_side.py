@@ -397,9 +397,15 @@ def opened(bundle: Path, server: RunningServer, adapter: Path, way: dict[str, An
     return open_model(Bundle.open(bundle), server.url, settings.pop("adapter"), connecting=retry, **settings)
 
 
+def wait_until_idle(gate: SharedGate) -> None:
+    """After an answer's last token the server still goes on ahead."""
+    eventually(lambda: not gate._computing)
+
+
 def record_rounds_of(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     gate = server.server.service.shared_gate
     assert gate is not None
+    wait_until_idle(gate)
     return record_rounds(monkeypatch, gate)
 
 
@@ -418,7 +424,7 @@ def answer_at_once(
         assert gate is not None
         alone = []
         for each in zip(models, prompts, strict=True):
-            eventually(lambda: not gate._computing)  # after an answer's last token the server still goes on ahead
+            wait_until_idle(gate)
             alone.append(answer(*each))
         assert {count for count, _ in rounds} <= {1}
         with service.gate.computing():
