@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 
 import conversations
@@ -324,8 +324,14 @@ def test_what_holds_while_the_ledger_is_killed_and_started_again(
         assert len([each for each in caplog.messages if "the ledger does not answer" in each]) == 1
         valkey.start()
         session.charge(100, 0)  # it is not asked again at once
-        clock.now += ASK_AGAIN_S
-        eventually(lambda: ledger.revoked(["11111111", token_id]) == {"11111111"})
+
+        def revoked() -> set[str]:
+            clock.now += ASK_AGAIN_S
+            with suppress(StorageError):  # on a busy machine the first answer may come too late
+                return ledger.revoked(["11111111", token_id])
+            return set()
+
+        eventually(lambda: revoked() == {"11111111"})
         refused(lambda: session.charge(50, 0))
         assert access.admit(bearer, HERE) == caller
         assert ledger.is_up
