@@ -137,7 +137,8 @@ class Workers:
         """``x W^T + bias``, (…, out_features), of x (…, in_features).
 
         Args:
-            widths: how many rows each worker has; own: those that are here.
+            widths: how many rows each worker has.
+            own: the rows that are here.
         """
         flat = x.reshape(-1, x.shape[-1])
         with self._lock:
